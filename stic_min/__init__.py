@@ -1,0 +1,9 @@
+"""STIC, Self-Training on Image Comprehension (arXiv 2405.19716), for LLaVA models in plain PyTorch."""
+
+
+class InputError(ValueError):
+    """Something the user gave us is wrong: a file, a flag, a sample.
+
+    The message is one line that names it. The commands print that line and exit with status 1;
+    every other exception is a bug and keeps its traceback.
+    """

@@ -1,0 +1,208 @@
+"""LLaVA: CLIP patches through a projector into the decoder's sequence; the LVLM p_theta(y | v, x) of section 3.
+
+v1.5 puts the 576 patch features of one padded square at <image>; v1.6 in anyres mode puts the whole picture's 576,
+then the picture region of its tiles with one `image_newline` at the end of each row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stic_min import InputError, sampler
+from stic_min.clip import ClipConfig, VisionTower
+from stic_min.images import Tiles, image_tokens, make_tiles, unpadded
+from stic_min.loss import IGNORE, token_logps
+from stic_min.mistral import Decoder, DecoderConfig, Packed, Span
+from stic_min.text import IMAGE
+
+
+@dataclass(frozen=True)
+class LlavaConfig:
+    decoder: DecoderConfig
+    vision: ClipConfig
+    image_mode: str  # pad or anyres
+    pinpoints: tuple | None  # the (width, height) resolutions of anyres; None where the checkpoint knows only pad
+    template: str  # mistral_instruct or vicuna_v1
+    max_length: int  # longest merged sequence the checkpoint was trained on
+
+    def image_tokens(self, size):
+        """Positions a picture of `size` (width, height) takes in the sequence."""
+        return image_tokens(size, self.image_mode, self.vision.image_size, self.vision.patch_size, self.pinpoints)
+
+
+# ---------------------------------------------------------------- sequences
+
+
+@dataclass
+class Example:
+    """One prompt and what is scored after it. Ids hold one IMAGE for each picture.
+
+    `trunk` is a list of (ids, scored?) segments in order: a prompt, or a whole conversation. `branches` are
+    alternative responses to the trunk, all scored: [chosen, rejected] in stage 1. The trunk is computed once for all.
+    """
+
+    name: str  # for messages
+    trunk: list
+    branches: list
+
+    def check(self, pictures):
+        """Raises InputError naming the example if its image slots and its number of pictures disagree."""
+        slots = sum(ids.count(IMAGE) for ids, _ in self.trunk)
+        if slots != pictures:
+            raise InputError(f"{self.name}: {slots} <image> in the text but {pictures} picture(s)")
+
+
+@dataclass
+class Batch:
+    """Examples side by side in one flat row of T tokens (see mistral.Packed), R the longest scored segment."""
+
+    ids: torch.Tensor  # (T,) int64, IMAGE at every position of a picture
+    positions: torch.Tensor  # (T,) int64, branches all start at the end of their trunk
+    attend: Packed
+    tiles: list  # the pictures (images.Tiles) in order
+    rows: torch.Tensor  # (S, 1 + R) int64, a row a scored segment: its flat indices behind that of the token before it
+    labels: torch.Tensor  # (S, 1 + R) int64, the ids at those indices; -100 at the first and where the row is padded
+
+
+def collate(examples, tiles, config, device="cpu"):
+    """Lays out `examples` flat. tiles[i]: the Tiles of examples[i], one for each IMAGE, in order."""
+    ids, positions, spans, scored = [], [], [], []
+    for example, pictures in zip(examples, tiles):
+        start, pictures = len(ids), iter(pictures)
+        for segment, is_scored in example.trunk:
+            first = len(ids)
+            for i in segment:
+                ids += [IMAGE] * config.image_tokens(next(pictures).size) if i == IMAGE else [i]
+            if is_scored:
+                scored.append([first - 1, *range(first, len(ids))])
+        end = len(ids)
+        positions += range(end - start)
+        spans.append(Span(start, end))
+        for branch in example.branches:
+            first = len(ids)
+            ids += branch
+            positions += range(end - start, end - start + len(branch))
+            spans.append(Span(first, len(ids), prefix=(start, end)))
+            scored.append([end - 1, *range(first, len(ids))])
+    longest = max(map(len, scored), default=0)
+    labels = [[IGNORE] + [ids[i] for i in row[1:]] + [IGNORE] * (longest - len(row)) for row in scored]
+    rows = [row + [0] * (longest - len(row)) for row in scored]
+    tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=device)
+    flat_tiles = [t for pictures in tiles for t in pictures]
+    return Batch(tensor(ids), tensor(positions), Packed(spans), flat_tiles, tensor(rows), tensor(labels))
+
+
+# ---------------------------------------------------------------- pictures into the sequence
+
+
+class Projector(nn.Sequential):
+    """g(.) of section 3, `mlp2x_gelu`: patch features (..., Cv) -> (..., C). Computes in the dtype of its input, so
+    that fp32 weights can be trained inside a bf16 model."""
+
+    def __init__(self, vision_width, width):
+        super().__init__(nn.Linear(vision_width, width), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x):
+        linear = lambda layer, x: F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+        return linear(self[2], self[1](linear(self[0], x)))
+
+
+def arrange(features, tiles, newline):
+    """Projected features (N, S, C) of one picture -> its positions in the sequence (n, C), row by row."""
+    if tiles.grid is None:
+        return features.flatten(0, 1)  # (S, C)
+    (columns, rows), side = tiles.grid, int(features.shape[1] ** 0.5)
+    grid = features[1:].view(rows, columns, side, side, -1)  # tiles row by row
+    grid = grid.permute(0, 2, 1, 3, 4).reshape(rows * side, columns * side, -1)  # (rows * side, columns * side, C)
+    top, bottom, left, right = unpadded(tiles.size, tiles.grid, side)
+    grid = grid[top:bottom, left:right]
+    grid = torch.cat([grid, newline.to(grid.dtype).expand(len(grid), 1, -1)], dim=1)  # one newline a row
+    return torch.cat([features[0], grid.flatten(0, 1)])  # the whole picture first
+
+
+# ---------------------------------------------------------------- the model
+
+
+class LLaVA(nn.Module):
+    """Made by `stic_min.loader.load_llava`, which also sets `tokenizer`."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        self.config, self.tokenizer = config, tokenizer
+        self.vision_tower = VisionTower(config.vision)
+        self.mm_projector = Projector(config.vision.hidden_size, config.decoder.hidden_size)
+        if config.pinpoints is not None:
+            self.image_newline = nn.Parameter(torch.empty(config.decoder.hidden_size))
+        else:
+            self.image_newline = None
+        self.model = Decoder(config.decoder)
+        self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
+        self.reference_projector = None  # theta_0's, where stage 1 trains the projector
+
+    def encode_images(self, tiles, reference=False):
+        """list of Tiles -> their positions in the sequence, all pictures behind each other (n, C)."""
+        projector = self.reference_projector if reference and self.reference_projector else self.mm_projector
+        weight = self.lm_head.weight
+        pixels = torch.cat([t.pixels for t in tiles]).to(weight.device, weight.dtype)  # (N, 3, side, side)
+        with torch.no_grad():  # the tower is never trained
+            patches = self.vision_tower(pixels)  # (N, S, Cv)
+        features = projector(patches).split([len(t.pixels) for t in tiles])  # (N_i, S, C) each
+        return torch.cat([arrange(f, t, self.image_newline) for f, t in zip(features, tiles)])
+
+    def forward(self, batch, attend=None, reference=False):
+        """Batch -> logits (S, 1 + R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
+        x = self.model.embed_tokens(batch.ids.clamp_min(0))  # (T, C)
+        if batch.tiles:
+            features = self.encode_images(batch.tiles, reference).to(x.dtype)
+            x = x.masked_scatter((batch.ids == IMAGE)[:, None], features)
+        x = self.model(x, batch.positions, attend or batch.attend)
+        return self.lm_head(x[batch.rows]).float()
+
+    # ------------------------------------------------------------ one prompt at a time, strings in
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def tiles(self, picture):
+        """PIL picture -> Tiles in this model's image mode."""
+        config = self.config
+        return make_tiles(picture.convert("RGB"), config.image_mode, config.vision.image_size, config.pinpoints)
+
+    def batch(self, prompt, images, response=None):
+        """Batch of one sequence. Raises InputError if <image> marks and `images` disagree, or if it is too long."""
+        branches = [] if response is None else [self.tokenizer.encode_response(response)]
+        example = Example(f"prompt {prompt[:60]!r}", [(self.tokenizer.encode_prompt(prompt), False)], branches)
+        example.check(len(images))
+        batch = collate([example], [[self.tiles(i) for i in images]], self.config, self.device)
+        if len(batch.ids) > self.config.max_length:
+            limit = self.config.max_length
+            raise InputError(f"{example.name}: {len(batch.ids)} tokens, more than the model's limit of {limit}")
+        return batch
+
+    @torch.no_grad()
+    def logits(self, prompt, images):
+        """(T, V) float32 over one sequence; T counts every position that a picture takes."""
+        batch = self.batch(prompt, images)
+        batch.rows = torch.arange(len(batch.ids), device=self.device)[None]
+        return self(batch)[0]
+
+    @torch.no_grad()
+    def response_logp(self, prompt, response, images):
+        """() float32: log p_theta(response and end token | images, prompt), Eq. 3.1 summed."""
+        batch = self.batch(prompt, images, response)
+        return token_logps(self(batch), batch.labels).sum()
+
+    def generate(self, prompts, images, *, max_new_tokens, temperature=0.0, top_p=None, seed=0):
+        """list[str], stripped. images[i]: the pictures of prompts[i].
+
+        A row's sample depends on `seed` and its own prompt, not on the other rows; of equal prompts in one call, each
+        gets a sample of its own.
+        """
+        seeds = [sampler.row_seed(seed, p, prompts[:i].count(p)) for i, p in enumerate(prompts)]
+        samples = sampler.sample(
+            self, prompts, images, seeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+        )
+        return [self.tokenizer.decode(sample.ids) for sample in samples]

@@ -1,0 +1,331 @@
+"""LLaVA checkpoints, strictly: every key is used once or ignored by name with a reason, every parameter filled once.
+
+Three key layouts are in use: the original LLaVA one, and the two that transformers has written over time. Weights are
+memory-mapped and go to their parameters one by one, so loading never holds two copies; a sharded parameter (FSDP)
+takes only its own rows from the file.
+"""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from stic_min import InputError, lora
+from stic_min.clip import ClipConfig
+from stic_min.llava import LLaVA, LlavaConfig
+from stic_min.mistral import DecoderConfig
+from stic_min.text import Tokenizer
+
+# ---------------------------------------------------------------- key names
+
+# Published name -> ours. Original LLaVA first, then transformers' (saved files, and module names in memory).
+RENAMES = [
+    (r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)", r"vision_tower.\1"),
+    (r"vision_model\.(.+)", r"vision_tower.\1"),  # a CLIP folder
+    (r"(?:model\.)?mm_projector\.(.+)", r"mm_projector.\1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)", r"mm_projector.0.\1"),
+    (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"mm_projector.2.\1"),
+    (r"(?:model\.)?image_newline", r"image_newline"),
+    (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
+    (r"(?:language_model\.model\.|model\.language_model\.|model\.)((?:embed_tokens|layers|norm)\..+)", r"model.\1"),
+]
+
+# Names (after RENAMES) that a checkpoint may hold and we have no use for, with the reason.
+IGNORED = {
+    r"vision_tower\.post_layernorm\..+": "hidden state -2 comes before it",
+    r"vision_tower\.embeddings\.position_ids": "a buffer 0..n",
+    r".+\.rotary_emb\.inv_freq": "computed from rope_theta",
+}
+IGNORED_IN_CLIP = {r"text_model\..+|text_projection\.weight|visual_projection\.weight|logit_scale": "CLIP's text side"}
+
+
+def canonical(key):
+    """Our name of a published key, None if the key is unknown."""
+    for pattern, name in RENAMES:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(name)
+    return None
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"no such file: {path}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
+def shards(folder):
+    """The weight files of a checkpoint folder. Raises InputError if there are none or one of them is missing."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if missing := [f for f in files if not (folder / f).is_file()]:
+                raise InputError(f"missing shard {folder / missing[0]}, named by {index.name}")
+            return [folder / f for f in files]
+        if (folder / name).is_file():
+            return [folder / name]
+    raise InputError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+def open_shard(file):
+    """{key: function that returns its tensor}; memory-mapped, so a tensor costs memory when it is read."""
+    try:
+        if file.suffix == ".safetensors":
+            handle = safetensors.safe_open(file, framework="pt")
+            return {key: lambda key=key: handle.get_tensor(key) for key in handle.keys()}
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        return {key: lambda value=value: value for key, value in tensors.items()}
+    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+        raise InputError(f"can't read {file}: {str(error).splitlines()[0]}") from None
+
+
+def open_weights(folder, ignored, only=""):
+    """{our name: (key, file, function)} of a folder's tensors whose name starts with `only`."""
+    weights = {}
+    for file in shards(folder):
+        for key, read in open_shard(file).items():
+            name = canonical(key)
+            if any(re.fullmatch(pattern, name or key) for pattern in ignored):
+                continue
+            if name is None or not name.startswith(only):
+                raise InputError(f"{file}: unknown key {key}")
+            if name in weights:
+                raise InputError(f"{file}: {key} and {weights[name][0]} are the same parameter")
+            weights[name] = key, file, read
+    return weights
+
+
+# ---------------------------------------------------------------- configuration
+
+# What transformers leaves out of an old text_config: its class defaults at the time.
+LLAMA_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "vocab_size": 32000,
+}
+MISTRAL_7B = LLAMA_7B | {
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
+
+
+def decoder_config(config, source):
+    """DecoderConfig from a config.json (or its text_config). Raises InputError for what the decoder can't do."""
+    if config.get("hidden_act", "silu") != "silu" or config.get("tie_word_embeddings"):
+        raise InputError(f"{source}: only silu decoders with untied embeddings are supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise InputError(f"{source}: rope scaling is not supported")
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    if config.get("head_dim") not in (None, width // heads):
+        raise InputError(f"{source}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads")
+    longest = config["max_position_embeddings"]
+    if config.get("sliding_window"):  # within one window a sliding one changes nothing
+        longest = min(longest, config["sliding_window"])
+    return DecoderConfig(
+        hidden_size=width,
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        vocab_size=config["vocab_size"],
+        rms_norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        max_positions=longest,
+    )
+
+
+def clip_config(config, source):
+    """ClipConfig from a vision_config. Missing keys take CLIP-L/14-336's values."""
+    if config.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise InputError(f"{source}: only CLIP towers with quick_gelu are supported")
+    fields = ClipConfig.__dataclass_fields__
+    return ClipConfig(**{key: config[key] for key in fields if key in config})
+
+
+def find_vision_folder(folder, config, vision):
+    """CLIP's folder: `vision`, else where `mm_vision_tower` points (absolute, or beside or inside the checkpoint).
+
+    Returns None if that is only a hub's name here. Raises InputError if `vision` was given and is no folder.
+    """
+    if vision is not None:
+        if not (Path(vision) / "config.json").is_file():
+            raise InputError(f"no vision tower (config.json) in {vision}")
+        return Path(vision)
+    named = config["mm_vision_tower"]
+    places = folder / named, folder.parent / named  # an absolute name stays as it is
+    return next((p for p in places if (p / "config.json").is_file()), None)
+
+
+def read_config(folder, vision=None, image_mode=None, template=None):
+    """config.json of a LLaVA folder -> (LlavaConfig, CLIP's folder or None, whether the layout is transformers').
+
+    Raises InputError naming the file and the key for anything missing or not supported.
+    """
+    source = folder / "config.json"
+    config = read_json(source)
+    huggingface = "text_config" in config
+    try:
+        if huggingface:
+            text = config["text_config"]
+            defaults = MISTRAL_7B if text.get("model_type") == "mistral" else LLAMA_7B
+            decoder = decoder_config(defaults | text, source)
+            clip, vision_folder = clip_config(config.get("vision_config", {}), source), None
+            anyres = config.get("model_type") == "llava_next"
+            layer, pinpoints = config.get("vision_feature_layer", -2), config.get("image_grid_pinpoints")
+            mode = "anyres" if anyres else "pad"  # transformers' 1.5 files do not say; LLaVA's do
+            if config.get("vision_feature_select_strategy", "default") != "default":
+                raise InputError(f"{source}: only patch features (the default strategy) are supported")
+            longest = decoder.max_positions
+        else:
+            if "mm_vision_tower" not in config and vision is None:
+                raise InputError(f"{source}: no mm_vision_tower, so this is no LLaVA checkpoint (or name it: --vision)")
+            text = config
+            decoder = decoder_config(config, source)
+            vision_folder = find_vision_folder(folder, config, vision)
+            if vision_folder is None:
+                clip = ClipConfig()
+            else:
+                tower = read_json(vision_folder / "config.json")
+                clip = clip_config(tower.get("vision_config", tower), vision_folder / "config.json")
+            if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
+                raise InputError(f"{source}: projector {config.get('mm_projector_type')!r}, only mlp2x_gelu is supported")
+            if config.get("mm_vision_select_feature", "patch") != "patch" or config.get("mm_use_im_start_end"):
+                raise InputError(f"{source}: only patch features without start and end tokens are supported")
+            anyres = "spatial_unpad" in config.get("mm_patch_merge_type", "flat")
+            layer, pinpoints = config.get("mm_vision_select_layer", -2), config.get("image_grid_pinpoints")
+            mode = config.get("image_aspect_ratio")
+            longest = min(decoder.max_positions, config.get("tokenizer_model_max_length") or decoder.max_positions)
+    except KeyError as key:
+        raise InputError(f"{source}: no {key.args[0]}") from None
+    if layer != -2:
+        raise InputError(f"{source}: vision feature layer {layer}, only -2 is supported")
+    mode = image_mode or mode
+    pinpoints = tuple(map(tuple, pinpoints)) if anyres and pinpoints else None
+    if mode not in ("pad", "anyres"):
+        raise InputError(f"{source}: image_aspect_ratio {mode!r} is not supported, choose with --image-mode")
+    if mode == "anyres" and pinpoints is None:
+        raise InputError(f"{folder} can't do anyres: its config.json has no spatial_unpad with image_grid_pinpoints")
+    mistral = "mistral" in (text.get("model_type", "") + " ".join(config.get("architectures") or [])).lower()
+    template = template or ("mistral_instruct" if mistral else "vicuna_v1")
+    return LlavaConfig(decoder, clip, mode, pinpoints, template, longest), vision_folder, huggingface
+
+
+# ---------------------------------------------------------------- model
+
+
+def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=None, dtype=torch.float32):
+    """A LLaVA on the meta device, and the source of its parameters: {name: (key, file, function)}.
+
+    For those who shard the model before `fill`; everybody else calls `load_llava`.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"no such checkpoint folder: {folder}")
+    config, vision_folder, huggingface = read_config(folder, vision, image_mode, template)
+    legacy = True
+    if (folder / "tokenizer_config.json").is_file():
+        legacy = read_json(folder / "tokenizer_config.json").get("legacy", True) is not False
+    tokenizer = Tokenizer(tokenizer or folder / "tokenizer.model", legacy)
+
+    ignored = IGNORED | {rf"vision_tower\.encoder\.layers\.{config.vision.num_hidden_layers - 1}\..+": "not needed for -2"}
+    if config.pinpoints is None:
+        ignored |= {"image_newline": "pad mode has no rows to end"}
+    source = open_weights(folder, ignored)
+    if not any(name.startswith("vision_tower.") for name in source):
+        # Weights embedded in the checkpoint win: LLaVA-1.6 carries its own tuned CLIP.
+        if vision_folder is None:
+            named = read_json(folder / "config.json").get("mm_vision_tower")
+            raise InputError(f"{folder} holds no vision weights and {named!r} is no folder near it; name it: --vision")
+        source |= open_weights(vision_folder, ignored | IGNORED_IN_CLIP, only="vision_tower.")
+    if huggingface:
+        # transformers pads the vocabulary (32064) for <image> and <pad>, tokens that never occur here.
+        rows = min(config.decoder.vocab_size, tokenizer.size)
+        config = replace(config, decoder=replace(config.decoder, vocab_size=rows))
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in source:
+                key, file, read = source[name]
+                source[name] = key, file, lambda read=read: read()[:rows]
+    if config.decoder.vocab_size < tokenizer.size:
+        vocabulary = config.decoder.vocab_size
+        raise InputError(f"{tokenizer.path}: {tokenizer.size} pieces, but {folder} has a vocabulary of {vocabulary}")
+    with torch.device("meta"):
+        llava = LLaVA(config, tokenizer).to(dtype).requires_grad_(False).eval()
+    check_keys(llava, source, folder)
+    return llava, source
+
+
+def check_keys(llava, source, folder):
+    """Every tensor has its parameter, every parameter its tensor, of one shape. Raises InputError naming the first."""
+    parameters = dict(llava.named_parameters())
+    for name, (key, file, read) in source.items():
+        if name not in parameters:
+            raise InputError(f"{file}: unknown key {key}")
+        if (shape := tuple(read().shape)) != (expected := tuple(parameters[name].shape)):
+            raise InputError(f"{file}: {key} is {shape}, the configuration makes it {expected}")
+    for name in parameters:
+        if name not in source:
+            raise InputError(f"{folder}: no tensor for {name}")
+
+
+def fill(llava, source, device="cpu"):
+    """Gives every parameter of `llava` its values, in the parameter's own dtype.
+
+    `source` maps names to (key, file, function) or, for what no checkpoint holds, to tensors. Parameters on the meta
+    device are made on `device`; those already sharded by FSDP are filled with this rank's rows.
+    """
+    for name, parameter in list(llava.named_parameters()):
+        value = source[name]
+        if isinstance(value, tuple):
+            value = value[2]()
+        if isinstance(parameter, DTensor):
+            local, mesh = parameter.to_local(), parameter.device_mesh
+            start = mesh.get_local_rank() * -(-len(value) // mesh.size())  # FSDP2 gives each rank ceil(n / ranks) rows
+            local.copy_(value[start : start + len(local)])
+        else:
+            module, _, leaf = name.rpartition(".")
+            value = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
+            setattr(llava.get_submodule(module), leaf, value)
+    return llava
+
+
+def load_llava(
+    path, *, vision=None, adapter=None, tokenizer=None, image_mode=None, template=None, device="cpu", dtype=torch.float32
+):
+    """A LLaVA checkpoint folder -> LLaVA, ready for inference.
+
+    path        config.json, safetensors or pytorch_model*.bin in one or more shards, tokenizer.model
+    vision      CLIP's folder, where the checkpoint neither holds the tower nor names a folder that is there
+    adapter     a PEFT folder; the projector file beside it is applied too
+    tokenizer   another tokenizer.model
+    image_mode  pad or anyres; template: mistral_instruct or vicuna_v1; None takes the checkpoint's
+    Raises InputError, one line naming the file and the key, for whatever does not fit exactly.
+    """
+    llava, source = open_llava(
+        path, vision=vision, tokenizer=tokenizer, image_mode=image_mode, template=template, dtype=dtype
+    )
+    if adapter is not None:
+        adapter = lora.read_adapter(adapter, llava, canonical)
+        lora.attach(llava, adapter)
+        source |= adapter.tensors
+    return fill(llava, source, device).requires_grad_(False)

@@ -1,0 +1,192 @@
+"""The decoder: Mistral-7B and Llama/Vicuna-7B are the same blocks with other numbers.
+
+Reads `model.*` and `lm_head` of LLaVA checkpoints; modules are named as there. Tokens of all sequences lie flat in
+one (T, C) tensor without padding; which token sees which is the business of the `attend` object that is passed in:
+`Packed` for training and scoring, `Prefill` and `Decode` for the sampler's KV cache. Not here: attention windows
+(a checkpoint that has one is limited to sequences that fit it), rope scaling, biases.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_positions: int  # longest sequence the model was made for
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+# ---------------------------------------------------------------- rotary positions
+
+
+def rope_angles(positions, config):
+    """positions (T,) -> cos and sin, each (T, 1, D) float32; frequency pairs (i, i + D/2), as in the checkpoints."""
+    D = config.head_dim
+    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=positions.device).float() / D)  # (D / 2,)
+    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]  # (T, 1, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):  # (T, H, D)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+
+
+# ---------------------------------------------------------------- who attends to whom
+
+
+def attention(q, k, v, **mask):  # q (B, T, H, D); k, v (B, S, K, D); each group of H / K query heads shares a key head
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(1, 2)  # (B, T, H, D)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens [start, end) see the tokens of `prefix` and, causally, each other."""
+
+    start: int
+    end: int
+    prefix: tuple = (0, 0)
+
+
+class Packed:
+    """Many sequences in one flat row. `spans` cover it in order; branches of one prompt name it as their prefix."""
+
+    def __init__(self, spans):
+        self.spans = spans
+
+    def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
+        out = []
+        for span in self.spans:
+            own, (a, b) = slice(span.start, span.end), span.prefix
+            if a == b:
+                y = attention(q[None, own], k[None, own], v[None, own], is_causal=True)
+            else:
+                keys, values = torch.cat([k[a:b], k[own]]), torch.cat([v[a:b], v[own]])  # (P + R, K, D)
+                # Aligned bottom-right: row i of R sees all P of the prefix and 0..i of its own.
+                mask = causal_lower_right(span.end - span.start, len(keys))
+                y = attention(q[None, own], keys[None], values[None], attn_mask=mask)
+            out.append(y[0])
+        return torch.cat(out)  # (T, H, D)
+
+
+class KVCache:
+    """Keys and values of B slots, S positions each."""
+
+    def __init__(self, config, slots, length, device, dtype):
+        shape = slots, length, config.num_key_value_heads, config.head_dim
+        empty = lambda: torch.empty(shape, device=device, dtype=dtype)  # (B, S, K, D)
+        self.keys = [empty() for _ in range(config.num_hidden_layers)]
+        self.values = [empty() for _ in range(config.num_hidden_layers)]
+
+
+class Prefill:
+    """One whole prompt, written into slot `slot`."""
+
+    def __init__(self, cache, slot):
+        self.cache, self.slot = cache, slot
+
+    def __call__(self, layer, q, k, v):
+        self.cache.keys[layer][self.slot, : len(k)] = k
+        self.cache.values[layer][self.slot, : len(v)] = v
+        return attention(q[None], k[None], v[None], is_causal=True)[0]
+
+
+class Decode:
+    """One token a slot: the flat row holds token b of slot b, at position `positions[b]`."""
+
+    def __init__(self, cache, positions, longest):
+        self.cache, self.rows, self.positions = cache, torch.arange(len(positions), device=positions.device), positions
+        seen = torch.arange(longest, device=positions.device) <= positions[:, None]  # (B, S)
+        self.mask = seen[:, None, None]  # (B, 1, 1, S)
+
+    def __call__(self, layer, q, k, v):
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, self.positions] = k
+        values[self.rows, self.positions] = v
+        longest = self.mask.shape[-1]
+        y = attention(q[:, None], keys[:, :longest], values[:, :longest], attn_mask=self.mask)  # (B, 1, H, D)
+        return y[:, 0]  # (B, H, D)
+
+
+# ---------------------------------------------------------------- the blocks
+
+
+class Attention(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.index, self.head_dim = index, D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x, rope, attend):  # (T, C)
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, H, D)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, K, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        return self.o_proj(attend(self.index, q, k, v).flatten(1))  # (T, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config, index):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.checkpoint_activations = False
+
+    def forward(self, x, rope, attend):
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(self.block, x, rope, attend, use_reentrant=False)
+        return self.block(x, rope, attend)
+
+    def block(self, x, rope, attend):  # (T, C)
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Input embeddings (T, C) at positions (T,) -> hidden states after the final norm (T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, positions, attend):
+        rope = rope_angles(positions, self.config)
+        for layer in self.layers:
+            x = layer(x, rope, attend)
+        return self.norm(x)

@@ -1,0 +1,154 @@
+"""Text in and out: sentencepiece around <image>, the two chat templates, every prompt of STIC.
+
+Ids are built segment by segment (template text, image slot, response, end token), and labels follow from the
+segments, so that masks and ids cannot disagree. Control tokens come only from the code here: text that happens to
+contain `<s>` or `</s>` stays text. (The official code turns it into control tokens: a user who writes `</s>` ends
+the model's turn. Ours differs there on purpose.)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import sentencepiece
+
+from stic_min import InputError
+
+IMAGE = -200  # the id that stands for one picture, in LLaVA's own numbering
+IMAGE_MARK = "<image>"
+
+# ---------------------------------------------------------------- STIC's prompts
+
+# P, the captioning prompts of Algorithms 1 and 2. The paper does not print them; these are its release's.
+CAPTION_PROMPTS = (
+    "Illustrate the details of the picture.",
+    "Summarize the visual content presented.",
+    "Explain what is depicted in the photograph.",
+    "Outline the key elements captured in the image.",
+    "Detail the composition and subjects within the frame.",
+    "Convey the atmosphere and mood represented in the snapshot.",
+    "Interpret the scene shown in the image.",
+    "Identify and describe the main focal points in the visual.",
+)
+
+# P_hallu, the "bad" prompts (Appendix A).
+HALLUCINATION_PROMPTS = (
+    "Describe the image with imaginative objects that may exist in the scene.",
+    "Enrich the description by adding hypothetical objects or characters that could be part of the scene.",
+    "Suggest and detail practical items or people that could logically inhabit the image's setting.",
+    "Incorporate elements that, though absent, would seamlessly fit into the context of the picture.",
+    "Imagine and describe additional everyday objects or activities taking place just out of frame.",
+    "Augment the scene with details of potential events or items that are plausible.",
+    "Conceive of and detail natural elements, such as weather or animals, that could realistically enter the scene. "
+    "Make the description affirmative.",
+    "Invent and incorporate details of practical tools, vehicles, or gadgets that could be expected in a similar "
+    "scenario.",
+)
+
+# x_g, the well-curated step-by-step prompt (Appendix A).
+GOOD_PROMPT = (
+    "Please provide a detailed description of the image, focusing on the following. "
+    "Identify the main subjects (people, animals, objects) in the image and describe what they are doing. "
+    "Describe the setting of the image. Is it indoors or outdoors? "
+    "What kind of environment or location does it depict? What mood does the image convey? "
+    "Are there any specific elements (such as lighting, weather, expressions) that contribute to this atmosphere? "
+    "Describe the dominant colors and the overall composition. How do these elements affect the image's impact? "
+    "Point out any details or symbols that might be relevant to understanding the image's meaning or context. "
+    "If applicable, provide interpretations of what the image might represent or communicate."
+)
+
+DESCRIBE_PROMPT = CAPTION_PROMPTS[4]  # what DaR asks first, at test time
+
+# PAPER vs RELEASED (L): the paper prints one line, its release (which made the numbers) three. Ours is the release's.
+INFUSED = "Image description:\n{description}\n\n{instruction}"
+INFUSED_ONE_LINE = "Image description: {description}\n{instruction}"
+
+
+def with_image(text):
+    return f"{IMAGE_MARK}\n{text}"
+
+
+# ---------------------------------------------------------------- chat templates
+
+
+@dataclass(frozen=True)
+class Template:
+    name: str
+    system: str  # in front of the first turn
+    turn: str  # one user turn, open for the answer
+
+    def prompt(self, user):
+        """The single-turn prompt string, as the official code writes it; the answer follows after one space."""
+        return self.system + self.turn.format(user=user)
+
+    def turns(self, users):
+        """The prompt strings of a conversation; each is followed by its answer and the end token."""
+        return [self.prompt(user) if i == 0 else self.turn.format(user=user) for i, user in enumerate(users)]
+
+
+TEMPLATES = {
+    "mistral_instruct": Template("mistral_instruct", "", "[INST] {user} [/INST]"),
+    "vicuna_v1": Template(
+        "vicuna_v1",
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        "USER: {user} ASSISTANT:",
+    ),
+}
+
+
+# ---------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """A Llama/Mistral `tokenizer.model`. Raises InputError if the file is missing or is no sentencepiece model.
+
+    `legacy` is transformers' flag of that name, read from tokenizer_config.json: whether text right after the end
+    token, in a later turn, gets a leading-space piece of its own.
+    """
+
+    def __init__(self, path, legacy=True):
+        if not Path(path).is_file():
+            raise InputError(f"no tokenizer: {path} (name another with --tokenizer)")
+        self.path = Path(path)
+        self.pieces = sentencepiece.SentencePieceProcessor()
+        try:
+            self.pieces.Load(str(path))
+        except (RuntimeError, OSError):
+            raise InputError(f"not a sentencepiece model: {path}") from None
+        self.legacy = legacy
+        self.bos, self.eos, self.size = self.pieces.bos_id(), self.pieces.eos_id(), len(self.pieces)
+        self.newline = self.pieces.encode("\n")  # leading-space piece and the newline itself
+
+    def encode(self, text):
+        """Ids of a piece of text, with sentencepiece's own leading space and without control tokens."""
+        return self.pieces.encode(text)
+
+    def encode_bare(self, text):
+        """The same without the leading space: encoded behind a newline, which no piece spans."""
+        return self.pieces.encode("\n" + text)[len(self.newline) :]
+
+    def encode_prompt(self, prompt, first=True):
+        """Ids of a prompt string, IMAGE in place of each <image>.
+
+        The pieces between images are tokenized on their own, each with its own leading space, as the official code
+        does; an empty piece gives nothing. The first turn starts with the begin token.
+        """
+        ids = [self.bos] if first else []
+        for i, text in enumerate(prompt.split(IMAGE_MARK)):
+            if i:
+                ids.append(IMAGE)
+            ids += self.encode_bare(text) if i == 0 and not first and not self.legacy else self.encode(text)
+        return ids
+
+    def encode_response(self, response, end=True):
+        """Ids of an answer. Its leading-space piece is the blank that the templates put in front of an answer.
+
+        No blank before the end token: what the model generates is what the loss scores. (The official training
+        route for mistral_instruct supervises a lone space piece there that the model never produces.)
+        """
+        return self.encode(response) + ([self.eos] if end else [])
+
+    def decode(self, ids):
+        """Text of generated ids, control and unknown tokens left out, stripped."""
+        skip = lambda i: i >= self.size or self.pieces.is_control(i) or self.pieces.is_unknown(i)
+        return self.pieces.decode([i for i in ids if not skip(i)]).strip()
