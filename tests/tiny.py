@@ -18,7 +18,7 @@ WIDTH, VISION_MLP, VISION_LAYERS = 32, 64, 3            # the tower; hidden stat
 # file, size, mode, and the scene: background, then shapes in percent of the width and the height (disc: its box)
 PICTURES = [
     ("scene_01.jpg", (300, 200), "RGB", "skyblue, box green 0 70 100 100, disc gold 75 7 93 33, box red 25 45 60 85,"
-     "box brown 39 62 47 85, poly maroon 20 45 42 18 65 45, box white 29 52 35 62, box white 50 52 56 62"),
+     "box sienna 39 62 47 85, poly maroon 20 45 42 18 65 45, box white 29 52 35 62, box white 50 52 56 62"),
     ("scene_02.png", (200, 280), "RGB", "lightcyan, box royalblue 0 65 100 100, poly sienna 15 62 85 62 70 75 30 75,"
      "box black 48 22 51 62, poly white 53 24 82 57 53 57, line black 20 15 26 11 32 15 38 11 44 15"),
     ("scene_03.png", (240, 180), "L", "midnightblue, disc ivory 64 8 86 37, poly gray 0 99 25 40 52 78 75 52 100 99"),
@@ -185,8 +185,9 @@ def write_v15(root):
     """root/llava-v1.5-tiny: float16, one file, square padded pictures, the tower of clip-tiny."""
     folder = Path(root) / "llava-v1.5-tiny"
     write_texts(folder, dict(legacy=False, pad_token=None), architectures=["LlavaLlamaForCausalLM"],
-                model_type="llava_llama", torch_dtype="float16", num_key_value_heads=HEADS, rope_theta=1e4,
-                rope_scaling=None, pad_token_id=0, image_aspect_ratio="pad", unfreeze_mm_vision_tower=False)
+                model_type="llava_llama", torch_dtype="float16", num_key_value_heads=HEADS, pad_token_id=0,
+                rope_scaling=None,          # and no rope_theta, as published: it is Llama's 1e4
+                image_aspect_ratio="pad", unfreeze_mm_vision_tower=False)
     weights = Weights(seed=3)
     weights.add_decoder(kv=HIDDEN)
     save_file({name: w.half() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})

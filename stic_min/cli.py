@@ -1,0 +1,179 @@
+"""What the four scripts share: flags, ranks, a progress line, and how errors end."""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from stic_min import InputError
+from stic_min.text import TEMPLATES
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------- flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Every flag with its default (unless that is None), the description as it was written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def not_negative(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
+    if adapter:
+        group.add_argument("--adapter", metavar="DIR", help="LoRA adapter: a folder of ours, or any in PEFT's format")
+    group.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint neither holds nor finds it")
+    group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
+    group.add_argument("--template", choices=sorted(TEMPLATES), help="chat template (default: the checkpoint's)")
+    group.add_argument("--image-mode", choices=["pad", "anyres"], help=f"(default: {image_mode})")
+    group.add_argument("--dtype", choices=sorted(DTYPES), help="(default: bfloat16 on a GPU, else float32)")
+    group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one; this rank's under torchrun)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only a random subset of N, drawn with --seed")
+
+
+def add_sampling_flags(parser, temperature, batch_size, max_new_tokens=1024):
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=not_negative, default=temperature, help="0 is greedy")
+    group.add_argument("--top-p", type=fraction, help="keep the most probable tokens up to this mass (default: all)")
+    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="per response")
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="responses sampled together")
+
+
+def model_options(args, ranks):
+    """The flags of `add_model_flags` as arguments of loader.open_llava and load_llava."""
+    default = "bfloat16" if ranks.device.type == "cuda" else "float32"
+    return {
+        "vision": args.vision,
+        "tokenizer": args.tokenizer,
+        "template": args.template,
+        "image_mode": args.image_mode,
+        "dtype": DTYPES[args.dtype or default],
+    }
+
+
+# ---------------------------------------------------------------- ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, text):
+        if self.first:
+            print(text, flush=True)
+
+
+def start_ranks(device=None, backend="gloo"):
+    """This process's place: one of many under torchrun, else the only one. gloo is enough where ranks only meet at
+    barriers; training asks for its device's own backend."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and world > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        # Ranks wait for each other at the end, however unequal their shares: a week, not the default half hour.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    return Ranks(rank, world, device)
+
+
+# ---------------------------------------------------------------- progress
+
+
+def clock(seconds):
+    """65 -> 1:05, 3700 -> 1:01:40."""
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """`what 12/100  3.1/s  0:28 left` on stderr: rewritten in place on a terminal, else a line every ten seconds."""
+
+    def __init__(self, what, total, ranks):
+        self.what, self.total, self.show = what, total, ranks.first
+        self.done, self.begin, self.shown = 0, time.monotonic(), time.monotonic()
+
+    def add(self, n=1):
+        self.done += n
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        if not self.show or (now - self.shown < (0.2 if terminal else 10) and self.done < self.total):
+            return
+        self.shown = now
+        rate = self.done / max(now - self.begin, 1e-9)
+        per = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        line = f"{self.what} {self.done}/{self.total}  {per}  {clock((self.total - self.done) / rate)} left"
+        if terminal:
+            print(f"\r\x1b[K{line}", end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+
+def warn(text):
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- the end
+
+
+def run(main):
+    """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

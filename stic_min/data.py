@@ -1,0 +1,340 @@
+"""Pairs, instructions and descriptions: files in and out, and what of them is scored.
+
+The one place that validates them: every function raises InputError with one line that names the file and the sample.
+Reads the published formats as they are (JSON list or JSON lines), with and without `<image>` in the user turn.
+"""
+
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from stic_min import InputError
+from stic_min.images import image_path, image_size, open_image
+from stic_min.llava import Example
+from stic_min.text import IMAGE, IMAGE_MARK, INFUSED, INFUSED_ONE_LINE, TEMPLATES, with_image
+
+# ---------------------------------------------------------------- files in
+
+
+def read_records(path):
+    """A JSON list or JSON lines of objects -> [(where, object)], `where` names file and record for messages."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    if text.lstrip().startswith("["):
+        try:
+            records = [(f"{path}, record {i}", value) for i, value in enumerate(json.loads(text))]
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+    else:
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    records.append((f"{path}, line {number}", json.loads(line)))
+                except ValueError as error:
+                    raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+    for where, value in records:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: not a JSON object")
+    if not records:
+        raise InputError(f"{path}: empty")
+    return records
+
+
+def field(record, key, where):
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: no {key}")
+    return value
+
+
+def subset(items, limit, seed):
+    """A random subset of `limit` items in their order; all of them if there are no more."""
+    if limit is None or limit >= len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+
+
+# ---------------------------------------------------------------- files out
+
+
+class Output:
+    """JSON lines that survive a kill at any moment; a restart skips what is there.
+
+    Every rank appends whole lines to a file of its own (the only rank to `path` itself); `finish` puts them together in
+    the order of `keys`, written beside and renamed. `settings` goes into each record, and a file made with others is
+    refused rather than mixed.
+    """
+
+    def __init__(self, path, key, settings, ranks):
+        self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if ranks.first:
+            self.merge([])  # what an earlier run, of any number of ranks, left behind
+        ranks.barrier()
+        self.done = {record[key]: record for record in self.read(self.path)}
+        self.own = self.path if ranks.world == 1 else self.part(ranks.rank)
+
+    def part(self, rank):
+        return self.path.with_name(f"{self.path.name}.part{rank}")
+
+    def parts(self):
+        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+
+    def read(self, path):
+        """Records of one file; a last line that a kill cut off is dropped."""
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                found = {name: record.get(name) for name in self.settings} | {self.key: record[self.key]}
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise InputError(f"{path}, line {number}: not a line that this command writes") from None
+            for name, value in self.settings.items():
+                if found[name] != value:
+                    raise InputError(
+                        f"{path} was made with {name} {found[name]!r}, this run has {value!r}; "
+                        "name another --out, or delete it"
+                    )
+            records.append(record)
+        return records
+
+    def append(self, record):
+        record = record | self.settings
+        with open(self.own, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.done[record[self.key]] = record
+
+    def merge(self, keys):
+        parts = self.parts()
+        records = {r[self.key]: r for path in [self.path, *parts] for r in self.read(path)}
+        if not records and not self.path.is_file():
+            return records
+        ordered = [records[k] for k in keys if k in records]
+        ordered += [r for k, r in records.items() if k not in set(keys)]
+        beside = self.path.with_name(self.path.name + ".new")
+        with open(beside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(self.path)
+        for part in parts:
+            part.unlink()
+        return records
+
+    def finish(self, keys):
+        """After the last record of every rank. Returns the records of `keys`, on the first rank only."""
+        self.ranks.barrier()
+        records = self.merge(keys) if self.ranks.first else {}
+        return [records[k] for k in keys if k in records]
+
+
+# ---------------------------------------------------------------- preference pairs (Algorithm 1)
+
+
+@dataclass
+class Pair:
+    where: str
+    image: str
+    prompt: str  # x with its <image>, the captioning prompt; never x_g or x_b
+    chosen: str  # y_w
+    rejected: str  # y_l
+    chosen_stopped: bool  # ended by the end token; False: by length
+    rejected_stopped: bool
+
+
+def image_first(text, where):
+    """A user turn with one <image>, moved to the front as LLaVA trains it; added if the data left it out.
+
+    PAPER vs RELEASED (D): the release writes its pairs without the mark and then trains without the picture.
+    """
+    if text.count(IMAGE_MARK) > 1:
+        raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 picture")
+    return with_image(text.replace(IMAGE_MARK, "").strip())
+
+
+def read_pairs(path):
+    """Preference pairs as published or as `generate_pairs.py` writes them -> [Pair]."""
+    pairs = []
+    for where, record in read_records(path):
+        image = field(record, "image", where)
+        where = f"{where} ({image})"
+        turns = {}
+        for side in ("chosen", "rejected"):
+            messages = record.get(side)
+            roles = [m.get("role") if isinstance(m, dict) else None for m in messages or []]
+            if roles != ["user", "assistant"]:
+                raise InputError(f"{where}: {side} is not one user and one assistant message")
+            turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in messages]
+        if image_first(turns["chosen"][0], where) != image_first(turns["rejected"][0], where):
+            raise InputError(f"{where}: chosen and rejected answer different prompts")
+        stopped = lambda side: record.get(f"{side}_finish", "stop") != "length"
+        prompt = image_first(turns["chosen"][0], where)
+        chosen, rejected = turns["chosen"][1], turns["rejected"][1]
+        pairs.append(Pair(where, image, prompt, chosen, rejected, stopped("chosen"), stopped("rejected")))
+    return pairs
+
+
+# ---------------------------------------------------------------- instructions and descriptions (Algorithm 2)
+
+
+@dataclass
+class Instruction:
+    where: str
+    id: str  # unique within its file
+    image: str
+    turns: list  # [(user, answer), ...], one <image> among the users
+
+
+def image_records(path):
+    """LLaVA's instruction list -> [(where, id, record)] of those with an image, and how many there are in all.
+
+    Ids are made unique (`id#2` for a second record of that id): LLaVA's own data repeats some. Without one, the
+    image's name is the id.
+    """
+    records, seen = read_records(path), {}
+    with_images = []
+    for where, record in records:
+        if record.get("image"):
+            name = str(record.get("id") or record["image"])
+            seen[name] = seen.get(name, 0) + 1
+            with_images.append((where, name if seen[name] == 1 else f"{name}#{seen[name]}", record))
+    if not with_images:
+        raise InputError(f"{path}: none of its {len(records)} records has an image")
+    return with_images, len(records)
+
+
+def parse_instruction(where, id, record):
+    image = field(record, "image", where)
+    where = f"{where} ({id})"
+    messages = record.get("conversations")
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise InputError(f"{where}: no conversations")
+    messages = messages[1:] if messages and messages[0].get("from") == "gpt" else messages  # as LLaVA does
+    roles = [m.get("from") for m in messages]
+    if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+        raise InputError(f"{where}: turns are {roles}, not human and gpt in turn")
+    users = [field(m, "value", f"{where}: a human turn") for m in messages[::2]]
+    answers = [field(m, "value", f"{where}: a gpt turn") for m in messages[1::2]]
+    marked = [i for i, text in enumerate(users) if IMAGE_MARK in text] or [0]
+    if len(marked) > 1:
+        raise InputError(f"{where}: {len(marked)} <image> in the text but 1 picture")
+    users[marked[0]] = image_first(users[marked[0]], where)
+    return Instruction(where, id, image, list(zip(users, answers)))
+
+
+def infuse(instruction, description, one_line=False):
+    """Section 4, stage 2: the model's own description in front of the first instruction, behind the picture."""
+    (user, answer), *later = instruction.turns
+    form = INFUSED_ONE_LINE if one_line else INFUSED
+    text = form.format(description=description, instruction=user.removeprefix(f"{IMAGE_MARK}\n"))
+    user = with_image(text) if user.startswith(IMAGE_MARK) else text
+    return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later])
+
+
+def read_infused(instructions, descriptions, one_line=False):
+    """The described instructions, infused -> [Instruction] and a line of counts.
+
+    Descriptions carry the record's id; published ones that have none join on the image, the k-th description of a
+    picture with its k-th record.
+    """
+    records, total = image_records(instructions)
+    by_id = {id: (where, id, record) for where, id, record in records}
+    by_image = {}
+    for entry in records:
+        by_image.setdefault(entry[2]["image"], []).append(entry)
+    infused, taken = [], set()
+    for where, record in read_records(descriptions):
+        image, text = field(record, "image", where), field(record, "description", where)
+        if record.get("id") is not None:
+            entry = by_id.get(str(record["id"]))
+        else:
+            entry = next((e for e in by_image.get(image, []) if e[1] not in taken), None)
+        if entry is None:
+            raise InputError(f"{where}: describes {record.get('id', image)!r}, which {instructions} does not have")
+        instruction = parse_instruction(*entry)
+        if instruction.image != image:
+            raise InputError(f"{where}: describes {image}, but {instruction.where} shows {instruction.image}")
+        if instruction.id in taken:
+            raise InputError(f"{where}: {instruction.id} is described twice")
+        taken.add(instruction.id)
+        infused.append(infuse(instruction, text.strip(), one_line))
+    counts = f"{len(infused)} described of {len(records)} records with an image, {total} in all"
+    return infused, counts
+
+
+# ---------------------------------------------------------------- what is trained on
+
+
+@dataclass
+class Item:
+    example: Example
+    image: Path
+    length: int  # positions in the flat row
+    cut: bool  # whether a response was shortened to the maximum length
+
+
+def cut_to(ids, room):
+    return ids[:room], len(ids) > room
+
+
+def pair_item(pair, llava, folder, max_length):
+    """Pair -> Item: the prompt as trunk, [chosen, rejected] as branches, each cut to `max_length` merged tokens."""
+    tokenizer, path = llava.tokenizer, image_path(folder, pair.image)
+    prompt = tokenizer.encode_prompt(TEMPLATES[llava.config.template].prompt(pair.prompt))
+    length = len(prompt) - 1 + llava.config.image_tokens(image_size(path))
+    if length >= max_length:
+        raise InputError(f"{pair.where}: the prompt takes {length} tokens, no room for a response in {max_length}")
+    # A response that ended by length gets no end token: the model never said it there.
+    chosen, cut_w = cut_to(tokenizer.encode_response(pair.chosen, pair.chosen_stopped), max_length - length)
+    rejected, cut_l = cut_to(tokenizer.encode_response(pair.rejected, pair.rejected_stopped), max_length - length)
+    example = Example(pair.where, [(prompt, False)], [chosen, rejected])
+    return Item(example, path, length + len(chosen) + len(rejected), cut_w or cut_l)
+
+
+def instruction_item(instruction, llava, folder, max_length):
+    """Instruction -> Item: one conversation, every answer scored, ended in the answer that reaches `max_length`."""
+    tokenizer, path = llava.tokenizer, image_path(folder, instruction.image)
+    users, answers = zip(*instruction.turns)
+    prompts = TEMPLATES[llava.config.template].turns(users)
+    image_tokens, trunk, room, cut = llava.config.image_tokens(image_size(path)), [], max_length, False
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        prompt = tokenizer.encode_prompt(prompt, first=i == 0)
+        room -= len(prompt) + prompt.count(IMAGE) * (image_tokens - 1)
+        if room <= 0:
+            cut = True
+            break
+        answer, cut = cut_to(tokenizer.encode_response(answer), room)
+        trunk += [(prompt, False), (answer, True)]
+        room -= len(answer)
+        if cut:
+            break
+    if not trunk:
+        raise InputError(f"{instruction.where}: the first prompt alone is longer than {max_length} tokens")
+    if sum(ids.count(IMAGE) for ids, _ in trunk) != 1:
+        raise InputError(f"{instruction.where}: <image> comes only after {max_length} tokens")
+    return Item(Example(instruction.where, trunk, []), path, max_length - room, cut)
+
+
+def global_batches(lengths, size, seed):
+    """One epoch: indices in random order, `size` at a time, the last batch as short as it comes.
+
+    Within a batch longest first, so that ranks that take every n-th get like lengths.
+    """
+    order = list(range(len(lengths)))
+    random.Random(seed).shuffle(order)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return [sorted(batch, key=lambda i: -lengths[i]) for batch in batches]
+
+
+def load_tiles(item, llava):
+    return [llava.tiles(open_image(item.image))]
