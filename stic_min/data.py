@@ -280,6 +280,7 @@ class Item:
     example: Example
     image: Path
     length: int  # positions in the flat row
+    scored: int  # supervised tokens
     cut: bool  # whether a response was shortened to the maximum length
 
 
@@ -298,7 +299,8 @@ def pair_item(pair, llava, folder, max_length):
     chosen, cut_w = cut_to(tokenizer.encode_response(pair.chosen, pair.chosen_stopped), max_length - length)
     rejected, cut_l = cut_to(tokenizer.encode_response(pair.rejected, pair.rejected_stopped), max_length - length)
     example = Example(pair.where, [(prompt, False)], [chosen, rejected])
-    return Item(example, path, length + len(chosen) + len(rejected), cut_w or cut_l)
+    scored = len(chosen) + len(rejected)
+    return Item(example, path, length + scored, scored, cut_w or cut_l)
 
 
 def instruction_item(instruction, llava, folder, max_length):
@@ -322,7 +324,8 @@ def instruction_item(instruction, llava, folder, max_length):
         raise InputError(f"{instruction.where}: the first prompt alone is longer than {max_length} tokens")
     if sum(ids.count(IMAGE) for ids, _ in trunk) != 1:
         raise InputError(f"{instruction.where}: <image> comes only after {max_length} tokens")
-    return Item(Example(instruction.where, trunk, []), path, max_length - room, cut)
+    scored = sum(len(ids) for ids, is_scored in trunk if is_scored)
+    return Item(Example(instruction.where, trunk, []), path, max_length - room, scored, cut)
 
 
 def global_batches(lengths, size, seed):

@@ -288,6 +288,16 @@ def check_keys(llava, source, folder):
             raise InputError(f"{folder}: no tensor for {name}")
 
 
+def own_rows(value, like):
+    """The rows of a whole tensor that this rank holds of `like`: all of them, or FSDP2's ceil(n / ranks) a rank."""
+    if not isinstance(like, DTensor):
+        return value
+    mesh, rows = like.device_mesh, len(like.to_local())
+    start = mesh.get_local_rank() * -(-len(value) // mesh.size())
+    return value[start : start + rows]
+
+
+@torch.no_grad()
 def fill(llava, source, device="cpu"):
     """Gives every parameter of `llava` its values, in the parameter's own dtype.
 
@@ -299,9 +309,7 @@ def fill(llava, source, device="cpu"):
         if isinstance(value, tuple):
             value = value[2]()
         if isinstance(parameter, DTensor):
-            local, mesh = parameter.to_local(), parameter.device_mesh
-            start = mesh.get_local_rank() * -(-len(value) // mesh.size())  # FSDP2 gives each rank ceil(n / ranks) rows
-            local.copy_(value[start : start + len(local)])
+            parameter.to_local().copy_(own_rows(value, parameter))
         else:
             module, _, leaf = name.rpartition(".")
             value = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)

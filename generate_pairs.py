@@ -1,0 +1,165 @@
+"""Algorithm 1, first half: unlabeled pictures -> preference pairs, all by the model itself. With --describe, the first
+half of Algorithm 2: instructions -> the model's own descriptions of their pictures.
+
+  python generate_pairs.py --model M --images DIR --out pairs.jsonl
+  python generate_pairs.py --describe instructions.json --model M --adapter runs/stage1 --images DIR \\
+      --out descriptions.jsonl
+  torchrun --nproc_per_node=4 generate_pairs.py ...      the same, the pictures shared out over four GPUs
+
+Preferred: the picture under the step-by-step prompt. Dispreferred: half the time a prompt that invites invention, half
+the time the captioning prompt on a corrupted picture. One JSON line a pair, written at once; the same command again
+skips what is there. A picture that can't be read is one warning and is counted at the end.
+"""
+
+import argparse
+import random
+from pathlib import Path
+
+from stic_min import InputError, cli, sampler
+from stic_min.data import Output, image_records, subset
+from stic_min.images import corrupt, image_path, list_images, open_image
+from stic_min.loader import load_llava
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
+
+
+def plan_pair(name, seed):
+    """What Algorithm 1 draws for one picture, from (seed, name) alone: x, and x_b or the seed of h(v)."""
+    rng = random.Random(sampler.row_seed(seed, name, "plan"))
+    x = rng.choice(CAPTION_PROMPTS)
+    if rng.random() < 0.5:
+        return {"x": x, "x_b": rng.choice(HALLUCINATION_PROMPTS), "corruption_seed": None}
+    return {"x": x, "x_b": None, "corruption_seed": sampler.row_seed(seed, name, "corruption")}
+
+
+def pair_rows(name, picture, seed):
+    """[(prompt, picture, seed), ...] to sample for one picture, and the function that makes its record of them."""
+    plan = plan_pair(name, seed)
+    x, bad_prompt, bad_picture, corruption = plan["x"], plan["x_b"], picture, None
+    if bad_prompt is None:
+        bad_prompt = x  # y_b ~ p(. | h(v), x)
+        bad_picture, corruption = corrupt(picture, plan["corruption_seed"])
+        corruption["seed"] = plan["corruption_seed"]
+    rows = [
+        (GOOD_PROMPT, picture, sampler.row_seed(seed, name, "chosen")),
+        (bad_prompt, bad_picture, sampler.row_seed(seed, name, "rejected")),
+    ]
+
+    def record(texts, finishes):
+        turns = lambda text: [
+            {"role": "user", "content": with_image(x)},  # what is trained on is x, never x_g or x_b
+            {"role": "assistant", "content": text},
+        ]
+        return {
+            "image": name,
+            "image_corruption": corruption is not None,
+            "hallu_prompt": plan["x_b"] or "",
+            "chosen": turns(texts[0]),
+            "rejected": turns(texts[1]),
+            "chosen_prompt": GOOD_PROMPT,
+            "rejected_prompt": bad_prompt,
+            "corruption": corruption,
+            "chosen_finish": finishes[0],
+            "rejected_finish": finishes[1],
+        }
+
+    return rows, record
+
+
+def description_rows(id, name, picture, seed):
+    """The same for one description: x_des ~ P, y_des ~ p(. | v, x_des)."""
+    x = random.Random(sampler.row_seed(seed, id, "plan")).choice(CAPTION_PROMPTS)
+
+    def record(texts, finishes):
+        return {"id": id, "image": name, "prompt": x, "description": texts[0], "finish": finishes[0]}
+
+    return [(x, picture, sampler.row_seed(seed, id, "description"))], record
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--images", required=True, metavar="DIR", help="folder of pictures")
+    parser.add_argument("--names", metavar="FILE", help="only these pictures of it, one name a line (default: all)")
+    parser.add_argument("--describe", metavar="FILE", help="LLaVA instruction data: describe its pictures instead")
+    parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, appended to")
+    cli.add_model_flags(parser)
+    cli.add_sampling_flags(parser, temperature=0.2, batch_size=8)
+    args = parser.parse_args()
+    ranks = cli.start_ranks(args.device)
+
+    # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
+    if args.describe:
+        items = {id: record["image"] for _, id, record in image_records(args.describe)[0]}
+    elif args.names:
+        try:
+            lines = Path(args.names).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"can't read {args.names}: {error}") from None
+        items = {line.strip(): line.strip() for line in lines if line.strip()}
+    else:
+        items = {name: name for name in list_images(args.images)}
+    if not items:
+        raise InputError(f"{args.names}: no names in it")
+    keys = subset(list(items), args.limit, args.seed)
+
+    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    settings = {
+        "model": Path(args.model).resolve().name,
+        "adapter": args.adapter and Path(args.adapter).resolve().name,
+        "template": llava.config.template,
+        "image_mode": llava.config.image_mode,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+    output = Output(args.out, "id" if args.describe else "image", settings, ranks)
+    todo = [key for key in keys if key not in output.done]
+    what = "descriptions" if args.describe else "pairs"
+    ranks.say(f"{len(keys)} {what} to make, {len(keys) - len(todo)} of them already in {args.out}")
+
+    todo = todo[ranks.rank :: ranks.world]
+    progress = cli.Progress(what, len(todo), ranks)
+    template = TEMPLATES[llava.config.template]
+    together = max(1, args.batch_size // (1 if args.describe else 2))
+    for start in range(0, len(todo), together):
+        jobs = []
+        for key in todo[start : start + together]:
+            try:
+                picture = open_image(image_path(args.images, items[key]))
+            except InputError as error:
+                cli.warn(f"skipped: {error}")
+                continue
+            if args.describe:
+                jobs.append((key, *description_rows(key, items[key], picture, args.seed)))
+            else:
+                jobs.append((key, *pair_rows(key, picture, args.seed)))
+        rows = [row for _, job_rows, _ in jobs for row in job_rows]
+        samples = iter(sampler.sample(
+            llava,
+            [template.prompt(with_image(prompt)) for prompt, _, _ in rows],
+            [[picture] for _, picture, _ in rows],
+            [seed for _, _, seed in rows],
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        ))
+        for key, job_rows, record in jobs:
+            own = [next(samples) for _ in job_rows]
+            texts = [llava.tokenizer.decode(sample.ids) for sample in own]
+            if all(texts):
+                output.append(record(texts, [sample.finish for sample in own]))
+            else:
+                cli.warn(f"skipped: {key}: the model's answer is empty")
+        progress.add(len(todo[start : start + together]))
+
+    records = output.finish(keys)
+    if ranks.first:
+        finishes = [value for r in records for name, value in r.items() if name.endswith("finish")]
+        print(f"{len(records)} {what} in {args.out}, {len(keys) - len(records)} skipped; "
+              f"{finishes.count('length')} of {len(finishes)} answers reached --max-new-tokens")
+        if not records:
+            raise InputError(f"no {what}: every picture was skipped")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,358 @@
+"""What both stages share: sharding, optimizer groups, schedule, checkpoints, the step log.
+
+The scripts own the loop and the loss; a `Run` owns everything around them. One optimizer step takes one global batch,
+whatever the number of ranks and the size of a micro-batch: the loss is normalised over the global batch, so neither
+changes the result.
+"""
+
+import hashlib
+import json
+import math
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from stic_min import InputError, cli, lora
+from stic_min.data import global_batches, load_tiles
+from stic_min.images import open_image
+from stic_min.llava import Projector, collate
+from stic_min.loader import canonical, fill, open_llava, own_rows
+from stic_min.loss import token_logps
+from stic_min.sampler import row_seed
+
+BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
+CLIP_NORM = 1.0
+WARMUP = 0.03  # of all steps
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_flags(parser, *, lr, batch_size, dropout, max_length):
+    """The training flags of both scripts; `max_length` for pad mode, anyres takes 4096."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=cli.not_negative, default=lr, help="of LoRA")
+    group.add_argument("--projector-lr", type=cli.not_negative, default=2e-5, help="0 freezes the projector")
+    group.add_argument("--batch-size", type=cli.positive, default=batch_size, help="global, over all ranks")
+    group.add_argument("--micro-batch", type=cli.positive, default=1, help="samples a rank computes at once")
+    group.add_argument("--max-length", type=cli.positive, metavar="N",
+                       help=f"image tokens counted; responses are cut to it (default: {max_length}, in anyres 4096)")
+    group.add_argument("--lora-r", type=cli.positive, help="(default: 128, or the --adapter's)")
+    group.add_argument("--lora-alpha", type=cli.not_negative, help="(default: 2 * r, or the --adapter's)")
+    group.add_argument("--lora-dropout", type=float, default=dropout, help="on LoRA's input")
+    group.add_argument("--shard", choices=["full", "none"], default="full",
+                       help="under torchrun: full is FSDP; none keeps the whole model on each rank, and only gradients travel")
+    group.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward: less memory")
+    group.add_argument("--save-every", type=cli.positive, default=200, metavar="STEPS", help="checkpoint to resume from")
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def rate(step, steps):
+    """Learning rate of 0-based `step` as a fraction of the peak: linear warm-up over 3 %, then cosine towards 0."""
+    warmup = math.ceil(WARMUP * steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def micro_batches(batch, ranks, size):
+    """This rank's share of one global batch -> [(indices, counts?)], as many as every other rank has.
+
+    FSDP's ranks compute in step: one that has run out recomputes a sample that does not count.
+    """
+    own = batch[ranks.rank :: ranks.world]
+    rounds = math.ceil(math.ceil(len(batch) / ranks.world) / size)
+    chunks = [own[i * size : (i + 1) * size] for i in range(rounds)]
+    return [(chunk or batch[:1], bool(chunk)) for chunk in chunks]
+
+
+def memory_gb(device):
+    """Peak memory of this rank so far, in GB: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in KB
+
+
+def full(tensor):
+    """The whole of a maybe sharded tensor, on the CPU. Every rank has to call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def local(tensor):
+    """This rank's part of a maybe sharded tensor, to write into."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# ---------------------------------------------------------------- the model
+
+
+def build(args, ranks, keep_reference):
+    """Model on its devices with LoRA (and, unless --projector-lr 0, the projector) trainable in fp32.
+
+    `keep_reference`: also theta_0's projector, where the projector trains. Returns (llava, adapter), the adapter for
+    its settings: new, or the one that --adapter names.
+    """
+    options = cli.model_options(args, ranks)
+    options["image_mode"] = args.image_mode or "pad"  # Table 4
+    llava, source = open_llava(args.model, **options)
+    given = getattr(args, "adapter", None)
+    if given:
+        adapter = lora.read_adapter(given, llava, canonical)
+        for flag, value in (("--lora-r", adapter.r), ("--lora-alpha", adapter.alpha)):
+            wanted = getattr(args, flag[2:].replace("-", "_"))
+            if wanted is not None and wanted != value:
+                raise InputError(f"{flag} {wanted}: {given} has {value}, and training goes on with it")
+        adapter.dropout = args.lora_dropout
+    else:
+        r = args.lora_r or 128
+        adapter = lora.fresh(llava, r, args.lora_alpha or 2 * r, args.lora_dropout, args.seed)
+    adapter.base = str(args.model)
+    lora.attach(llava, adapter)
+    projector = {name: value for name, value in source.items() if name.startswith("mm_projector.")}  # theta_0's
+    source |= adapter.tensors
+    if args.projector_lr:
+        llava.mm_projector.float().requires_grad_(True)
+        if keep_reference:
+            with torch.device("meta"):
+                copy = Projector(llava.config.vision.hidden_size, llava.config.decoder.hidden_size)
+            llava.reference_projector = copy.to(options["dtype"]).requires_grad_(False)
+            source |= {name.replace("mm_", "reference_"): value for name, value in projector.items()}
+    for layer in llava.model.layers:
+        layer.checkpoint_activations = args.checkpoint_activations
+    if ranks.world > 1 and args.shard == "full":
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        for layer in llava.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(llava, mesh=mesh)
+        llava.to_empty(device=ranks.device)
+    return fill(llava, source, ranks.device), adapter
+
+
+def check_pictures(items, ranks):
+    """Decodes every picture once, shared out over the ranks: better now than in hour three."""
+    own = sorted({item.image for item in items})[ranks.rank :: ranks.world]
+    progress, broken = cli.Progress("checking pictures", len(own), ranks), None
+    for path in own:
+        try:
+            open_image(path)
+        except InputError as error:
+            broken = broken or str(error)
+        progress.add()
+    found = [broken]
+    if ranks.world > 1:
+        found = [None] * ranks.world
+        dist.all_gather_object(found, broken)
+    if any(found):
+        raise InputError(next(f for f in found if f))
+
+
+@torch.no_grad()
+def check_picture_matters(llava, item):
+    """A model trained without its pictures learns nothing from them: log p has to differ from that with a blank one.
+
+    Every rank has to call it. Raises InputError if it does not differ.
+    """
+    tiles = load_tiles(item, llava)
+    logps = []
+    for blank in (False, True):
+        for t in tiles if blank else []:
+            t.pixels = torch.zeros_like(t.pixels)  # CLIP's mean colour
+        batch = collate([item.example], [tiles], llava.config, llava.device)
+        logps.append(token_logps(llava(batch), batch.labels))
+    if isinstance(llava, FSDPModule):
+        llava.reshard()  # the root keeps its parameters whole until a backward; the optimizer has to see the shards
+    if torch.equal(*logps):
+        raise InputError(f"{item.example.name}: log p is the same with a blank picture, so {item.image} has no effect")
+
+
+def settings(args, llava, files):
+    """What a run's result depends on, to tell a resumed run from another one: flags, and what is in the files."""
+    free = {"out", "images", "device", "dtype", "shard", "micro_batch", "checkpoint_activations", "save_every"}
+    values = {name: value for name, value in vars(args).items() if name not in free}
+    values |= {"dtype": str(llava.lm_head.weight.dtype), "template": llava.config.template}
+    values |= {"image_mode": llava.config.image_mode}
+    return values | {f"sha256 of {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+
+
+# ---------------------------------------------------------------- one training run
+
+
+class Run:
+    """An output folder, an optimizer and the steps in between.
+
+    for step, batches in run.steps():            # (indices, counts?) micro-batches of this rank
+        for indices, counts in batches:
+            loss = ...                           # this rank's part of the global batch's mean
+            run.backward(loss)
+        run.update(step, {"loss": ..., ...})     # sums over this rank's samples; means over the batch are logged
+
+    A run that was killed goes on from its last checkpoint when the same command is given again, and gives what it would
+    have given. `out` holds the adapter at its top once it is finished, log.jsonl, and checkpoint-N meanwhile.
+    """
+
+    def __init__(self, args, llava, adapter, items, ranks, settings):
+        self.args, self.llava, self.adapter, self.ranks, self.items = args, llava, adapter, ranks, items
+        self.settings = settings
+        self.out = Path(args.out)
+        self.batches = global_batches([item.length for item in items], args.batch_size, args.seed)
+        self.parameters = {n: p for n, p in llava.named_parameters() if ".lora_" in n}
+        projector = {n: p for n, p in llava.named_parameters() if n.startswith("mm_projector.") and p.requires_grad}
+        groups = [{"params": list(self.parameters.values()), "peak": args.lr}]
+        if projector:
+            groups.append({"params": list(projector.values()), "peak": args.projector_lr})
+        self.parameters |= projector
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+        self.begin, self.first_step, self.tokens = None, 0, 0
+        llava.train()
+        self.resume()
+
+    # ------------------------------------------------------------ steps
+
+    def steps(self):
+        """(step, micro-batches) from where the run stands to the end of the epoch."""
+        self.begin = self.last = time.monotonic()
+        for step in range(self.first_step, len(self.batches)):
+            # Dropout depends on the step alone, so that a resumed run draws the same.
+            torch.manual_seed(row_seed(self.args.seed, step, self.ranks.rank))
+            yield step, micro_batches(self.batches[step], self.ranks, self.args.micro_batch)
+
+    def collate(self, indices):
+        items = [self.items[i] for i in indices]
+        batch = collate([i.example for i in items], [load_tiles(i, self.llava) for i in items], self.llava.config,
+                        self.llava.device)
+        self.tokens += len(batch.ids)
+        return batch
+
+    def total(self, *values):
+        """Sums of numbers over the ranks."""
+        values = torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
+        if self.ranks.world > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def backward(self, loss):
+        """Adds the gradient of this rank's part of the loss; FSDP averages over ranks, the parts have to be summed."""
+        sharded = self.ranks.world > 1 and self.args.shard == "full"
+        (loss * self.ranks.world if sharded else loss).backward()
+
+    def update(self, step, sums):
+        """Clips, steps, logs. `sums`: quantities summed over this rank's part of the global batch."""
+        if self.ranks.world > 1 and self.args.shard == "none":
+            gradients = [p.grad for p in self.parameters.values()]
+            flat = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(flat)
+            for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+                gradient.copy_(part.view_as(gradient))
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
+        norm = full(norm).item()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate(step, len(self.batches))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.log(step, dict(zip(sums, self.total(*sums.values()))), norm)
+        if not math.isfinite(norm):
+            raise InputError(f"step {step + 1}: the gradient is {norm}; nothing of this step is saved")
+        if (step + 1) % self.args.save_every == 0 and step + 1 < len(self.batches):
+            self.save_checkpoint(step + 1)
+
+    def log(self, step, values, norm):
+        now, steps = time.monotonic(), len(self.batches)
+        [tokens] = self.total(self.tokens)
+        speed, self.tokens, self.last = tokens / (now - self.last), 0, now
+        left = (now - self.begin) / (step + 1 - self.first_step) * (steps - step - 1)
+        memory = memory_gb(self.ranks.device)
+        lr = self.optimizer.param_groups[0]["lr"]
+        record = {"step": step + 1, **values, "grad_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1),
+                  "memory_gb": round(memory, 3)}
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
+                       f"{memory:.2f} GB  {cli.clock(left)} left")
+        if self.ranks.first:
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, step):
+        """LoRA, projector and Adam's two moments, written beside and renamed; then the older one goes."""
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state[parameter]
+            for kind, value in (("", parameter), ("exp_avg.", state["exp_avg"]), ("exp_avg_sq.", state["exp_avg_sq"])):
+                value = full(value)
+                if self.ranks.first:
+                    tensors[kind + name] = value.contiguous()
+        if self.ranks.first:
+            folder, beside = self.out / f"checkpoint-{step}", self.out / "checkpoint.new"
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            save_file(tensors, beside / "state.safetensors")
+            (beside / "run.json").write_text(json.dumps(self.settings | {"step": step}, indent=2) + "\n")
+            beside.rename(folder)
+            for old in self.checkpoints():
+                if old != folder:
+                    shutil.rmtree(old)
+        self.ranks.barrier()
+
+    def checkpoints(self):
+        found = [p for p in self.out.glob("checkpoint-*") if p.name[11:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[11:]))
+
+    def resume(self):
+        """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
+        if (self.out / "adapter_config.json").exists():
+            raise InputError(f"{self.out} holds a finished run; name another --out, or delete it")
+        self.ranks.barrier()
+        self.out.mkdir(parents=True, exist_ok=True)
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+            return
+        folder = checkpoints[-1]
+        saved = json.loads((folder / "run.json").read_text())
+        for name, value in self.settings.items():
+            if saved.get(name) != value:
+                raise InputError(f"{folder} is of a run with {name} {saved.get(name)!r}, this one has {value!r}; "
+                                 "name another --out, or delete it")
+        self.first_step = saved["step"]
+        tensors = load_file(folder / "state.safetensors")
+        for name, parameter in self.parameters.items():
+            state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            with torch.no_grad():
+                local(parameter).copy_(own_rows(tensors[name], parameter))
+                for kind, value in state.items():
+                    local(value).copy_(own_rows(tensors[f"{kind}.{name}"], parameter))
+            self.optimizer.state[parameter] = state | {"step": torch.tensor(float(self.first_step))}
+        if self.ranks.first:
+            log = self.out / "log.jsonl"
+            lines = log.read_text().splitlines(keepends=True)[: self.first_step]
+            log.write_text("".join(lines))
+        self.ranks.say(f"resuming after step {self.first_step} from {folder}")
+
+    def finish(self):
+        """Writes the adapter at the top of `out` and removes the checkpoints."""
+        self.adapter.tensors = {name: full(parameter) for name, parameter in self.parameters.items()}
+        if self.ranks.first:
+            beside = self.out / "adapter.new"
+            lora.write_adapter(beside, self.adapter)
+            # adapter_config.json, the mark of a finished run, comes last.
+            for file in sorted(beside.iterdir(), key=lambda f: f.name == "adapter_config.json"):
+                os.replace(file, self.out / file.name)
+            beside.rmdir()
+            for old in self.checkpoints():
+                shutil.rmtree(old)
+            (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+            print(f"wrote {self.out}: adapter_model.safetensors, log.jsonl"
+                  f"{', ' + lora.PROJECTOR_FILE if self.args.projector_lr else ''}")
+        self.ranks.barrier()

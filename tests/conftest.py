@@ -1,0 +1,26 @@
+"""What several test files use: the reference data beside the repository, and the tiny checkpoints of tests/tiny.py."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Numbers computed by the official code; the project never needs them to run.
+SHARED = Path(os.environ.get("STIC_SHARED") or Path(__file__).resolve().parents[2] / "shared")
+
+
+@pytest.fixture(scope="session")
+def shared():
+    if not SHARED.is_dir():
+        pytest.skip(f"no reference data in {SHARED} (set STIC_SHARED)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder with tiny checkpoints, pictures, instructions and a benchmark, written once."""
+    from tiny import write_all
+
+    folder = tmp_path_factory.mktemp("tiny")
+    write_all(folder)
+    return folder

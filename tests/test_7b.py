@@ -1,0 +1,260 @@
+"""LLaVA-v1.6-mistral-7b and LLaVA-v1.5-7b for real, on the meta device: the published config.json files give a model
+whose parameters are exactly the published tensors. Keys and shapes are written out here, not taken from our modules."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from stic_min import loader, lora
+from stic_min.clip import ClipConfig
+from stic_min.llava import LLaVA, LlavaConfig
+from stic_min.mistral import DecoderConfig
+
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+# ---------------------------------------------------------------- config.json as published
+
+V16 = dict(  # liuhaotian/llava-v1.6-mistral-7b
+    _name_or_path="mistralai/Mistral-7B-Instruct-v0.2", architectures=["LlavaMistralForCausalLM"],
+    attention_dropout=0.0, bos_token_id=1, eos_token_id=2, freeze_mm_mlp_adapter=False,
+    freeze_mm_vision_resampler=False, hidden_act="silu", hidden_size=4096, image_aspect_ratio="anyres",
+    image_crop_resolution=224, image_grid_pinpoints=PINPOINTS, image_split_resolution=224, initializer_range=0.02,
+    intermediate_size=14336, max_position_embeddings=32768, mm_hidden_size=1024, mm_patch_merge_type="spatial_unpad",
+    mm_projector_lr=None, mm_projector_type="mlp2x_gelu", mm_resampler_type=None, mm_use_im_patch_token=False,
+    mm_use_im_start_end=False, mm_vision_select_feature="patch", mm_vision_select_layer=-2,
+    mm_vision_tower="openai/clip-vit-large-patch14-336", mm_vision_tower_lr=2e-06, model_type="llava_mistral",
+    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=1000000.0,
+    sliding_window=None, tie_word_embeddings=False, tokenizer_model_max_length=4096, tokenizer_padding_side="right",
+    torch_dtype="bfloat16", transformers_version="4.36.2", tune_mm_mlp_adapter=False, tune_mm_vision_resampler=False,
+    unfreeze_mm_vision_tower=True, use_cache=True, use_mm_proj=True, vision_tower_pretrained="", vocab_size=32000,
+)  # fmt: skip
+V15 = dict(  # liuhaotian/llava-v1.5-7b
+    _name_or_path="llava-v1.5-7b", architectures=["LlavaLlamaForCausalLM"], bos_token_id=1, eos_token_id=2,
+    freeze_mm_mlp_adapter=False, freeze_mm_vision_resampler=False, hidden_act="silu", hidden_size=4096,
+    image_aspect_ratio="pad", initializer_range=0.02, intermediate_size=11008, max_length=4096,
+    max_position_embeddings=4096, mm_hidden_size=1024, mm_projector_type="mlp2x_gelu", mm_resampler_type=None,
+    mm_use_im_patch_token=False, mm_use_im_start_end=False, mm_vision_select_feature="patch",
+    mm_vision_select_layer=-2, mm_vision_tower="openai/clip-vit-large-patch14-336", model_type="llava_llama",
+    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, pad_token_id=0, pretraining_tp=1,
+    rms_norm_eps=1e-05, rope_scaling=None, tie_word_embeddings=False, torch_dtype="float16",
+    transformers_version="4.31.0", tune_mm_mlp_adapter=False, tune_mm_vision_resampler=False,
+    unfreeze_mm_vision_tower=False, use_cache=True, use_mm_proj=True, vocab_size=32000,
+)  # fmt: skip
+HF = dict(  # what the two transformers files share; everything absent is a class default
+    ignore_index=-100, image_token_index=32000, projector_hidden_act="gelu", tie_word_embeddings=False,
+    torch_dtype="float16", vision_feature_layer=-2, vision_feature_select_strategy="default", vocab_size=32064,
+    vision_config=dict(
+        hidden_size=1024, image_size=336, intermediate_size=4096, model_type="clip_vision_model",
+        num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768, vocab_size=32000,
+    ),
+)  # fmt: skip
+HF16 = HF | dict(  # llava-hf/llava-v1.6-mistral-7b-hf
+    architectures=["LlavaNextForConditionalGeneration"], image_grid_pinpoints=PINPOINTS, model_type="llava_next",
+    transformers_version="4.39.0.dev0", use_image_newline_parameter=True,
+    text_config=dict(
+        _name_or_path="mistralai/Mistral-7B-Instruct-v0.2", architectures=["MistralForCausalLM"],
+        intermediate_size=14336, max_position_embeddings=32768, model_type="mistral", num_key_value_heads=8,
+        rms_norm_eps=1e-05, rope_theta=1000000.0, sliding_window=None, torch_dtype="bfloat16", vocab_size=32064,
+    ),
+)  # fmt: skip
+HF15 = HF | dict(  # llava-hf/llava-1.5-7b-hf
+    architectures=["LlavaForConditionalGeneration"], model_type="llava", pad_token_id=32001,
+    transformers_version="4.36.0.dev0",
+    text_config=dict(
+        _name_or_path="lmsys/vicuna-7b-v1.5", architectures=["LlamaForCausalLM"], max_position_embeddings=4096,
+        model_type="llama", rms_norm_eps=1e-05, torch_dtype="float16", vocab_size=32064,
+    ),
+)  # fmt: skip
+CONFIGS = {"v1.6": V16, "v1.5": V15, "v1.6-hf": HF16, "v1.5-hf": HF15}
+
+# ---------------------------------------------------------------- keys and shapes as published
+
+# Where each layout has its parts. In transformers' files the projector's two layers are linear_1 and linear_2.
+HF_PROJECTOR = {"0": "multi_modal_projector.linear_1", "2": "multi_modal_projector.linear_2"}
+LAYOUTS = {
+    "original": dict(
+        decoder="model.", lm_head="lm_head", newline="model.image_newline",
+        tower="model.vision_tower.vision_tower.vision_model.",
+        projector={"0": "model.mm_projector.0", "2": "model.mm_projector.2"},
+    ),
+    "hf": dict(  # as published, and as every version of transformers saves a loaded checkpoint
+        decoder="language_model.model.", lm_head="language_model.lm_head", newline="image_newline",
+        tower="vision_tower.vision_model.", projector=HF_PROJECTOR,
+    ),
+    "hf-memory": dict(  # module names of 4.52 to 4.57, in state dicts written directly
+        decoder="model.language_model.", lm_head="lm_head", newline="model.image_newline",
+        tower="model.vision_tower.vision_model.", projector={i: "model." + p for i, p in HF_PROJECTOR.items()},
+    ),
+}  # fmt: skip
+LAYOUTS["hf-fresh-5"] = LAYOUTS["hf"] | {"tower": "vision_tower."}  # 5.x, saved without having been loaded
+LAYOUTS["hf-memory-5"] = LAYOUTS["hf-memory"] | {"tower": "model.vision_tower."}
+
+
+def tower_keys(prefix):
+    """CLIP-L/14-336: 24 layers of 16 tensors, 3 embeddings, 2 norms."""
+    square, modules = (1024, 1024), {"pre_layrnorm": (1024,), "post_layernorm": (1024,)}
+    for i in range(24):
+        layer = f"encoder.layers.{i}."
+        modules |= {f"{layer}self_attn.{name}": square for name in ("k_proj", "v_proj", "q_proj", "out_proj")}
+        modules |= {f"{layer}mlp.fc1": (4096, 1024), f"{layer}mlp.fc2": (1024, 4096)}
+        modules |= {f"{layer}layer_norm1": (1024,), f"{layer}layer_norm2": (1024,)}
+    keys = {
+        f"{prefix}embeddings.class_embedding": (1024,),
+        f"{prefix}embeddings.patch_embedding.weight": (1024, 3, 14, 14),
+        f"{prefix}embeddings.position_embedding.weight": (577, 1024),
+    }
+    for name, shape in modules.items():
+        keys |= {f"{prefix}{name}.weight": shape, f"{prefix}{name}.bias": shape[:1]}
+    return keys
+
+
+def published(version, layout):
+    """{key: shape} of all tensors in the checkpoint. Original v1.5 has no tower; transformers pads the vocabulary."""
+    (kv, mlp), at = {"v1.6": (1024, 14336), "v1.5": (4096, 11008)}[version], LAYOUTS[layout]
+    vocabulary = 32000 if layout == "original" else 32064
+    keys = {f"{at['decoder']}embed_tokens.weight": (vocabulary, 4096), f"{at['decoder']}norm.weight": (4096,)}
+    keys |= {f"{at['lm_head']}.weight": (vocabulary, 4096)}
+    for i in range(32):
+        layer = f"{at['decoder']}layers.{i}."
+        keys |= {
+            f"{layer}self_attn.q_proj.weight": (4096, 4096),
+            f"{layer}self_attn.k_proj.weight": (kv, 4096),
+            f"{layer}self_attn.v_proj.weight": (kv, 4096),
+            f"{layer}self_attn.o_proj.weight": (4096, 4096),
+            f"{layer}mlp.gate_proj.weight": (mlp, 4096),
+            f"{layer}mlp.up_proj.weight": (mlp, 4096),
+            f"{layer}mlp.down_proj.weight": (4096, mlp),
+            f"{layer}input_layernorm.weight": (4096,),
+            f"{layer}post_attention_layernorm.weight": (4096,),
+        }
+    for i, width in (("0", 1024), ("2", 4096)):
+        keys |= {f"{at['projector'][i]}.weight": (4096, width), f"{at['projector'][i]}.bias": (4096,)}
+    if version == "v1.6":
+        keys |= {at["newline"]: (4096,)}
+    return keys | (tower_keys(at["tower"]) if (version, layout) != ("v1.5", "original") else {})
+
+
+# Our names of the 18 tensors that nothing needs.
+UNUSED = {name for name in tower_keys("vision_tower.") if "encoder.layers.23." in name or "post_layernorm" in name}
+
+
+def count(shapes):
+    return sum(map(math.prod, shapes))
+
+
+def config_of(folder, name):
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return loader.read_config(folder)
+
+
+def shapes_of(config):
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in LLaVA(config).named_parameters()}
+
+
+# ---------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations(name, tmp_path):
+    """Every number of the sparse files too, whose missing keys are transformers' class defaults."""
+    mistral, huggingface = name.startswith("v1.6"), name.endswith("hf")
+    expected = LlavaConfig(
+        DecoderConfig(
+            hidden_size=4096,
+            intermediate_size=14336 if mistral else 11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8 if mistral else 32,
+            vocab_size=32064 if huggingface else 32000,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6 if mistral else 1e4,
+            max_positions=32768 if mistral else 4096,
+        ),
+        ClipConfig(1024, 4096, 24, 16, 336, 14, 1e-5),
+        image_mode="anyres" if mistral else "pad",
+        pinpoints=tuple(map(tuple, PINPOINTS)) if mistral else None,
+        template="mistral_instruct" if mistral else "vicuna_v1",
+        max_length=32768 if name == "v1.6-hf" else 4096,
+    )
+    assert config_of(tmp_path, name) == (expected, None, huggingface)
+    assert expected.image_tokens((640, 480)) == (2340 if mistral else 576)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("version", ["v1.6", "v1.5"])
+def test_every_published_tensor_is_a_parameter_or_ignored(version, layout, tmp_path):
+    parameters = shapes_of(config_of(tmp_path, version if layout == "original" else f"{version}-hf")[0])
+    keys = published(version, layout)
+    if (version, layout) == ("v1.5", "original"):
+        keys |= tower_keys("vision_model.")  # from CLIP's own folder
+    names = [loader.canonical(key) for key in keys]
+    assert len(set(names)) == len(names)
+    assert set(names) - set(parameters) == UNUSED and len(UNUSED) == 18
+    assert {name: shape for name, shape in zip(names, keys.values()) if name not in UNUSED} == parameters
+
+
+def test_parameter_counts(tmp_path):
+    v16, v15 = (shapes_of(config_of(tmp_path, name)[0]) for name in ("v1.6", "v1.5"))
+    assert count(published("v1.6", "original").values()) == 7_566_223_360
+    assert count(v16.values()) == 7_553_625_088 == 7_566_223_360 - 12_598_272
+    # Vicuna-7B 6,738,415,616 = 32 (4 * 4096^2 + 3 * 4096 * 11008 + 2 * 4096) + 2 * 32000 * 4096 + 4096,
+    # the projector 20,979,712 = 4096 (1024 + 1) + 4096 (4096 + 1), the tower 303,507,456 less 12,598,272.
+    assert count(published("v1.5", "original").values()) == 6_738_415_616 + 20_979_712
+    assert count(v15.values()) == 6_738_415_616 + 20_979_712 + 303_507_456 - 12_598_272 == 7_050_304_512
+    for shapes in (v16, v15):
+        assert count(shape for name, shape in shapes.items() if name.startswith("mm_projector.")) == 20_979_712
+
+
+@pytest.mark.parametrize("version, expected", [("v1.6", 335_544_320), ("v1.5", 319_815_680)])
+def test_lora_counts(version, expected, tmp_path):
+    with torch.device("meta"):
+        llava = LLaVA(config_of(tmp_path, version)[0])
+    modules = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(32) for x in "qkvo"]
+    modules += [f"model.layers.{i}.mlp.{x}_proj" for i in range(32) for x in ("gate", "up", "down")]
+    before = dict(llava.named_parameters())
+    lora.attach(llava, lora.Adapter(r=128, alpha=256, dropout=0.0, modules=modules, tensors={}))
+    added = {n: p for n, p in llava.named_parameters() if n not in before}
+    assert set(added) == {f"{m}.lora_{x}" for m in modules for x in "AB"}
+    assert count(p.shape for p in added.values()) == expected
+    assert all(p.is_meta and p.dtype == torch.float32 for p in added.values())
+    assert all(p is before[n] for n, p in llava.named_parameters() if n in before)
+
+
+def write_hollow(folder, keys, dtype, size=2):
+    """A safetensors file of `keys` that is all hole: 15 GB that take no room on the disk."""
+    header, at = {}, 0
+    for key, shape in keys.items():
+        end = at + size * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
+@pytest.mark.parametrize("name, dtype", [("v1.6", "BF16"), ("v1.6-hf", "F16"), ("v1.5", "F16"), ("v1.5-hf", "F16")])
+def test_open_llava_takes_whole_checkpoints(name, dtype, tiny, tmp_path):
+    folder = tmp_path / name
+    version, layout = name[:4], "hf" if name.endswith("hf") else "original"
+    keys = published(version, layout)
+    if name == "v1.5":
+        keys |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(32)}  # in the first release
+        clip = tower_keys("vision_model.") | {"vision_model.embeddings.position_ids": (1, 577), "logit_scale": ()}
+        clip |= {"text_model.final_layer_norm.weight": (768,), "visual_projection.weight": (768, 1024)}
+        write_hollow(tmp_path / V15["mm_vision_tower"], clip, "F32", 4)
+        vision = dict(model_type="clip", vision_config=dict(HF["vision_config"], hidden_act="quick_gelu"))
+        (tmp_path / V15["mm_vision_tower"] / "config.json").write_text(json.dumps(vision))
+    write_hollow(folder, keys, dtype)
+    config = config_of(folder, name)[0]
+    shutil.copy(tiny / "llava-v1.6-tiny" / "tokenizer.model", folder)
+    llava, source = loader.open_llava(folder, dtype=torch.bfloat16)
+    rows = 600 if layout == "hf" else 32000  # of a padded vocabulary the tokenizer's part is taken, here the tiny one's
+    parameters = shapes_of(config) | dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], (rows, 4096))
+    assert {n: tuple(p.shape) for n, p in llava.named_parameters()} == parameters and source.keys() == parameters.keys()
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in llava.parameters())

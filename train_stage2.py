@@ -1,0 +1,57 @@
+"""Stage 2 of STIC (Algorithm 2, second half): instructions with the model's own descriptions in front -> theta_hat.
+
+  python train_stage2.py --model M --adapter runs/stage1 --instructions instructions.json \\
+      --descriptions descriptions.jsonl --images DIR --out runs/stage2
+  torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, the model sharded (FSDP)
+
+Trains exactly the described records, on every answer of theirs. Goes on from stage 1's LoRA and projector; without
+--adapter it starts from the base model (the control that skips stage 1). runs/stage2 stands alone. The same command
+again resumes a run that was stopped.
+"""
+
+import argparse
+
+from stic_min import cli, training
+from stic_min.data import instruction_item, read_infused, subset
+from stic_min.loss import sft_loss
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--instructions", required=True, metavar="FILE", help="LLaVA instruction data, a JSON list")
+    parser.add_argument("--descriptions", required=True, metavar="FILE", help="of generate_pairs.py --describe")
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
+    parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
+    parser.add_argument("--one-line", action="store_true", help="put descriptions as the paper prints it, in one line")
+    cli.add_model_flags(parser, image_mode="pad, as Table 4")
+    training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
+    args = parser.parse_args()
+    ranks = cli.start_ranks(args.device, backend=None)
+
+    instructions, counts = read_infused(args.instructions, args.descriptions, args.one_line)
+    instructions = subset(instructions, args.limit, args.seed)
+    llava, adapter = training.build(args, ranks, keep_reference=False)
+    max_length = args.max_length or (2048 if llava.config.image_mode == "pad" else 4096)
+    items = [instruction_item(instruction, llava, args.images, max_length) for instruction in instructions]
+    ranks.say(f"{counts}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    training.check_pictures(items, ranks)
+    training.check_picture_matters(llava, items[0])
+
+    settings = training.settings(args, llava, files=[args.instructions, args.descriptions])
+    run = training.Run(args, llava, adapter, items, ranks, settings)
+    for step, batches in run.steps():
+        size = sum(items[i].scored for i in run.batches[step])  # supervised tokens of the global batch
+        sums = dict.fromkeys(("loss", "answer_tokens"), 0.0)
+        for indices, counts in batches:
+            batch = run.collate(indices)
+            nll, tokens = sft_loss(llava(batch), batch.labels)  # Algorithm 2
+            run.backward(nll / size * counts)
+            if counts:
+                sums["loss"] += nll.item() / size
+                sums["answer_tokens"] += tokens.item()
+        run.update(step, sums)
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli.run(main)
