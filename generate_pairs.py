@@ -82,6 +82,7 @@ def main():
     parser.add_argument("--describe", metavar="FILE", help="LLaVA instruction data: describe its pictures instead")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, appended to")
     cli.add_model_flags(parser)
+    cli.add_limit_flag(parser)
     cli.add_sampling_flags(parser, temperature=0.2, batch_size=8)
     args = parser.parse_args()
     ranks = cli.start_ranks(args.device)

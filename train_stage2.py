@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
     parser.add_argument("--one-line", action="store_true", help="put descriptions as the paper prints it, in one line")
     cli.add_model_flags(parser, image_mode="pad, as Table 4")
+    cli.add_limit_flag(parser)
     training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
     args = parser.parse_args()
     ranks = cli.start_ranks(args.device, backend=None)

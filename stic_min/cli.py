@@ -59,6 +59,9 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
     group.add_argument("--dtype", choices=sorted(DTYPES), help="(default: bfloat16 on a GPU, else float32)")
     group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one; this rank's under torchrun)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
+
+
+def add_limit_flag(parser):
     parser.add_argument("--limit", type=positive, metavar="N", help="only a random subset of N, drawn with --seed")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from stic_min import InputError
 from stic_min.images import image_path, image_size, open_image
 from stic_min.llava import Example
-from stic_min.text import IMAGE, IMAGE_MARK, INFUSED, INFUSED_ONE_LINE, TEMPLATES, with_image
+from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image
 
 # ---------------------------------------------------------------- files in
 
@@ -235,8 +235,7 @@ def parse_instruction(where, id, record):
 def infuse(instruction, description, one_line=False):
     """Section 4, stage 2: the model's own description in front of the first instruction, behind the picture."""
     (user, answer), *later = instruction.turns
-    form = INFUSED_ONE_LINE if one_line else INFUSED
-    text = form.format(description=description, instruction=user.removeprefix(f"{IMAGE_MARK}\n"))
+    text = infused(description, user.removeprefix(f"{IMAGE_MARK}\n"), one_line)
     user = with_image(text) if user.startswith(IMAGE_MARK) else text
     return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later])
 
@@ -252,7 +251,7 @@ def read_infused(instructions, descriptions, one_line=False):
     by_image = {}
     for entry in records:
         by_image.setdefault(entry[2]["image"], []).append(entry)
-    infused, taken = [], set()
+    described, taken = [], set()
     for where, record in read_records(descriptions):
         image, text = field(record, "image", where), field(record, "description", where)
         if record.get("id") is not None:
@@ -267,9 +266,9 @@ def read_infused(instructions, descriptions, one_line=False):
         if instruction.id in taken:
             raise InputError(f"{where}: {instruction.id} is described twice")
         taken.add(instruction.id)
-        infused.append(infuse(instruction, text.strip(), one_line))
-    counts = f"{len(infused)} described of {len(records)} records with an image, {total} in all"
-    return infused, counts
+        described.append(infuse(instruction, text, one_line))
+    counts = f"{len(described)} described of {len(records)} records with an image, {total} in all"
+    return described, counts
 
 
 # ---------------------------------------------------------------- what is trained on

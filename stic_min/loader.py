@@ -258,6 +258,12 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
             named = read_json(folder / "config.json").get("mm_vision_tower")
             raise InputError(f"{folder} holds no vision weights and {named!r} is no folder near it; name it: --vision")
         source |= open_weights(vision_folder, ignored | IGNORED_IN_CLIP, only="vision_tower.")
+    elif vision_folder is None and not huggingface:
+        # Its own tower, of unknown geometry (heads and patches are no tensors): CLIP-L/14-336 if the shapes fit.
+        _, file, read = source.get("vision_tower.embeddings.position_embedding.weight", (None, None, None))
+        if read and tuple(read().shape) != (config.vision.patches**2 + 1, config.vision.hidden_size):
+            raise InputError(f"{file}: the vision tower is not CLIP-L/14-336 and there is no configuration of it near "
+                             f"{folder}; name its folder: --vision")
     if huggingface:
         # transformers pads the vocabulary (32064) for <image> and <pad>, tokens that never occur here.
         rows = min(config.decoder.vocab_size, tokenizer.size)

@@ -1,0 +1,180 @@
+"""Benchmarks with and without describe-and-respond (DaR), and questions about one picture.
+
+  python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/          direct
+  python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/ --dar    describes first
+  python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA      no model
+  python evaluate.py ask --model M --adapter runs/stage2 --image pic.jpg "What is in the picture?"
+  torchrun --nproc_per_node=4 evaluate.py scienceqa ...      the questions shared out over four GPUs
+
+Answers are greedy and go to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl, one line each, written at once; the same
+command again skips what is there. The paper's numbers were made with --template vicuna_v1 and anyres.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from stic_min import InputError, cli, sampler
+from stic_min.data import Output, read_records, subset
+from stic_min.images import image_path, open_image
+from stic_min.loader import load_llava
+from stic_min.scorers import scienceqa
+from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
+
+SCORERS = {"scienceqa": scienceqa}
+
+
+# ---------------------------------------------------------------- answering
+
+
+def ask(llava, texts, pictures, args, purpose):
+    """One sample for each user text (with its <image> marks) about its pictures -> list[str]."""
+    samples = sampler.sample(
+        llava,
+        [TEMPLATES[llava.config.template].prompt(text) for text in texts],
+        pictures,
+        [sampler.row_seed(args.seed, purpose, text) for text in texts],
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+    )
+    return [llava.tokenizer.decode(sample.ids) for sample in samples]
+
+
+def dar_text(llava, description, text, pictures):
+    """`text` behind the description, which is shortened from its end if both don't fit the model's sequence."""
+    ids, image_tokens = None, sum(llava.config.image_tokens(picture.size) - 1 for picture in pictures)
+    while True:
+        user = infused(description, text)
+        prompt = TEMPLATES[llava.config.template].prompt(with_image(user, len(pictures)))
+        excess = len(llava.tokenizer.encode_prompt(prompt)) + image_tokens - llava.config.max_length
+        if excess <= 0 or ids == []:
+            return user
+        if ids is None:
+            cli.warn(f"a description is cut by {excess} tokens to fit the model's {llava.config.max_length}")
+            ids = llava.tokenizer.encode(description)
+        ids = ids[:-excess]
+        description = llava.tokenizer.decode(ids)
+
+
+def answer(llava, texts, pictures, args):
+    """texts (without <image>) about pictures[i] -> (answers, descriptions). With --dar the model describes first.
+
+    PAPER vs RELEASED (E): the release's describe prompt has no <image>, so it describes blind. Ours sees the picture.
+    """
+    descriptions = [None] * len(texts)
+    if args.dar:
+        seen = [i for i, own in enumerate(pictures) if own]  # without a picture there is nothing to describe
+        prompts = [with_image(DESCRIBE_PROMPT, len(pictures[i])) for i in seen]
+        for i, description in zip(seen, ask(llava, prompts, [pictures[i] for i in seen], args, "describe")):
+            descriptions[i] = description
+            texts[i] = dar_text(llava, description, texts[i], pictures[i])
+    users = [with_image(text, len(own)) for text, own in zip(texts, pictures)]
+    return ask(llava, users, pictures, args, "answer"), descriptions
+
+
+# ---------------------------------------------------------------- commands
+
+
+def run_benchmark(args):
+    ranks, scorer = cli.start_ranks(args.device), SCORERS[args.command]
+    questions = {q["question_id"]: q for q in subset(scorer.load(args.data), args.limit, args.seed)}
+    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    label = Path(args.adapter).resolve().name if args.adapter else "base"
+    mode = "dar" if args.dar else "direct"
+    settings = {
+        "model": Path(args.model).resolve().name,
+        "adapter": args.adapter and Path(args.adapter).resolve().name,
+        "mode": mode,
+        "template": llava.config.template,
+        "image_mode": llava.config.image_mode,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+    path = Path(args.out) / f"{args.command}-{label}-{mode}.jsonl"
+    output = Output(path, "question_id", settings, ranks)
+    todo = [q for id, q in questions.items() if id not in output.done]
+    ranks.say(f"{len(questions)} questions, {len(questions) - len(todo)} of them already in {path}")
+
+    todo = todo[ranks.rank :: ranks.world]
+    progress = cli.Progress(f"{args.command} {mode}", len(todo), ranks)
+    for start in range(0, len(todo), args.batch_size):
+        batch, pictures = [], []
+        for question in todo[start : start + args.batch_size]:
+            try:
+                names = [question["image"]] if question["image"] else []
+                pictures.append([open_image(image_path(args.data, name)) for name in names])
+                batch.append(question)
+            except InputError as error:
+                cli.warn(f"question {question['question_id']} counts as wrong: {error}")
+        answers, descriptions = answer(llava, [q["text"] for q in batch], pictures, args)
+        for question, text, description in zip(batch, answers, descriptions):
+            # The recorded prompt is free of the description: scorers read it.
+            prompt = with_image(question["text"]) if question["image"] else question["text"]
+            record = {"question_id": question["question_id"], "prompt": prompt, "text": text}
+            output.append(record | ({"description": description} if description is not None else {}))
+        progress.add(len(todo[start : start + args.batch_size]))
+
+    records = output.finish(list(questions))
+    if ranks.first:
+        scores = scorer.score(list(questions.values()), records)
+        path.with_suffix(".scores.json").write_text(json.dumps(settings | scores, indent=2) + "\n")
+        print(f"{path}\n{scorer.report(scores)}")
+
+
+def run_score(args):
+    scorer = SCORERS[args.benchmark]
+    scores = scorer.score(scorer.load(args.data), [record for _, record in read_records(args.answers)])
+    print(json.dumps(scores, indent=2) if args.json else scorer.report(scores))
+
+
+def run_ask(args):
+    ranks = cli.start_ranks(args.device)
+    pictures = [open_image(path) for path in args.image]
+    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    question = args.question.replace(IMAGE_MARK, "").strip()
+    [text], [description] = answer(llava, [question], [pictures], args)
+    if description is not None:
+        print(f"Description: {description}\n")
+    print(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, summary, run):
+        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=cli.HelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    for name, scorer in SCORERS.items():
+        sub = command(name, scorer.__doc__.split("\n")[0], run_benchmark)
+        sub.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files, as published")
+        sub.add_argument("--out", required=True, metavar="DIR", help="answers and scores")
+        sub.add_argument("--dar", action="store_true", help="describe the picture first, then answer (section 4)")
+        cli.add_model_flags(sub)
+        cli.add_limit_flag(sub)
+        cli.add_sampling_flags(sub, temperature=0.0, batch_size=8)
+
+    sub = command("score", "scores an existing answers file; needs no model", run_score)
+    sub.add_argument("benchmark", choices=sorted(SCORERS))
+    sub.add_argument("--answers", required=True, metavar="FILE", help="JSON lines of question_id, prompt, text")
+    sub.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files, as published")
+    sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+    sub = command("ask", "one question about one picture (or several, or none)", run_ask)
+    sub.add_argument("question")
+    sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given again")
+    sub.add_argument("--dar", action="store_true", help="describe the picture first, then answer (section 4)")
+    cli.add_model_flags(sub)
+    cli.add_sampling_flags(sub, temperature=0.0, batch_size=1)
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
