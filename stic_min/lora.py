@@ -60,7 +60,8 @@ def attach(llava, spec):
     for name in spec.modules:
         parent, _, child = name.rpartition(".")
         parent = llava.get_submodule(parent)
-        setattr(parent, child, LoRALinear(getattr(parent, child), spec.r, spec.alpha, spec.dropout))
+        linear = getattr(parent, child)
+        setattr(parent, child, LoRALinear(linear, spec.r, spec.alpha, spec.dropout).train(linear.training))
 
 
 # ---------------------------------------------------------------- adapters
