@@ -23,7 +23,7 @@ def main():
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
     parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
     parser.add_argument("--beta", type=cli.not_negative, default=0.1, help="the paper's lambda: how far from theta_0")
-    parser.add_argument("--alpha", type=cli.not_negative, default=1 / 1024, help="of -log p(y_w), summed; 0 is plain DPO")
+    parser.add_argument("--alpha", type=cli.not_negative, default=1 / 1024, help="of -log p(y_w); 0 is plain DPO")
     cli.add_model_flags(parser, image_mode="pad, as Table 4", adapter=False)
     cli.add_limit_flag(parser)
     training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from stic_min import InputError, sampler
 from stic_min.clip import ClipConfig, VisionTower
-from stic_min.images import Tiles, image_tokens, make_tiles, unpadded
+from stic_min.images import image_tokens, make_tiles, unpadded
 from stic_min.loss import IGNORE, token_logps
 from stic_min.mistral import Decoder, DecoderConfig, Packed, Span
 from stic_min.text import IMAGE

@@ -209,7 +209,7 @@ def read_config(folder, vision=None, image_mode=None, template=None):
                 tower = read_json(vision_folder / "config.json")
                 clip = clip_config(tower.get("vision_config", tower), vision_folder / "config.json")
             if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
-                raise InputError(f"{source}: projector {config.get('mm_projector_type')!r}, only mlp2x_gelu is supported")
+                raise InputError(f"{source}: mm_projector_type is not mlp2x_gelu, the only one supported")
             if config.get("mm_vision_select_feature", "patch") != "patch" or config.get("mm_use_im_start_end"):
                 raise InputError(f"{source}: only patch features without start and end tokens are supported")
             anyres = "spatial_unpad" in config.get("mm_patch_merge_type", "flat")
@@ -248,7 +248,8 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
         legacy = read_json(folder / "tokenizer_config.json").get("legacy", True) is not False
     tokenizer = Tokenizer(tokenizer or folder / "tokenizer.model", legacy)
 
-    ignored = IGNORED | {rf"vision_tower\.encoder\.layers\.{config.vision.num_hidden_layers - 1}\..+": "not needed for -2"}
+    last = config.vision.num_hidden_layers - 1
+    ignored = IGNORED | {rf"vision_tower\.encoder\.layers\.{last}\..+": "hidden state -2 comes before it"}
     if config.pinpoints is None:
         ignored |= {"image_newline": "pad mode has no rows to end"}
     source = open_weights(folder, ignored)
@@ -324,7 +325,15 @@ def fill(llava, source, device="cpu"):
 
 
 def load_llava(
-    path, *, vision=None, adapter=None, tokenizer=None, image_mode=None, template=None, device="cpu", dtype=torch.float32
+    path,
+    *,
+    vision=None,
+    adapter=None,
+    tokenizer=None,
+    image_mode=None,
+    template=None,
+    device="cpu",
+    dtype=torch.float32,
 ):
     """A LLaVA checkpoint folder -> LLaVA, ready for inference.
 

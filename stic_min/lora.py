@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -104,7 +103,8 @@ def read_adapter(folder, llava, canonical):
     """PEFT's adapter files and the projector beside them -> Adapter, checked against `llava`.
 
     `canonical` maps published key names to ours (loader.canonical). Raises InputError with one line for anything that
-    does not fit: files missing or broken, features that are not here, keys or shapes of another model, B zero everywhere.
+    does not fit: files missing or broken, features that are not here, keys or shapes of another model, B zero
+    everywhere.
     """
     folder = Path(folder)
     config_file = folder / "adapter_config.json"

@@ -4,7 +4,6 @@ Equations are numbered as in the paper (arXiv 2405.19716). `logp_w` and `logp_l`
 log p_theta(y_l | v, x), summed over the response and its end token; `ref_` marks theta_ref.
 """
 
-import torch
 from torch.nn import functional as F
 
 IGNORE = -100  # label of a position that is not scored
@@ -33,7 +32,7 @@ def dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta):
 def stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta, alpha):
     """Eq. 4.1: dpo_loss - alpha * log p_theta(y_w | v, x). Four (B,) tensors -> (B,).
 
-    alpha multiplies the *summed* log-prob (Table 4's 1/1024 was used so), and logp_w carries a gradient into both terms.
+    alpha multiplies the *summed* log-prob (Table 4's 1/1024 was used so); logp_w carries a gradient into both terms.
     """
     return dpo_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, beta) - alpha * logp_w
 

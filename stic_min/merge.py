@@ -12,7 +12,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from stic_min import InputError, cli, lora
@@ -35,9 +34,10 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
     beside.mkdir(parents=True)
 
     files = shards(folder)
-    progress, kept, wanted, weight_map = cli.Progress("merging shards", len(files), cli.start_ranks("cpu")), 0.0, 0.0, {}
+    progress = cli.Progress("merging shards", len(files), cli.start_ranks("cpu"))
+    kept, wanted, weight_map = 0.0, 0.0, {}
     for file in files:
-        tensors, name = {}, file.name.replace("pytorch_model", "model").removesuffix(".bin").removesuffix(".safetensors")
+        tensors, name = {}, Path(file.name.replace("pytorch_model", "model")).stem
         for key, load in open_shard(file).items():
             old, ours = load(), canonical(key)
             module = (ours or "").removesuffix(".weight")
@@ -77,10 +77,10 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m stic_min.merge", description=__doc__,
                                      formatter_class=cli.HelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="LoRA adapter, with its projector if it has one")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="LoRA adapter; its projector comes along")
     parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
-    parser.add_argument("--dtype", choices=sorted(cli.DTYPES), help="of the result (default: as the checkpoint stores it)")
-    parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint neither holds nor finds it")
+    parser.add_argument("--dtype", choices=sorted(cli.DTYPES), help="of the result (default: as stored)")
+    parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint holds or finds none")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
     args = parser.parse_args()
     dtype = cli.DTYPES[args.dtype] if args.dtype else None

@@ -91,7 +91,7 @@ class KVCache:
 
     def __init__(self, config, slots, length, device, dtype):
         shape = slots, length, config.num_key_value_heads, config.head_dim
-        empty = lambda: torch.empty(shape, device=device, dtype=dtype)  # (B, S, K, D)
+        empty = lambda: torch.zeros(shape, device=device, dtype=dtype)  # (B, S, K, D)
         self.keys = [empty() for _ in range(config.num_hidden_layers)]
         self.values = [empty() for _ in range(config.num_hidden_layers)]
 

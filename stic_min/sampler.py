@@ -41,7 +41,7 @@ def filtered_probs(logits, temperature, top_p=None):
 
 
 def pick(logits, temperature, top_p, uniform):
-    """logits (B, V) and one uniform number a row (B,) -> token ids (B,), by the inverse of the distribution function."""
+    """logits (B, V) and one uniform number a row (B,) -> ids (B,), by the inverse of the distribution function."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     steps = filtered_probs(logits, temperature, top_p).double().cumsum(dim=-1)  # (B, V)

@@ -50,9 +50,9 @@ def add_flags(parser, *, lr, batch_size, dropout, max_length):
     group.add_argument("--lora-alpha", type=cli.not_negative, help="(default: 2 * r, or the --adapter's)")
     group.add_argument("--lora-dropout", type=float, default=dropout, help="on LoRA's input")
     group.add_argument("--shard", choices=["full", "none"], default="full",
-                       help="under torchrun: full is FSDP; none keeps the whole model on each rank, and only gradients travel")
-    group.add_argument("--checkpoint-activations", action="store_true", help="recompute blocks in the backward: less memory")
-    group.add_argument("--save-every", type=cli.positive, default=200, metavar="STEPS", help="checkpoint to resume from")
+                       help="under torchrun: full is FSDP; none keeps all weights on each rank, only gradients travel")
+    group.add_argument("--checkpoint-activations", action="store_true", help="recompute in the backward: less memory")
+    group.add_argument("--save-every", type=cli.positive, default=200, metavar="STEPS", help="for resuming")
 
 
 # ---------------------------------------------------------------- pieces
