@@ -7,3 +7,8 @@ class InputError(ValueError):
     The message is one line that names it. The commands print that line and exit with status 1;
     every other exception is a bug and keeps its traceback.
     """
+
+
+def first_line(error):
+    """What another library's exception says, in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -55,10 +55,10 @@ def field(record, key, where):
 
 
 def subset(items, limit, seed):
-    """A random subset of `limit` items in their order; all of them if there are no more."""
-    if limit is None or limit >= len(items):
-        return items
-    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), limit))]
+    """A random subset of `limit` items in their order (None: all). A smaller limit gives a part of a larger one's."""
+    chosen = list(range(len(items)))
+    random.Random(seed).shuffle(chosen)
+    return [items[i] for i in sorted(chosen[:limit])]
 
 
 # ---------------------------------------------------------------- files out

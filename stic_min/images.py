@@ -8,6 +8,7 @@ no EXIF rotation, transparency dropped.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,15 @@ BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue s
 
 def image_path(folder, name):
     """The file `name` inside `folder`. Raises InputError if the name climbs out of it or nothing is there."""
-    folder, path = Path(folder), Path(folder) / str(name)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    path = Path(folder) / str(name)
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links may lead anywhere, names not
         raise InputError(f"image {str(name)!r} points outside the image folder {folder}")
-    if not path.is_file():
-        raise InputError(f"no such image: {path}")
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        raise InputError(f"no such image: {str(path)!r}")
     return path
 
 

@@ -6,6 +6,7 @@ takes only its own rows from the file.
 """
 
 import json
+import operator
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from stic_min import InputError, lora
+from stic_min import InputError, first_line, lora
 from stic_min.clip import ClipConfig
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.mistral import DecoderConfig
@@ -72,7 +73,10 @@ def shards(folder):
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise InputError(f"{index}: no weight_map")
+            files = sorted(set(map(str, weight_map.values())))
             if missing := [f for f in files if not (folder / f).is_file()]:
                 raise InputError(f"missing shard {folder / missing[0]}, named by {index.name}")
             return [folder / f for f in files]
@@ -88,9 +92,11 @@ def open_shard(file):
             handle = safetensors.safe_open(file, framework="pt")
             return {key: lambda key=key: handle.get_tensor(key) for key in handle.keys()}
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        return {key: lambda value=value: value for key, value in tensors.items()}
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
-        raise InputError(f"can't read {file}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"can't read {file}: {first_line(error)}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise InputError(f"{file}: not a dictionary of tensors")
+    return {key: lambda value=value: value for key, value in tensors.items()}
 
 
 def open_weights(folder, ignored, only=""):
@@ -136,6 +142,8 @@ def decoder_config(config, source):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"{source}: rope scaling is not supported")
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        operator.index(config[key])  # a KeyError or TypeError here is read_config's to report
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if config.get("head_dim") not in (None, width // heads):
         raise InputError(f"{source}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads")
@@ -177,6 +185,39 @@ def find_vision_folder(folder, config, vision):
     return next((p for p in places if (p / "config.json").is_file()), None)
 
 
+def read_original(config, folder, vision):
+    """A config.json of LLaVA's own -> (DecoderConfig, ClipConfig, CLIP's folder or None, pinpoints, mode, longest)."""
+    source = folder / "config.json"
+    if "mm_vision_tower" not in config and vision is None:
+        raise InputError(f"{source}: no mm_vision_tower, so this is no LLaVA checkpoint (or name it: --vision)")
+    vision_folder, clip = find_vision_folder(folder, config, vision), ClipConfig()
+    if vision_folder is not None:
+        tower = read_json(vision_folder / "config.json")
+        clip = clip_config(tower.get("vision_config", tower), vision_folder / "config.json")
+    for key, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_feature", "patch"),
+                        ("mm_vision_select_layer", -2), ("mm_use_im_start_end", False)):
+        if config.get(key, needed) != needed:
+            raise InputError(f"{source}: {key} {config[key]!r}, only {needed!r} is supported")
+    decoder = decoder_config(config, source)
+    anyres = "spatial_unpad" in config.get("mm_patch_merge_type", "flat")
+    pinpoints = config.get("image_grid_pinpoints") if anyres else None
+    longest = min(decoder.max_positions, config.get("tokenizer_model_max_length") or decoder.max_positions)
+    return decoder, clip, vision_folder, pinpoints, config.get("image_aspect_ratio"), longest
+
+
+def read_huggingface(config, folder):
+    """The same from a config.json of transformers' Llava and LlavaNext classes."""
+    source, text = folder / "config.json", config["text_config"]
+    decoder = decoder_config((MISTRAL_7B if text.get("model_type") == "mistral" else LLAMA_7B) | text, source)
+    for key, needed in (("vision_feature_layer", -2), ("vision_feature_select_strategy", "default")):
+        if config.get(key, needed) != needed:
+            raise InputError(f"{source}: {key} {config[key]!r}, only {needed!r} is supported")
+    anyres = config.get("model_type") == "llava_next"  # 1.5 files do not say how pictures are laid out; LLaVA's do
+    pinpoints = config.get("image_grid_pinpoints") if anyres else None
+    clip = clip_config(config.get("vision_config", {}), source)
+    return decoder, clip, None, pinpoints, "anyres" if anyres else "pad", decoder.max_positions
+
+
 def read_config(folder, vision=None, image_mode=None, template=None):
     """config.json of a LLaVA folder -> (LlavaConfig, CLIP's folder or None, whether the layout is transformers').
 
@@ -186,47 +227,22 @@ def read_config(folder, vision=None, image_mode=None, template=None):
     config = read_json(source)
     huggingface = "text_config" in config
     try:
-        if huggingface:
-            text = config["text_config"]
-            defaults = MISTRAL_7B if text.get("model_type") == "mistral" else LLAMA_7B
-            decoder = decoder_config(defaults | text, source)
-            clip, vision_folder = clip_config(config.get("vision_config", {}), source), None
-            anyres = config.get("model_type") == "llava_next"
-            layer, pinpoints = config.get("vision_feature_layer", -2), config.get("image_grid_pinpoints")
-            mode = "anyres" if anyres else "pad"  # transformers' 1.5 files do not say; LLaVA's do
-            if config.get("vision_feature_select_strategy", "default") != "default":
-                raise InputError(f"{source}: only patch features (the default strategy) are supported")
-            longest = decoder.max_positions
-        else:
-            if "mm_vision_tower" not in config and vision is None:
-                raise InputError(f"{source}: no mm_vision_tower, so this is no LLaVA checkpoint (or name it: --vision)")
-            text = config
-            decoder = decoder_config(config, source)
-            vision_folder = find_vision_folder(folder, config, vision)
-            if vision_folder is None:
-                clip = ClipConfig()
-            else:
-                tower = read_json(vision_folder / "config.json")
-                clip = clip_config(tower.get("vision_config", tower), vision_folder / "config.json")
-            if config.get("mm_projector_type", "linear") != "mlp2x_gelu":
-                raise InputError(f"{source}: mm_projector_type is not mlp2x_gelu, the only one supported")
-            if config.get("mm_vision_select_feature", "patch") != "patch" or config.get("mm_use_im_start_end"):
-                raise InputError(f"{source}: only patch features without start and end tokens are supported")
-            anyres = "spatial_unpad" in config.get("mm_patch_merge_type", "flat")
-            layer, pinpoints = config.get("mm_vision_select_layer", -2), config.get("image_grid_pinpoints")
-            mode = config.get("image_aspect_ratio")
-            longest = min(decoder.max_positions, config.get("tokenizer_model_max_length") or decoder.max_positions)
+        read = read_huggingface(config, folder) if huggingface else read_original(config, folder, vision)
+        decoder, clip, vision_folder, pinpoints, mode, longest = read
+        pinpoints = pinpoints and tuple((int(w), int(h)) for w, h in pinpoints)
+        text = config["text_config"] if huggingface else config
+        mistral = "mistral" in text.get("model_type", "") or "Mistral" in "".join(text.get("architectures") or [])
+    except InputError:
+        raise
     except KeyError as key:
         raise InputError(f"{source}: no {key.args[0]}") from None
-    if layer != -2:
-        raise InputError(f"{source}: vision feature layer {layer}, only -2 is supported")
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(f"{source}: a value of the wrong kind ({first_line(error)})") from None
     mode = image_mode or mode
-    pinpoints = tuple(map(tuple, pinpoints)) if anyres and pinpoints else None
     if mode not in ("pad", "anyres"):
         raise InputError(f"{source}: image_aspect_ratio {mode!r} is not supported, choose with --image-mode")
-    if mode == "anyres" and pinpoints is None:
+    if mode == "anyres" and not pinpoints:
         raise InputError(f"{folder} can't do anyres: its config.json has no spatial_unpad with image_grid_pinpoints")
-    mistral = "mistral" in (text.get("model_type", "") + " ".join(config.get("architectures") or [])).lower()
     template = template or ("mistral_instruct" if mistral else "vicuna_v1")
     return LlavaConfig(decoder, clip, mode, pinpoints, template, longest), vision_folder, huggingface
 
@@ -265,6 +281,9 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
         if read and tuple(read().shape) != (config.vision.patches**2 + 1, config.vision.hidden_size):
             raise InputError(f"{file}: the vision tower is not CLIP-L/14-336 and there is no configuration of it near "
                              f"{folder}; name its folder: --vision")
+    if any(side % config.vision.image_size for pinpoint in config.pinpoints or () for side in pinpoint):
+        raise InputError(f"{folder / 'config.json'}: image_grid_pinpoints {config.pinpoints} are not multiples of the "
+                         f"vision tower's {config.vision.image_size}")
     if huggingface:
         # transformers pads the vocabulary (32064) for <image> and <pad>, tokens that never occur here.
         rows = min(config.decoder.vocab_size, tokenizer.size)
@@ -350,5 +369,6 @@ def load_llava(
     if adapter is not None:
         adapter = lora.read_adapter(adapter, llava, canonical)
         lora.attach(llava, adapter)
+        llava.to(dtype)  # LoRA too: it would be rounded to it in each forward anyway
         source |= adapter.tensors
     return fill(llava, source, device).requires_grad_(False)

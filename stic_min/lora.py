@@ -6,6 +6,7 @@ Adapters are used unmerged; `stic_min.merge` folds one into a checkpoint. Not he
 """
 
 import json
+import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from stic_min import InputError
+from stic_min import InputError, first_line
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # in front of every key of a PEFT file
@@ -94,9 +95,12 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever pickle, zip or safetensors make of a broken file
-        raise InputError(f"can't read {path}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"can't read {path}: {first_line(error)}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise InputError(f"{path}: not a dictionary of tensors")
+    return tensors
 
 
 def read_adapter(folder, llava, canonical):
@@ -114,9 +118,11 @@ def read_adapter(folder, llava, canonical):
         raise InputError(f"no adapter in {folder}: needs adapter_config.json and adapter_model.safetensors (or .bin)")
     try:
         config = json.loads(config_file.read_text())
-        r, alpha = int(config["r"]), float(config["lora_alpha"])
+        r, alpha = operator.index(config["r"]), float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{config_file}: not a LoRA adapter's configuration ({error!r})") from None
+    if config.get("peft_type", "LORA") != "LORA":
+        raise InputError(f"{config_file}: peft_type {config['peft_type']!r} is not supported")
     for option in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
         if config.get(option):
             raise InputError(f"{config_file}: {option} is not supported")

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
 
 # Numbers computed by the official code; the project never needs them to run.
 SHARED = Path(os.environ.get("STIC_SHARED") or Path(__file__).resolve().parents[2] / "shared")

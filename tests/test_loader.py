@@ -1,5 +1,5 @@
-"""Checkpoints and adapters on disk: every layout and file form gives the same model, and whatever does not fit is refused
-in one line. transformers and peft are the oracles where they are installed."""
+"""Checkpoints on disk: every layout and every form of files gives the same model. transformers is the oracle where it
+is installed. What is refused is in test_loader_strict.py, adapters are in test_adapters.py."""
 
 import json
 import re
@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stic_min import InputError, lora
+from stic_min import InputError
 from stic_min.images import make_tiles
-from stic_min.loader import canonical, load_llava
+from stic_min.loader import load_llava
 
 TEXT = "[INST] What colour is the sail of the boat? [/INST]"
 PROMPT = TEXT.replace("[INST] ", "[INST] <image>\n")
@@ -68,7 +68,7 @@ def refuse(match, path, **arguments):
 
 # ---------------------------------------------------------------- layouts
 
-HF = [  # (original key, transformers' key) as published; then the changes that other versions make
+HF = [  # (original key, transformers' key) as published; below, what other versions then do to these
     (re.escape(TOWER), "vision_tower.vision_model."),
     (r"model\.mm_projector\.0", "multi_modal_projector.linear_1"),
     (r"model\.mm_projector\.2", "multi_modal_projector.linear_2"),
@@ -77,7 +77,7 @@ HF = [  # (original key, transformers' key) as published; then the changes that 
     (r"model\.(embed_tokens|layers|norm)", r"language_model.model.\1"),
 ]
 FRESH_5 = [*HF, (r"vision_tower\.vision_model\.", "vision_tower.")]
-MEMORY = [*HF, (r"language_model\.model", "language_model"), (r"(?!language_model.lm_head)", "model."), (r"language_model\.lm_head", "lm_head")]
+MEMORY = [*HF, (r"language_model\.model", "language_model"), ("", "model."), (r".+\.lm_head", "lm_head")]
 MEMORY_5 = [*MEMORY, (r"model\.vision_tower\.vision_model\.", "model.vision_tower.")]
 
 
@@ -147,3 +147,90 @@ def test_same_logits_as_transformers(tiny, tmp_path, kind, size):
         expected = theirs(**inputs).logits[0, :, :600]
     assert expected.std() > 0.1
     torch.testing.assert_close(ours.logits(PROMPT, [picture]), expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------- forms of files
+
+
+@pytest.mark.parametrize("form", ["model.safetensors", "model-0000%d-of-00003.safetensors", "pytorch_model.bin",
+                                  "pytorch_model-0000%d-of-00003.bin"])  # fmt: skip
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_form_and_storage(tiny, base, picture, tmp_path, form, stored):
+    tensors = {key: t.to(stored) for key, t in read_tensors(tiny / V16).items()}
+    llava = load_llava(copy(tiny, V16, tmp_path, tensors, form))
+    for name, parameter in base[V16][0].named_parameters():  # bfloat16, and read as float32
+        assert torch.equal(llava.get_parameter(name), parameter.to(stored).float()), name
+    if stored != torch.float16:
+        assert torch.equal(llava.logits(PROMPT, [picture]), base[V16][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtype(tiny, base, picture, dtype):
+    llava, (_, expected) = load_llava(tiny / V15, dtype=dtype), base[V15]
+    assert {p.dtype for p in llava.parameters()} == {dtype} and not any(p.requires_grad for p in llava.parameters())
+    logits = llava.logits(PROMPT, [picture])
+    difference = (logits - expected).abs().max()
+    assert logits.dtype == torch.float32 and 0 < difference < 0.3
+
+
+def test_where_the_tower_is_found(tiny, base, picture, tmp_path):
+    clip, hub = tiny / "clip-tiny", "openai/clip-vit-large-patch14-336"
+    absolute = copy(tiny, V15, tmp_path / "a", mm_vision_tower=str(clip))
+    inside = copy(tiny, V15, tmp_path / "b", mm_vision_tower="tower")
+    shutil.copytree(clip, inside / "tower")
+    beside = copy(tiny, V15, tmp_path / "c", mm_vision_tower=hub)
+    shutil.copytree(clip, tmp_path / hub)
+    named = copy(tiny, V15, tmp_path / "d" / "d", mm_vision_tower=hub)
+    (tmp_path / "bin").mkdir()
+    shutil.copy(clip / "config.json", tmp_path / "bin")
+    torch.save(read_tensors(clip), tmp_path / "bin" / "pytorch_model.bin")
+    for path, vision in (absolute, None), (inside, None), (beside, None), (named, clip), (named, tmp_path / "bin"):
+        assert torch.equal(load_llava(path, vision=vision).logits(PROMPT, [picture]), base[V15][1]), path
+    refuse(f"{hub}.*--vision", named)
+    refuse("nowhere", named, vision=tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", [V16, V15])
+def test_an_embedded_tower_wins(tiny, tmp_path, name):
+    tensors, key = read_tensors(tiny / name), "embeddings.class_embedding"
+    own = {k: t for k, t in read_tensors(tiny / V16).items() if k.startswith(TOWER)}
+    llava = load_llava(copy(tiny, name, tmp_path, tensors | own), vision=tiny / "clip-tiny")
+    loaded, clips = llava.vision_tower.embeddings.class_embedding, read_tensors(tiny / "clip-tiny")
+    assert torch.equal(loaded, own[TOWER + key].float()) and not torch.equal(loaded, clips["vision_model." + key])
+
+
+MEASURE = r"""
+import re, sys, threading, torch
+from stic_min.loader import load_llava
+
+def own():  # bytes of memory that no file backs
+    return int(re.search(r"RssAnon:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, own())
+
+for dtype in torch.float32, torch.bfloat16:
+    start, peak, done = own(), 0, threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    llava = load_llava(sys.argv[1], dtype=dtype)
+    done.set(), thread.join()
+    print((max(peak, own()) - start) / sum(p.nbytes for p in llava.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory(tiny, tmp_path):
+    """Peak of the process's own memory, in parts of the loaded model's bytes: next to none for what is mapped as it
+    lies in the file, and never a second copy of what is converted."""
+    bigger = {32: 1024, 64: 4096}
+    wide = {key: torch.ones([bigger.get(n, n) for n in t.shape]) for key, t in read_tensors(tiny / V15).items()}
+    wide["model.mm_projector.0.weight"] = torch.ones(1024, 32)
+    copy(tiny, V15, tmp_path, wide, hidden_size=1024, intermediate_size=4096)  # 140 MB
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    mapped, converted = map(float, run.stdout.split())
+    assert mapped < 0.2 and converted < 1.2

@@ -1,0 +1,76 @@
+"""Checkpoints that do not fit are refused, in one line that names the file or the key."""
+
+import pytest
+import torch
+from test_loader import TOWER, V15, V16, copy, read_tensors, refuse
+
+
+def drop(key):
+    return lambda tensors: {k: t for k, t in tensors.items() if k != key}
+
+
+WRONG_TENSORS = {
+    "unknown key model.layers.0.extra.weight": lambda t: t | {"model.layers.0.extra.weight": torch.ones(2)},
+    "unknown key model.layers.2.mlp.up_proj.weight": lambda t: t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)},
+    "unknown key extra": lambda t: t | {"extra": torch.ones(2)},
+    "no tensor for model.norm.weight": drop("model.norm.weight"),
+    "no tensor for image_newline": drop("model.image_newline"),
+    "no tensor for vision_tower.pre_layrnorm.bias": drop(TOWER + "pre_layrnorm.bias"),
+    r"lm_head.weight is \(599, 32\), .* \(600, 32\)": lambda t: t | {"lm_head.weight": torch.ones(599, 32)},
+    r"mm_projector.2.bias is \(1, 32\)": lambda t: t | {"model.mm_projector.2.bias": torch.ones(1, 32)},
+    "language_model.lm_head.weight.* same": lambda t: t | {"language_model.lm_head.weight": torch.ones(600, 32)},
+}
+
+
+@pytest.mark.parametrize("match", WRONG_TENSORS)
+def test_wrong_tensors(tiny, tmp_path, match):
+    refuse(match, copy(tiny, V16, tmp_path, WRONG_TENSORS[match](read_tensors(tiny / V16))))
+
+
+WRONG_CONFIGS = {
+    "config.json: no mm_vision_tower": dict(without=["mm_vision_tower"]),
+    "config.json: no num_attention_heads": dict(without=["num_attention_heads"]),
+    "config.json: rope scaling": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "config.json: only silu": dict(hidden_act="gelu"),
+    "config.json: mm_projector_type": dict(mm_projector_type="linear"),
+    "config.json: mm_vision_select_layer -1": dict(mm_vision_select_layer=-1),
+    "config.json: mm_vision_select_feature .cls_patch": dict(mm_vision_select_feature="cls_patch"),
+    "config.json: image_aspect_ratio 'square'": dict(image_aspect_ratio="square"),
+    "vocabulary of 599": dict(vocab_size=599),
+    "config.json: image_grid_pinpoints": dict(image_grid_pinpoints=[[56, 112], [112, 60]]),
+    "config.json: a value of the wrong kind": dict(hidden_size=None),
+    # The tower's geometry is not in the checkpoint: that its folder was not found must be said, not what came of it.
+    "model.safetensors: the vision tower .*--vision": dict(mm_vision_tower="clip-missing"),
+}
+
+
+@pytest.mark.parametrize("match", WRONG_CONFIGS)
+def test_wrong_configurations(tiny, tmp_path, match):
+    refuse(match, copy(tiny, V16, tmp_path, **WRONG_CONFIGS[match]))
+
+
+def test_broken_folders(tiny, tmp_path):
+    good = lambda name, form="model.safetensors": copy(tiny, V15, tmp_path / name, form=form)
+    refuse("nowhere", tmp_path / "nowhere")
+    (good("json") / "config.json").write_text('{"hidden_size": 32,\n')
+    refuse("config.json: not JSON", tmp_path / "json")
+    (good("no_config") / "config.json").unlink()
+    refuse("config.json", tmp_path / "no_config")
+    (good("no_tokenizer") / "tokenizer.model").unlink()
+    refuse("tokenizer.model", tmp_path / "no_tokenizer")
+    (good("not_tokenizer") / "tokenizer.model").write_text("{}\n")
+    refuse("not a sentencepiece model: .*tokenizer.model", tmp_path / "not_tokenizer")
+    refuse("other.model", good("other"), tokenizer=tmp_path / "other.model")
+    (good("no_weights") / "model.safetensors").unlink()
+    refuse("no weights in .*no_weights", tmp_path / "no_weights")
+    sharded = good("shards", "model-0000%d-of-00003.safetensors")
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    refuse("missing shard .*model-00002-of-00003.safetensors", sharded)
+    for size in (0, 7, 100, 30_000):
+        for form in ("model.safetensors", "pytorch_model.bin"):
+            file = good(f"cut{size}{form}", form) / form
+            file.write_bytes(file.read_bytes()[:size])
+            refuse(f"can't read .*{form}: ", file.parent)
+    torch.save([torch.ones(2)], good("list", "pytorch_model.bin") / "pytorch_model.bin")
+    refuse("pytorch_model.bin", tmp_path / "list")
+    refuse("can't do anyres", tiny / V15, image_mode="anyres")
