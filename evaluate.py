@@ -79,6 +79,7 @@ def answer(llava, texts, pictures, args):
 def run_benchmark(args):
     ranks, scorer = cli.start_ranks(args.device), SCORERS[args.command]
     questions = {q["question_id"]: q for q in subset(scorer.load(args.data), args.limit, args.seed)}
+    cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
     label = Path(args.adapter).resolve().name if args.adapter else "base"
     mode = "dar" if args.dar else "direct"
@@ -133,6 +134,7 @@ def run_score(args):
 def run_ask(args):
     ranks = cli.start_ranks(args.device)
     pictures = [open_image(path) for path in args.image]
+    cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
     question = args.question.replace(IMAGE_MARK, "").strip()
     [text], [description] = answer(llava, [question], [pictures], args)

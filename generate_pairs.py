@@ -102,6 +102,7 @@ def main():
         raise InputError(f"{args.names}: no names in it")
     keys = subset(list(items), args.limit, args.seed)
 
+    cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
     settings = {
         "model": Path(args.model).resolve().name,

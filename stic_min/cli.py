@@ -85,6 +85,12 @@ def model_options(args, ranks):
     }
 
 
+def say_loading(args, ranks):
+    adapter = f" with {args.adapter}" if getattr(args, "adapter", None) else ""
+    if ranks.first:
+        print(f"loading {args.model}{adapter} on {ranks.device}", file=sys.stderr, flush=True)
+
+
 # ---------------------------------------------------------------- ranks
 
 
@@ -142,7 +148,8 @@ class Progress:
     """`what 12/100  3.1/s  0:28 left` on stderr: rewritten in place on a terminal, else a line every ten seconds."""
 
     def __init__(self, what, total, ranks):
-        self.what, self.total, self.show = what, total, ranks.first
+        self.what = what if ranks.world == 1 else f"{what}, rank 0 of {ranks.world}"  # the others have like shares
+        self.total, self.show = total, ranks.first
         self.done, self.begin, self.shown = 0, time.monotonic(), time.monotonic()
 
     def add(self, n=1):

@@ -105,6 +105,7 @@ def build(args, ranks, keep_reference):
     """
     options = cli.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
+    cli.say_loading(args, ranks)
     llava, source = open_llava(args.model, **options)
     given = getattr(args, "adapter", None)
     if given:
@@ -256,13 +257,13 @@ class Run:
                 gradient.copy_(part.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
         norm = full(norm).item()
+        if not math.isfinite(norm):
+            raise InputError(f"step {step + 1}: the gradient is {norm}; the last checkpoint stands")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, len(self.batches))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.log(step, dict(zip(sums, self.total(*sums.values()))), norm)
-        if not math.isfinite(norm):
-            raise InputError(f"step {step + 1}: the gradient is {norm}; nothing of this step is saved")
         if (step + 1) % self.args.save_every == 0 and step + 1 < len(self.batches):
             self.save_checkpoint(step + 1)
 
@@ -274,7 +275,7 @@ class Run:
         memory = memory_gb(self.ranks.device)
         lr = self.optimizer.param_groups[0]["lr"]
         record = {"step": step + 1, **values, "grad_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1),
-                  "memory_gb": round(memory, 3)}
+                  "memory_gb": round(memory, 3), "seconds_left": round(left, 1)}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
         self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
                        f"{memory:.2f} GB  {cli.clock(left)} left")
