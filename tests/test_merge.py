@@ -1,0 +1,82 @@
+"""Merged checkpoints: the same model as base plus adapter, in the layout and the form the base came in."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from test_loader import PROMPT, TEXT, V15, V16, copy, read_tensors
+
+from stic_min import InputError, lora
+from stic_min.loader import load_llava
+from stic_min.merge import merge
+
+
+def make_adapter(llava, folder, size):
+    """An adapter with a projector; `size` scales the change."""
+    made = lora.fresh(llava, r=4, alpha=8, dropout=0.05, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in made.tensors.items():
+        if name.endswith("lora_B"):
+            tensor.normal_(std=size, generator=generator)
+    for name, parameter in llava.mm_projector.named_parameters(prefix="mm_projector"):
+        made.tensors[name] = parameter + size * torch.randn(parameter.shape, generator=generator)
+    lora.write_adapter(folder, made)
+    return folder
+
+
+@pytest.mark.parametrize("name", [V16, V15])
+@pytest.mark.parametrize("form", ["model.safetensors", "model-0000%d-of-00003.safetensors",
+                                  "pytorch_model-0000%d-of-00003.bin"])  # fmt: skip
+def test_merged_equals_unmerged(tiny, tmp_path, name, form):
+    base = copy(tiny, name, tmp_path / "base", form=form)
+    adapter = make_adapter(load_llava(base), tmp_path / "adapter", 0.05)
+    survived = merge(base, adapter, tmp_path / "merged", torch.float32)
+    assert survived == pytest.approx(1, abs=1e-6)
+    picture = Image.open(tiny / "images" / "scene_01.jpg")
+    merged, unmerged = load_llava(tmp_path / "merged"), load_llava(base, adapter=adapter)
+    torch.testing.assert_close(
+        merged.logits(PROMPT, [picture]), unmerged.logits(PROMPT, [picture]), atol=1e-4, rtol=0)
+    assert (merged.logits(PROMPT, [picture]) - load_llava(base).logits(PROMPT, [picture])).abs().max() > 0.1
+    assert read_tensors(tmp_path / "merged").keys() == read_tensors(tiny / name).keys()
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_a_change_below_the_rounding_is_lost_and_said_so(tiny, tmp_path):
+    # A change of about 1e-6 on weights of about 0.1: bf16 has 8 bits, so steps of about 1e-3 there. fp32 keeps it.
+    adapter = make_adapter(load_llava(tiny / V16), tmp_path / "adapter", 1e-6)
+    assert merge(copy(tiny, V16, tmp_path / "base"), adapter, tmp_path / "bf16") < 0.2
+    assert merge(tmp_path / "base", adapter, tmp_path / "fp32", torch.float32) > 0.9
+    base, rounded = read_tensors(tmp_path / "base"), read_tensors(tmp_path / "bf16")
+    assert {t.dtype for t in rounded.values()} == {torch.bfloat16}  # as stored
+    key = "model.layers.0.self_attn.q_proj.weight"
+    assert (base[key] == rounded[key]).float().mean() > 0.9
+
+
+def test_nothing_is_overwritten(tiny, tmp_path):
+    adapter = make_adapter(load_llava(tiny / V16), tmp_path / "adapter", 0.1)
+    with pytest.raises(InputError, match="exists already"):
+        merge(tiny / V16, adapter, tmp_path)
+
+
+def test_transformers_loads_a_merged_checkpoint_of_its_own(tiny, tmp_path):
+    hf = pytest.importorskip("transformers")
+    numbers = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    vision = hf.CLIPVisionConfig(**numbers | {"num_hidden_layers": 3}, image_size=56, patch_size=14)
+    text = hf.LlamaConfig(**numbers, vocab_size=664)
+    torch.manual_seed(0)
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=vision, text_config=text))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "base")
+    shutil.copy(tiny / V16 / "tokenizer.model", tmp_path / "base")
+    adapter = make_adapter(load_llava(tmp_path / "base"), tmp_path / "adapter", 0.1)
+    merge(tmp_path / "base", adapter, tmp_path / "merged")
+
+    ours = load_llava(tmp_path / "base", adapter=adapter)
+    theirs, report = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        logits = theirs.eval()(input_ids=torch.tensor([ours.tokenizer.encode_prompt(TEXT)])).logits[0, :, :600]
+    torch.testing.assert_close(ours.logits(TEXT, []), logits, atol=1e-4, rtol=0)
