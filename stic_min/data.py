@@ -4,6 +4,7 @@ The one place that validates them: every function raises InputError with one lin
 Reads the published formats as they are (JSON list or JSON lines), with and without `<image>` in the user turn.
 """
 
+import glob
 import json
 import os
 import random
@@ -85,13 +86,13 @@ class Output:
         return self.path.with_name(f"{self.path.name}.part{rank}")
 
     def parts(self):
-        return sorted(self.path.parent.glob(f"{self.path.name}.part*"))
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part*"))
 
     def read(self, path):
         """Records of one file; a last line that a kill cut off is dropped."""
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = path.read_bytes().split(b"\n")[:-1]
         records = []
         for number, line in enumerate(lines, 1):
             try:
@@ -171,7 +172,8 @@ def read_pairs(path):
         turns = {}
         for side in ("chosen", "rejected"):
             messages = record.get(side)
-            roles = [m.get("role") if isinstance(m, dict) else None for m in messages or []]
+            messages = messages if isinstance(messages, list) else []
+            roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
             if roles != ["user", "assistant"]:
                 raise InputError(f"{where}: {side} is not one user and one assistant message")
             turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in messages]
@@ -201,13 +203,16 @@ def image_records(path):
     Ids are made unique (`id#2` for a second record of that id): LLaVA's own data repeats some. Without one, the
     image's name is the id.
     """
-    records, seen = read_records(path), {}
-    with_images = []
+    records, with_images, taken, repeats = read_records(path), [], set(), {}
     for where, record in records:
         if record.get("image"):
-            name = str(record.get("id") or record["image"])
-            seen[name] = seen.get(name, 0) + 1
-            with_images.append((where, name if seen[name] == 1 else f"{name}#{seen[name]}", record))
+            image = field(record, "image", where)
+            name = unique = image if record.get("id") in (None, "") else str(record["id"])
+            while unique in taken:
+                repeats[name] = repeats.get(name, 1) + 1
+                unique = f"{name}#{repeats[name]}"
+            taken.add(unique)
+            with_images.append((where, unique, record))
     if not with_images:
         raise InputError(f"{path}: none of its {len(records)} records has an image")
     return with_images, len(records)
@@ -310,13 +315,13 @@ def instruction_item(instruction, llava, folder, max_length):
     image_tokens, trunk, room, cut = llava.config.image_tokens(image_size(path)), [], max_length, False
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         prompt = tokenizer.encode_prompt(prompt, first=i == 0)
-        room -= len(prompt) + prompt.count(IMAGE) * (image_tokens - 1)
-        if room <= 0:
+        left = room - len(prompt) - prompt.count(IMAGE) * (image_tokens - 1)
+        if left <= 0:
             cut = True
             break
-        answer, cut = cut_to(tokenizer.encode_response(answer), room)
+        answer, cut = cut_to(tokenizer.encode_response(answer), left)
         trunk += [(prompt, False), (answer, True)]
-        room -= len(answer)
+        room = left - len(answer)
         if cut:
             break
     if not trunk:

@@ -75,7 +75,7 @@ def sample(llava, prompts, images, seeds, *, max_new_tokens, temperature=0.0, to
         last.append(llava(batch, attend=Prefill(cache, slot))[0])  # (1, V)
     logits = torch.cat(last)  # (B, V)
 
-    positions = torch.tensor(lengths, device=device)  # where the next token goes
+    positions = torch.tensor(lengths, device=device).clamp_max(size - 1)  # where the next token goes
     samples = [Sample([], [], "length") for _ in rows]
     done = [limit <= 0 for limit in limits]
     for step in range(max_new_tokens):
