@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from stic_min import InputError
+from stic_min import InputError, first_line
 from stic_min.text import TEMPLATES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,6 +47,20 @@ def not_negative(text):
     return value
 
 
+def probability(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
+
+
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2^63)")
+    return value
+
+
 def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
@@ -58,7 +72,7 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
     group.add_argument("--image-mode", choices=["pad", "anyres"], help=f"(default: {image_mode})")
     group.add_argument("--dtype", choices=sorted(DTYPES), help="(default: bfloat16 on a GPU, else float32)")
     group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one; this rank's under torchrun)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random")
+    parser.add_argument("--seed", type=seed, default=0, help="of everything random")
 
 
 def add_limit_flag(parser):
@@ -119,15 +133,17 @@ def start_ranks(device=None, backend="gloo"):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
+        if device.type == "cuda":
+            index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            device = torch.device("cuda", index)
+            torch.cuda.set_device(device)
+            # cuDNN's attention is planned anew for every length, and differently with and without gradients.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+        raise InputError(f"--device {device}: {first_line(error)}") from None
     if world > 1 and not dist.is_initialized():
         # Ranks wait for each other at the end, however unequal their shares: a week, not the default half hour.
         dist.init_process_group(backend, timeout=timedelta(days=7))
@@ -179,6 +195,8 @@ def run(main):
     try:
         main()
     except InputError as error:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # when all ranks fail alike, torchrun ends this one before it says the same again
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:

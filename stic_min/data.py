@@ -4,10 +4,10 @@ The one place that validates them: every function raises InputError with one lin
 Reads the published formats as they are (JSON list or JSON lines), with and without `<image>` in the user turn.
 """
 
-import glob
 import json
 import os
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def read_records(path):
     if text.lstrip().startswith("["):
         try:
             records = [(f"{path}, record {i}", value) for i, value in enumerate(json.loads(text))]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON ({error})") from None
     else:
         records = []
@@ -38,7 +38,7 @@ def read_records(path):
             if line.strip():
                 try:
                     records.append((f"{path}, line {number}", json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{path}, line {number}: not JSON ({error})") from None
     for where, value in records:
         if not isinstance(value, dict):
@@ -52,6 +52,8 @@ def field(record, key, where):
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: no {key}")
+    if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
+        raise InputError(f"{where}: {key} holds half of a surrogate pair, which is no text")
     return value
 
 
@@ -75,6 +77,8 @@ class Output:
 
     def __init__(self, path, key, settings, ranks):
         self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
+        if self.path.is_dir():
+            raise InputError(f"--out {path} is a folder, it has to name a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if ranks.first:
             self.merge([])  # what an earlier run, of any number of ranks, left behind
@@ -86,7 +90,8 @@ class Output:
         return self.path.with_name(f"{self.path.name}.part{rank}")
 
     def parts(self):
-        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part*"))
+        pattern = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        return sorted(p for p in self.path.parent.iterdir() if pattern.fullmatch(p.name))
 
     def read(self, path):
         """Records of one file; a last line that a kill cut off is dropped."""
@@ -120,8 +125,9 @@ class Output:
         records = {r[self.key]: r for path in [self.path, *parts] for r in self.read(path)}
         if not records and not self.path.is_file():
             return records
+        wanted = set(keys)
         ordered = [records[k] for k in keys if k in records]
-        ordered += [r for k, r in records.items() if k not in set(keys)]
+        ordered += [r for k, r in records.items() if k not in wanted]
         beside = self.path.with_name(self.path.name + ".new")
         with open(beside, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)

@@ -56,27 +56,32 @@ class Example:
 
 @dataclass
 class Batch:
-    """Examples side by side in one flat row of T tokens (see mistral.Packed), R the longest scored segment."""
+    """Examples side by side in one flat row of T tokens (see mistral.Packed); S rows of R of them are scored."""
 
     ids: torch.Tensor  # (T,) int64, IMAGE at every position of a picture
     positions: torch.Tensor  # (T,) int64, branches all start at the end of their trunk
     attend: Packed
     tiles: list  # the pictures (images.Tiles) in order
-    rows: torch.Tensor  # (S, 1 + R) int64, a row a scored segment: its flat indices behind that of the token before it
-    labels: torch.Tensor  # (S, 1 + R) int64, the ids at those indices; -100 at the first and where the row is padded
+    rows: torch.Tensor  # (S, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
+    # behind that of the token before it, whose logits predict its first
+    labels: torch.Tensor  # (S, R) int64, the ids at those indices; -100 at the tokens before, and where a row is padded
 
 
 def collate(examples, tiles, config, device="cpu"):
     """Lays out `examples` flat. tiles[i]: the Tiles of examples[i], one for each IMAGE, in order."""
-    ids, positions, spans, scored = [], [], [], []
+    ids, positions, spans, rows, labels = [], [], [], [], []
     for example, pictures in zip(examples, tiles):
-        start, pictures = len(ids), iter(pictures)
+        start, pictures, row, row_labels = len(ids), iter(pictures), [], []
         for segment, is_scored in example.trunk:
             first = len(ids)
             for i in segment:
                 ids += [IMAGE] * config.image_tokens(next(pictures).size) if i == IMAGE else [i]
             if is_scored:
-                scored.append([first - 1, *range(first, len(ids))])
+                row += range(first - 1, len(ids))
+                row_labels += [IGNORE, *ids[first:]]
+        if row:
+            rows.append(row)
+            labels.append(row_labels)
         end = len(ids)
         positions += range(end - start)
         spans.append(Span(start, end))
@@ -85,10 +90,11 @@ def collate(examples, tiles, config, device="cpu"):
             ids += branch
             positions += range(end - start, end - start + len(branch))
             spans.append(Span(first, len(ids), prefix=(start, end)))
-            scored.append([end - 1, *range(first, len(ids))])
-    longest = max(map(len, scored), default=0)
-    labels = [[IGNORE] + [ids[i] for i in row[1:]] + [IGNORE] * (longest - len(row)) for row in scored]
-    rows = [row + [0] * (longest - len(row)) for row in scored]
+            rows.append([end - 1, *range(first, len(ids))])
+            labels.append([IGNORE, *branch])
+    longest = max(map(len, rows), default=0)
+    labels = [row + [IGNORE] * (longest - len(row)) for row in labels]
+    rows = [row + [0] * (longest - len(row)) for row in rows]
     tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=device)
     flat_tiles = [t for pictures in tiles for t in pictures]
     return Batch(tensor(ids), tensor(positions), Packed(spans), flat_tiles, tensor(rows), tensor(labels))
@@ -152,7 +158,7 @@ class LLaVA(nn.Module):
         return torch.cat([arrange(f, t, self.image_newline) for f, t in zip(features, tiles)])
 
     def forward(self, batch, attend=None, reference=False):
-        """Batch -> logits (S, 1 + R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
+        """Batch -> logits (S, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
         x = self.model.embed_tokens(batch.ids.clamp_min(0))  # (T, C)
         if batch.tiles:
             features = self.encode_images(batch.tiles, reference).to(x.dtype)
@@ -170,6 +176,11 @@ class LLaVA(nn.Module):
         """PIL picture -> Tiles in this model's image mode."""
         config = self.config
         return make_tiles(picture.convert("RGB"), config.image_mode, config.vision.image_size, config.pinpoints)
+
+    def prompt_length(self, prompt, images):
+        """Positions that a prompt with its PIL pictures takes in the sequence."""
+        pictures = sum(self.config.image_tokens(image.size) for image in images)
+        return len(self.tokenizer.encode_prompt(prompt)) - len(images) + pictures
 
     def batch(self, prompt, images, response=None):
         """Batch of one sequence. Raises InputError if <image> marks and `images` disagree, or if it is too long."""

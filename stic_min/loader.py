@@ -338,8 +338,9 @@ def fill(llava, source, device="cpu"):
             parameter.to_local().copy_(own_rows(value, parameter))
         else:
             module, _, leaf = name.rpartition(".")
-            value = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
-            setattr(llava.get_submodule(module), leaf, value)
+            # What is trained must not share memory with the file, or with the reference made from the same tensor.
+            value = value.to(device, parameter.dtype, copy=parameter.requires_grad)
+            setattr(llava.get_submodule(module), leaf, nn.Parameter(value, requires_grad=parameter.requires_grad))
     return llava
 
 

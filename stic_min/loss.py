@@ -16,7 +16,7 @@ def token_logps(logits, labels):
     shift happens here. Returns (B, T) float32, 0 where the label is -100 and at t = 0, which nothing predicts.
     """
     logits, targets = logits[:, :-1].float(), labels[:, 1:]  # (B, T - 1, V), (B, T - 1)
-    # cross_entropy is -log_softmax at the target, 0 at ignored ones, without a second (B, T, V) tensor.
+    # cross_entropy is -log_softmax at the target, and 0 where that is ignored.
     nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
     return F.pad(-nll.view_as(targets), (1, 0))  # (B, T)
 

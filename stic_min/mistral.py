@@ -121,8 +121,10 @@ class Decode:
         keys[self.rows, self.positions] = k
         values[self.rows, self.positions] = v
         longest = self.mask.shape[-1]
-        y = attention(q[:, None], keys[:, :longest], values[:, :longest], attn_mask=self.mask)  # (B, 1, H, D)
-        return y[:, 0]  # (B, H, D)
+        keys, values = keys[:, :longest].transpose(1, 2), values[:, :longest].transpose(1, 2)  # (B, K, S, D)
+        # The H / K query heads of a key head are its rows: no kernel with a mask has to expand the cache for them.
+        q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H / K, D)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).flatten(1, 2)  # (B, H, D)
 
 
 # ---------------------------------------------------------------- the blocks

@@ -120,12 +120,20 @@ def llava(tiny):
 
 
 def layout(item, llava):
-    """Flat ids, labels of each scored row and the place before it, as the model gets them."""
+    """Flat ids, labels of each scored segment and the place before it, as the model gets them."""
     batch = collate([item.example], [data.load_tiles(item, llava)], llava.config)
     scored = batch.labels != -100
     assert (len(batch.ids), scored.sum()) == (item.length, item.scored)
     assert (batch.labels == batch.ids[batch.rows])[scored].all() and not scored[:, 0].any()
-    return batch.ids.tolist(), [row[row != -100].tolist() for row in batch.labels], batch.rows[:, 0].tolist()
+    segments, before = [], []  # a label of -100 stands before each segment, and where a row is padded
+    for row, labels in zip(batch.rows.tolist(), batch.labels.tolist()):
+        for place, label, following in zip(row, labels, [*labels[1:], -100]):
+            if label == -100 and following != -100:
+                before.append(place)
+                segments.append([])
+            elif label != -100:
+                segments[-1].append(label)
+    return batch.ids.tolist(), segments, before
 
 
 def test_pair_item(llava, tiny):

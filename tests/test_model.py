@@ -91,27 +91,33 @@ def pack(llava, parts):
 
 
 def one_by_one(parts):
-    """Every scored segment as the only branch of its prompt, in the order of `Batch.rows`."""
+    """For each row of `Batch.rows`, its scored segments, each as the only branch of its prompt."""
     for trunk, branches, pictures in parts:
-        for i, (ids, scored) in enumerate(trunk):
-            if scored:
-                yield [(sum((ids for ids, _ in trunk[:i]), []), False)], [ids], pictures
+        before = lambda i: [(sum((ids for ids, _ in trunk[:i]), []), False)]  # noqa: B023
+        if row := [(before(i), [ids], pictures) for i, (ids, scored) in enumerate(trunk) if scored]:
+            yield row
         for branch in branches:
-            yield trunk, [branch], pictures
+            yield [(trunk, [branch], pictures)]
 
 
 def test_packed_logits_equal_plain_sequences(llava, pictures):
     parts = conversations(llava, pictures)
     batch = pack(llava, parts)
     logits = llava(batch)
-    assert logits.shape == (7, 1 + max(map(len, parts[0][1])), 600) and logits.dtype == torch.float32
-    for row, labels, (trunk, [branch], shown) in zip(logits, batch.labels, one_by_one(parts), strict=True):
-        # all in the trunk: one causal sequence, the attention that was compared with transformers'
-        plain = pack(llava, [([(trunk[0][0] + branch, False)], [], shown)])
-        total, size = len(plain.ids), len(branch)
-        plain.rows = torch.arange(total - size - 1, total)[None]
-        close(row[: 1 + size], llava(plain)[0])
-        assert labels.tolist() == [-100, *branch] + [-100] * (len(labels) - 1 - size)
+    rows = list(one_by_one(parts))
+    longest = max(sum(1 + len(branch) for _, [branch], _ in row) for row in rows)
+    assert logits.shape == (6, longest, 600) and logits.dtype == torch.float32
+    for row, labels, segments in zip(logits, batch.labels, rows, strict=True):
+        expected, end = [], 0
+        for trunk, [branch], shown in segments:
+            # all in the trunk: one causal sequence, the attention that was compared with transformers'
+            plain = pack(llava, [([(trunk[0][0] + branch, False)], [], shown)])
+            total, begin = len(plain.ids), end
+            end += 1 + len(branch)
+            plain.rows = torch.arange(total - len(branch) - 1, total)[None]
+            close(row[begin:end], llava(plain)[0])
+            expected += [-100, *branch]
+        assert labels.tolist() == expected + [-100] * (longest - end)
 
 
 def test_branches_do_not_see_each_other(llava, pictures):
@@ -123,8 +129,10 @@ def test_branches_do_not_see_each_other(llava, pictures):
 
 
 def gradients(llava, batches):
-    """Sums of log p of all scored rows (S,), and the gradients of a sum in which each row weighs differently."""
-    logps = torch.cat([token_logps(llava(batch), batch.labels).sum(-1) for batch in batches])
+    """Sums of log p of all scored rows (S,), and the gradients of a sum in which each row weighs differently.
+    `batches` may hold lists: their rows belong to one."""
+    row = lambda batch: token_logps(llava(batch), batch.labels).sum(-1)
+    logps = torch.cat([sum(map(row, b)) if isinstance(b, list) else row(b) for b in batches])
     parameters = {name: p for name, p in llava.named_parameters() if p.requires_grad}
     loss = logps @ torch.linspace(-1, 2, len(logps))
     return logps.detach(), dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))
@@ -141,8 +149,9 @@ def same_gradients(first, second):
 def test_packed_gradients(trainable, pictures):
     parts = conversations(trainable, pictures)
     packed = gradients(trainable, [pack(trainable, parts)])
-    for apart in (parts, one_by_one(parts)):
-        same_gradients(packed, gradients(trainable, [pack(trainable, [part]) for part in apart]))
+    same_gradients(packed, gradients(trainable, [pack(trainable, [part]) for part in parts]))
+    apart = [[pack(trainable, [segment]) for segment in row] for row in one_by_one(parts)]
+    same_gradients(packed, gradients(trainable, apart))
 
 
 def test_checkpointed_activations_give_the_same_gradients(trainable, pictures, monkeypatch):
