@@ -12,6 +12,7 @@ command again skips what is there. The paper's numbers were made with --template
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from stic_min import InputError, cli, sampler
@@ -27,13 +28,13 @@ SCORERS = {"scienceqa": scienceqa}
 # ---------------------------------------------------------------- answering
 
 
-def ask(llava, texts, pictures, args, purpose):
-    """One sample for each user text (with its <image> marks) about its pictures -> list[str]."""
+def ask(llava, names, texts, pictures, args, purpose):
+    """One sample for each user text (with its <image> marks) about its pictures -> list[str]. Seeds go by name."""
     samples = sampler.sample(
         llava,
         [TEMPLATES[llava.config.template].prompt(text) for text in texts],
         pictures,
-        [sampler.row_seed(args.seed, purpose, text) for text in texts],
+        [sampler.row_seed(args.seed, purpose, name) for name in names],
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -41,36 +42,38 @@ def ask(llava, texts, pictures, args, purpose):
     return [llava.tokenizer.decode(sample.ids) for sample in samples]
 
 
-def dar_text(llava, description, text, pictures):
+def excess(llava, text, pictures, args):
+    """By how many tokens a user text with its pictures is too long, if an answer is to follow (of 128 at least)."""
+    prompt = TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures)))
+    room = llava.config.decoder.max_positions - min(args.max_new_tokens, 128)
+    return llava.prompt_length(prompt, pictures) - min(llava.config.max_length, room)
+
+
+def dar_text(llava, description, text, pictures, args):
     """`text` behind the description, which is shortened from its end if both don't fit the model's sequence."""
-    ids, image_tokens = None, sum(llava.config.image_tokens(picture.size) - 1 for picture in pictures)
-    while True:
-        user = infused(description, text)
-        prompt = TEMPLATES[llava.config.template].prompt(with_image(user, len(pictures)))
-        excess = len(llava.tokenizer.encode_prompt(prompt)) + image_tokens - llava.config.max_length
-        if excess <= 0 or ids == []:
-            return user
-        if ids is None:
-            cli.warn(f"a description is cut by {excess} tokens to fit the model's {llava.config.max_length}")
-            ids = llava.tokenizer.encode(description)
-        ids = ids[:-excess]
+    ids = llava.tokenizer.encode(description)
+    while (over := excess(llava, infused(description, text), pictures, args)) > 0 and ids:
+        cli.warn(f"a description is cut by {over} tokens to fit the model's sequence")
+        ids = ids[:-over]
         description = llava.tokenizer.decode(ids)
+    return infused(description, text)
 
 
-def answer(llava, texts, pictures, args):
+def answer(llava, names, texts, pictures, args):
     """texts (without <image>) about pictures[i] -> (answers, descriptions). With --dar the model describes first.
 
     PAPER vs RELEASED (E): the release's describe prompt has no <image>, so it describes blind. Ours sees the picture.
     """
-    descriptions = [None] * len(texts)
+    descriptions, users = [None] * len(texts), list(texts)
     if args.dar:
         seen = [i for i, own in enumerate(pictures) if own]  # without a picture there is nothing to describe
         prompts = [with_image(DESCRIBE_PROMPT, len(pictures[i])) for i in seen]
-        for i, description in zip(seen, ask(llava, prompts, [pictures[i] for i in seen], args, "describe")):
+        shown = [pictures[i] for i in seen]
+        for i, description in zip(seen, ask(llava, [names[i] for i in seen], prompts, shown, args, "describe")):
             descriptions[i] = description
-            texts[i] = dar_text(llava, description, texts[i], pictures[i])
-    users = [with_image(text, len(own)) for text, own in zip(texts, pictures)]
-    return ask(llava, users, pictures, args, "answer"), descriptions
+            users[i] = dar_text(llava, description, texts[i], pictures[i], args)
+    users = [with_image(text, len(own)) for text, own in zip(users, pictures)]
+    return ask(llava, names, users, pictures, args, "answer"), descriptions
 
 
 # ---------------------------------------------------------------- commands
@@ -83,17 +86,7 @@ def run_benchmark(args):
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
     label = Path(args.adapter).resolve().name if args.adapter else "base"
     mode = "dar" if args.dar else "direct"
-    settings = {
-        "model": Path(args.model).resolve().name,
-        "adapter": args.adapter and Path(args.adapter).resolve().name,
-        "mode": mode,
-        "template": llava.config.template,
-        "image_mode": llava.config.image_mode,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
+    settings = {"mode": mode, **cli.run_settings(args, llava)}
     path = Path(args.out) / f"{args.command}-{label}-{mode}.jsonl"
     output = Output(path, "question_id", settings, ranks)
     todo = [q for id, q in questions.items() if id not in output.done]
@@ -105,12 +98,15 @@ def run_benchmark(args):
         batch, pictures = [], []
         for question in todo[start : start + args.batch_size]:
             try:
-                names = [question["image"]] if question["image"] else []
-                pictures.append([open_image(image_path(args.data, name)) for name in names])
+                own = [open_image(image_path(args.data, question["image"]))] if question["image"] else []
+                if (over := excess(llava, question["text"], own, args)) > 0:
+                    raise InputError(f"{over} tokens more than the model's sequence holds")
+                pictures.append(own)
                 batch.append(question)
             except InputError as error:
                 cli.warn(f"question {question['question_id']} counts as wrong: {error}")
-        answers, descriptions = answer(llava, [q["text"] for q in batch], pictures, args)
+        names = [question["question_id"] for question in batch]
+        answers, descriptions = answer(llava, names, [q["text"] for q in batch], pictures, args)
         for question, text, description in zip(batch, answers, descriptions):
             # The recorded prompt is free of the description: scorers read it.
             prompt = with_image(question["text"]) if question["image"] else question["text"]
@@ -126,18 +122,26 @@ def run_benchmark(args):
 
 
 def run_score(args):
+    if int(os.environ.get("RANK", 0)):
+        return  # no work for several ranks
     scorer = SCORERS[args.benchmark]
     scores = scorer.score(scorer.load(args.data), [record for _, record in read_records(args.answers)])
     print(json.dumps(scores, indent=2) if args.json else scorer.report(scores))
 
 
 def run_ask(args):
-    ranks = cli.start_ranks(args.device)
+    if int(os.environ.get("RANK", 0)):
+        return  # no work for several ranks
+    if args.dar and not args.image:
+        raise InputError("--dar describes a picture first: it needs --image")
+    ranks = cli.Ranks(0, 1, cli.start_device(args.device))
     pictures = [open_image(path) for path in args.image]
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
     question = args.question.replace(IMAGE_MARK, "").strip()
-    [text], [description] = answer(llava, [question], [pictures], args)
+    if (over := excess(llava, question, pictures, args)) > 0:
+        raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
+    [text], [description] = answer(llava, ["question"], [question], [pictures], args)
     if description is not None:
         print(f"Description: {description}\n")
     print(text)
@@ -172,7 +176,7 @@ def main():
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given again")
     sub.add_argument("--dar", action="store_true", help="describe the picture first, then answer (section 4)")
     cli.add_model_flags(sub)
-    cli.add_sampling_flags(sub, temperature=0.0, batch_size=1)
+    cli.add_sampling_flags(sub, temperature=0.0)
 
     args = parser.parse_args()
     args.run(args)

@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 
 from stic_min import InputError, cli, sampler
-from stic_min.data import Output, image_records, subset
+from stic_min.data import Output, image_records, parse_instruction, subset
 from stic_min.images import corrupt, image_path, list_images, open_image
 from stic_min.loader import load_llava
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
@@ -85,14 +85,23 @@ def main():
     cli.add_limit_flag(parser)
     cli.add_sampling_flags(parser, temperature=0.2, batch_size=8)
     args = parser.parse_args()
+    if args.describe and args.names:
+        parser.error("--names goes with pairs; --describe takes its pictures from the instructions")
     ranks = cli.start_ranks(args.device)
 
     # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
     if args.describe:
-        items = {id: record["image"] for _, id, record in image_records(args.describe)[0]}
+        records = {id: (where, id, record) for where, id, record in image_records(args.describe)[0]}
+        items = {id: record["image"] for _, id, record in records.values()}
+        here = {id: image for id, image in items.items() if (Path(args.images) / image).is_file()}
+        if len(here) < len(items):
+            ranks.say(f"{len(items) - len(here)} of {len(items)} records have no picture in {args.images}: left out")
+        if not here:
+            raise InputError(f"no picture of {args.describe} is in {args.images}")
+        items = here
     elif args.names:
         try:
-            lines = Path(args.names).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.names).read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"can't read {args.names}: {error}") from None
         items = {line.strip(): line.strip() for line in lines if line.strip()}
@@ -101,19 +110,12 @@ def main():
     if not items:
         raise InputError(f"{args.names}: no names in it")
     keys = subset(list(items), args.limit, args.seed)
+    for key in keys if args.describe else ():
+        parse_instruction(*records[key])  # now, not in stage 2
 
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    settings = {
-        "model": Path(args.model).resolve().name,
-        "adapter": args.adapter and Path(args.adapter).resolve().name,
-        "template": llava.config.template,
-        "image_mode": llava.config.image_mode,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "seed": args.seed,
-    }
+    settings = {"images": Path(args.images).resolve().name, **cli.run_settings(args, llava)}
     output = Output(args.out, "id" if args.describe else "image", settings, ranks)
     todo = [key for key in keys if key not in output.done]
     what = "descriptions" if args.describe else "pairs"
@@ -128,13 +130,17 @@ def main():
         for key in todo[start : start + together]:
             try:
                 picture = open_image(image_path(args.images, items[key]))
+                if args.describe:
+                    job_rows, record = description_rows(key, items[key], picture, args.seed)
+                else:
+                    job_rows, record = pair_rows(key, picture, args.seed)
+                lengths = [llava.prompt_length(template.prompt(with_image(p)), [v]) for p, v, _ in job_rows]
+                if max(lengths) > llava.config.max_length:
+                    limit = llava.config.max_length
+                    raise InputError(f"{key}: a prompt of {max(lengths)} tokens, the model's limit is {limit}")
+                jobs.append((key, job_rows, record))
             except InputError as error:
                 cli.warn(f"skipped: {error}")
-                continue
-            if args.describe:
-                jobs.append((key, *description_rows(key, items[key], picture, args.seed)))
-            else:
-                jobs.append((key, *pair_rows(key, picture, args.seed)))
         rows = [row for _, job_rows, _ in jobs for row in job_rows]
         samples = iter(sampler.sample(
             llava,

@@ -14,7 +14,28 @@ import torch
 
 from stic_min import InputError, cli, lora, training
 from stic_min.data import pair_item, read_pairs, subset
-from stic_min.loss import stic_loss, token_logps
+from stic_min.loss import dpo_loss, stic_loss, token_logps
+
+
+def pair_logps(llava, batch, reference=False):
+    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). A pair's rows in the batch are chosen, rejected."""
+    logits = llava(batch, reference=reference)  # (2 B, 1 + R, V)
+    return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
+
+
+@torch.no_grad()
+def reference_logps(llava, batch):
+    """The same under theta_0: LoRA off, and the projector as it was."""
+    with lora.disabled(llava):
+        return pair_logps(llava, batch, reference=True)
+
+
+@torch.no_grad()
+def check_reference(llava, batch, beta):
+    """With LoRA's B = 0, theta is theta_0 and the DPO term ln 2. Raises InputError if it is not."""
+    term = dpo_loss(*pair_logps(llava, batch), *reference_logps(llava, batch), beta).mean().item()
+    if abs(term - math.log(2)) > 1e-4:
+        raise InputError(f"before step 1 the DPO term is {term:.6f}, not ln 2: policy and reference differ")
 
 
 def main():
@@ -28,42 +49,34 @@ def main():
     cli.add_limit_flag(parser)
     training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)
     args = parser.parse_args()
+    training.check_out(args.out)
     ranks = cli.start_ranks(args.device, backend=None)
 
     pairs = subset(read_pairs(args.pairs), args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=True)
-    max_length = args.max_length or (1024 if llava.config.image_mode == "pad" else 4096)
+    max_length = training.length_limit(args, llava, pad=1024)
     items = [pair_item(pair, llava, args.images, max_length) for pair in pairs]
     ranks.say(f"{len(items)} pairs, {sum(item.cut for item in items)} cut to {max_length} tokens")
     training.check_pictures(items, ranks)
     training.check_picture_matters(llava, items[0])
+    check_reference(llava, training.collate_items(llava, items[:1]), args.beta)
 
-    settings = training.settings(args, llava, files=[args.pairs])
+    own = {"beta": args.beta, "alpha": args.alpha}
+    settings = training.settings(args, llava, adapter, max_length, [args.pairs], **own)
     run = training.Run(args, llava, adapter, items, ranks, settings)
-    for step, batches in run.steps():
-        size = len(run.batches[step])
-        sums = dict.fromkeys(("loss", "dpo", "nll", "margin", "accuracy"), 0.0)
-        for indices, counts in batches:
+    for step, micro_batches in run.steps():
+        pairs_in_batch = len(run.batches[step])  # the global batch
+        for indices, real in micro_batches:
             batch = run.collate(indices)
-            # Each pair's rows are (chosen, rejected), scored behind one prompt.
-            with torch.no_grad(), lora.disabled(llava):
-                reference = llava(batch, reference=True)  # (2 B, 1 + R, V)
-                ref_logp_w, ref_logp_l = token_logps(reference, batch.labels).sum(-1).view(-1, 2).unbind(1)  # (B,) each
-                del reference
-            logp_w, logp_l = token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)  # (B,) each
+            ref_logp_w, ref_logp_l = reference_logps(llava, batch)
+            logp_w, logp_l = pair_logps(llava, batch)
             losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1
-            run.backward(losses.sum() / size * counts)
-            if counts:
-                nll = -args.alpha * logp_w.detach()
-                margin = args.beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l)).detach()
-                for name, value in (("loss", losses), ("dpo", losses - nll), ("nll", nll), ("margin", margin),
-                                    ("accuracy", margin > 0)):
-                    sums[name] += value.sum().item() / size
-        if step == 0:  # B = 0, so theta is theta_0
-            [dpo] = run.total(sums["dpo"])
-            if abs(dpo - math.log(2)) > 1e-4:
-                raise InputError(f"step 1: the DPO term is {dpo:.6f}, not ln 2, so policy and reference differ")
-        run.update(step, sums)
+            run.backward(losses.sum() / pairs_in_batch * real)
+
+            margin = args.beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
+            run.add(real / pairs_in_batch, loss=losses, dpo=losses + args.alpha * logp_w,
+                    alpha_nll=-args.alpha * logp_w, margin=margin, accuracy=margin > 0)
+        run.update(step)
     run.finish()
 
 

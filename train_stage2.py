@@ -27,30 +27,31 @@ def main():
     cli.add_limit_flag(parser)
     training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
     args = parser.parse_args()
+    training.check_out(args.out)
     ranks = cli.start_ranks(args.device, backend=None)
 
-    instructions, counts = read_infused(args.instructions, args.descriptions, args.one_line)
+    instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line)
     instructions = subset(instructions, args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=False)
-    max_length = args.max_length or (2048 if llava.config.image_mode == "pad" else 4096)
+    max_length = training.length_limit(args, llava, pad=2048)
     items = [instruction_item(instruction, llava, args.images, max_length) for instruction in instructions]
-    ranks.say(f"{counts}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    ranks.say(f"{summary}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
     training.check_pictures(items, ranks)
     training.check_picture_matters(llava, items[0])
 
-    settings = training.settings(args, llava, files=[args.instructions, args.descriptions])
+    files = [args.instructions, args.descriptions]
+    settings = training.settings(args, llava, adapter, max_length, files, one_line=args.one_line)
     run = training.Run(args, llava, adapter, items, ranks, settings)
-    for step, batches in run.steps():
-        size = sum(items[i].scored for i in run.batches[step])  # supervised tokens of the global batch
-        sums = dict.fromkeys(("loss", "answer_tokens"), 0.0)
-        for indices, counts in batches:
+    for step, micro_batches in run.steps():
+        tokens_in_batch = sum(items[i].scored for i in run.batches[step])  # the global batch
+        for indices, real in micro_batches:
             batch = run.collate(indices)
             nll, tokens = sft_loss(llava(batch), batch.labels)  # Algorithm 2
-            run.backward(nll / size * counts)
-            if counts:
-                sums["loss"] += nll.item() / size
-                sums["answer_tokens"] += tokens.item()
-        run.update(step, sums)
+            run.backward(nll / tokens_in_batch * real)
+
+            run.add(real / tokens_in_batch, loss=nll)
+            run.add(real, answer_tokens=tokens)
+        run.update(step)
     run.finish()
 
 

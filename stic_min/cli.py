@@ -1,11 +1,13 @@
 """What the four scripts share: flags, ranks, a progress line, and how errors end."""
 
 import argparse
+import hashlib
 import os
 import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,45 +22,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default (unless that is None), the description as it was written."""
+    """Every flag with its default, the description as it was written."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def number(kind, test, what):
+    """A flag's type: text -> `kind`, if it passes `test`."""
+
+    def parse(text):
+        try:
+            if test(value := kind(text)):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+
+    return parse
 
 
-def fraction(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
-    return value
-
-
-def not_negative(text):
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def probability(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
-    return value
-
-
-def seed(text):
-    value = int(text)
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 2^63)")
-    return value
+positive = number(int, lambda n: n >= 1, "a whole number of at least 1")
+not_negative = number(float, lambda x: 0 <= x < float("inf"), "a number of at least 0")
+probability = number(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
+mass = number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
+seed = number(int, lambda n: 0 <= n < 2**63, "a whole number in [0, 2^63)")
 
 
 def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
@@ -79,12 +68,13 @@ def add_limit_flag(parser):
     parser.add_argument("--limit", type=positive, metavar="N", help="only a random subset of N, drawn with --seed")
 
 
-def add_sampling_flags(parser, temperature, batch_size, max_new_tokens=1024):
+def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024):
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=not_negative, default=temperature, help="0 is greedy")
-    group.add_argument("--top-p", type=fraction, help="keep the most probable tokens up to this mass (default: all)")
+    group.add_argument("--top-p", type=mass, help="keep the most probable tokens up to this mass (default: all)")
     group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="per response")
-    group.add_argument("--batch-size", type=positive, default=batch_size, help="responses sampled together")
+    if batch_size:
+        group.add_argument("--batch-size", type=positive, default=batch_size, help="responses sampled together")
 
 
 def model_options(args, ranks):
@@ -97,6 +87,34 @@ def model_options(args, ranks):
         "image_mode": args.image_mode,
         "dtype": DTYPES[args.dtype or default],
     }
+
+
+def run_settings(args, llava):
+    """What an output file was made with, for `data.Output`. Folders count by what is in them, not by their name."""
+    return {
+        "model": Path(args.model).resolve().name,
+        "adapter": args.adapter and Path(args.adapter).resolve().name,
+        "fingerprint": fingerprint(args.model, args.adapter),
+        "template": llava.config.template,
+        "image_mode": llava.config.image_mode,
+        "dtype": str(llava.lm_head.weight.dtype).removeprefix("torch."),
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
+    }
+
+
+def fingerprint(model, adapter=None):
+    """12 hex digits of a model folder's configuration and file sizes, and of an adapter's contents."""
+    digest, weights = hashlib.sha256(), (".bin", ".safetensors")
+    for file in sorted(p for p in Path(model).iterdir() if p.suffix in (*weights, ".json", ".model")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        digest.update(file.read_bytes() if file.name == "config.json" else b"")
+    for file in sorted(p for p in Path(adapter).iterdir() if p.suffix in weights) if adapter else ():
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def say_loading(args, ranks):
@@ -127,14 +145,11 @@ class Ranks:
             print(text, flush=True)
 
 
-def start_ranks(device=None, backend="gloo"):
-    """This process's place: one of many under torchrun, else the only one. gloo is enough where ranks only meet at
-    barriers; training asks for its device's own backend."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def start_device(name=None):
+    """torch.device of --device; by default a GPU, this rank's under torchrun, or the CPU where there is none."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
+        device = torch.device(name)
         if device.type == "cuda":
             index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
             device = torch.device("cuda", index)
@@ -143,7 +158,15 @@ def start_ranks(device=None, backend="gloo"):
             torch.backends.cuda.enable_cudnn_sdp(False)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {first_line(error)}") from None
+        raise InputError(f"--device {name}: {first_line(error)}") from None
+    return device
+
+
+def start_ranks(device=None, backend="gloo"):
+    """This process's place: one of many under torchrun, else the only one. gloo is enough where ranks only meet at
+    barriers; training asks for its device's own backend."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = start_device(device)
     if world > 1 and not dist.is_initialized():
         # Ranks wait for each other at the end, however unequal their shares: a week, not the default half hour.
         dist.init_process_group(backend, timeout=timedelta(days=7))
@@ -176,7 +199,8 @@ class Progress:
         self.shown = now
         rate = self.done / max(now - self.begin, 1e-9)
         per = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        line = f"{self.what} {self.done}/{self.total}  {per}  {clock((self.total - self.done) / rate)} left"
+        left = f"{clock((self.total - self.done) / rate)} left" if self.done < self.total else clock(now - self.begin)
+        line = f"{self.what} {self.done}/{self.total}  {per}  {left}"
         if terminal:
             print(f"\r\x1b[K{line}", end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
         else:
@@ -184,7 +208,9 @@ class Progress:
 
 
 def warn(text):
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress line, if there is one
+    sys.stderr.write(f"{clear}warning: {text}\n")
+    sys.stderr.flush()
 
 
 # ---------------------------------------------------------------- the end
@@ -192,16 +218,26 @@ def warn(text):
 
 def run(main):
     """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
+    status = 0
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError):
+            if error.filename is None:
+                raise
+            error = f"{error.filename}: {error.strerror}"
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # when all ranks fail alike, torchrun ends this one before it says the same again
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.stderr.write(f"error: {error}\n")
+        status = 1
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        sys.stderr.write("stopped; what was finished is kept\n")
+        status = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # gloo's threads (torch 2.15) abort one CPU process in a few as it exits, when all is done. Exit without them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        sys.exit(status)

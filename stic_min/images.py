@@ -23,6 +23,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BACKGROUND = tuple(int(255 * m) for m in CLIP_MEAN)  # (122, 116, 104), what `pad` fills with
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+THINNEST = 500  # long side to short side: beyond it, a padded or corrupted picture takes gigabytes
 LOW_RESOLUTION = 20  # pixels on the short side
 BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue shift in [-0.3, 0.3]
 
@@ -58,10 +59,13 @@ def list_images(folder):
 def open_image(path):
     """RGB picture, fully decoded. Raises InputError naming the file if it can't be read."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"can't read image {path}: {error}") from None
+    if max(picture.size) > THINNEST * min(picture.size):
+        raise InputError(f"image {path} is a strip of {picture.width}x{picture.height}, which pad mode makes a square")
+    return picture
 
 
 def image_size(path):

@@ -103,6 +103,14 @@ def read_tensors(path):
     return tensors
 
 
+def write_tensors(tensors, path):
+    """A safetensors file with the permissions of any other new file (the library makes them its owner's alone)."""
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    Path(path).chmod(mode)
+
+
 def read_adapter(folder, llava, canonical):
     """PEFT's adapter files and the projector beside them -> Adapter, checked against `llava`.
 
@@ -197,7 +205,7 @@ def write_adapter(folder, adapter):
     tensors = {name: t.contiguous() for name, t in adapter.tensors.items()}
     projector = {f"model.{n}": t for n, t in tensors.items() if n.startswith("mm_projector.")}
     matrices = {f"{PREFIX}{n}.weight": t for n, t in tensors.items() if ".lora_" in n}
-    save_file(matrices, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(matrices, folder / "adapter_model.safetensors")
     if projector:
-        save_file(projector, folder / PROJECTOR_FILE, metadata={"format": "pt"})
+        write_tensors(projector, folder / PROJECTOR_FILE)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -9,10 +9,12 @@ of it. Using the adapter unmerged loses nothing.
 
 import argparse
 import json
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 
 from stic_min import InputError, cli, lora
 from stic_min.loader import canonical, open_llava, open_shard, read_json, shards
@@ -29,12 +31,11 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
         raise InputError(f"{out} exists already")
     llava, source = open_llava(folder, vision=vision, tokenizer=tokenizer)
     read = lora.read_adapter(adapter, llava, canonical)
-    beside = out.with_name(out.name + ".new")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
 
     files = shards(folder)
-    progress = cli.Progress("merging shards", len(files), cli.start_ranks("cpu"))
+    progress = cli.Progress("merging shards", len(files), cli.Ranks(0, 1, torch.device("cpu")))
     kept, wanted, weight_map = 0.0, 0.0, {}
     for file in files:
         tensors, name = {}, Path(file.name.replace("pytorch_model", "model")).stem
@@ -54,9 +55,9 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
                 new = (old.float() + change).to(target)
                 kept += ((new.double() - old.double()) * change).sum().item()
                 wanted += change.double().square().sum().item()
-            tensors[key] = new.contiguous()
+            tensors[key] = new.contiguous() if change is not None else new.clone()  # safetensors wants no shared memory
             weight_map[key] = f"{name}.safetensors"
-        save_file(tensors, beside / f"{name}.safetensors", metadata={"format": "pt"})
+        lora.write_tensors(tensors, beside / f"{name}.safetensors")
         progress.add()
     if len(files) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
@@ -66,9 +67,14 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
     for file in folder.iterdir():
         if file.is_file() and file not in weights and file.suffix not in (".bin", ".safetensors"):
             shutil.copyfile(file, beside / file.name)
+    config = read_json(beside / "config.json")
+    tower = folder / config.get("mm_vision_tower", "none")
+    if tower.is_dir() and tower.resolve().is_relative_to(folder.resolve()):  # a tower inside the checkpoint
+        shutil.copytree(tower, beside / config["mm_vision_tower"])
     if dtype:
-        config = read_json(beside / "config.json") | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        config |= {key: str(dtype).removeprefix("torch.") for key in {"torch_dtype"} | ({"dtype"} & config.keys())}
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    beside.chmod(0o755)
     beside.rename(out)
     return kept / wanted
 
@@ -83,6 +89,8 @@ def main():
     parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint holds or finds none")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
     args = parser.parse_args()
+    if int(os.environ.get("RANK", 0)):
+        return  # no work for several ranks
     dtype = cli.DTYPES[args.dtype] if args.dtype else None
     survived = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer)
     print(f"wrote {args.out}; {100 * survived:.2f} % of the change survived rounding")

@@ -91,9 +91,10 @@ class KVCache:
 
     def __init__(self, config, slots, length, device, dtype):
         shape = slots, length, config.num_key_value_heads, config.head_dim
-        empty = lambda: torch.zeros(shape, device=device, dtype=dtype)  # (B, S, K, D)
-        self.keys = [empty() for _ in range(config.num_hidden_layers)]
-        self.values = [empty() for _ in range(config.num_hidden_layers)]
+        # Zeros: a masked position weighs 0, and 0 times the NaN that empty memory may hold would be NaN.
+        zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # (B, S, K, D)
+        self.keys = [zeros() for _ in range(config.num_hidden_layers)]
+        self.values = [zeros() for _ in range(config.num_hidden_layers)]
 
 
 class Prefill:

@@ -2,7 +2,7 @@
 
 The scripts own the loop and the loss; a `Run` owns everything around them. One optimizer step takes one global batch,
 whatever the number of ranks and the size of a micro-batch: the loss is normalised over the global batch, so neither
-changes the result.
+changes the result. (Dropout does: its draws follow the micro-batches.)
 """
 
 import hashlib
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -25,7 +24,7 @@ from stic_min import InputError, cli, lora
 from stic_min.data import global_batches, load_tiles
 from stic_min.images import open_image
 from stic_min.llava import Projector, collate
-from stic_min.loader import canonical, fill, open_llava, own_rows
+from stic_min.loader import canonical, fill, open_llava, own_rows, read_json
 from stic_min.loss import token_logps
 from stic_min.sampler import row_seed
 
@@ -47,12 +46,19 @@ def add_flags(parser, *, lr, batch_size, dropout, max_length):
     group.add_argument("--max-length", type=cli.positive, metavar="N",
                        help=f"image tokens counted; responses are cut to it (default: {max_length}, in anyres 4096)")
     group.add_argument("--lora-r", type=cli.positive, help="(default: 128, or the --adapter's)")
-    group.add_argument("--lora-alpha", type=cli.not_negative, help="(default: 2 * r, or the --adapter's)")
-    group.add_argument("--lora-dropout", type=float, default=dropout, help="on LoRA's input")
+    group.add_argument("--lora-alpha", type=cli.positive, help="(default: 2 * r, or the --adapter's)")
+    group.add_argument("--lora-dropout", type=cli.probability, default=dropout, help="on LoRA's input")
     group.add_argument("--shard", choices=["full", "none"], default="full",
                        help="under torchrun: full is FSDP; none keeps all weights on each rank, only gradients travel")
     group.add_argument("--checkpoint-activations", action="store_true", help="recompute in the backward: less memory")
-    group.add_argument("--save-every", type=cli.positive, default=200, metavar="STEPS", help="for resuming")
+    group.add_argument("--save-every", type=cli.positive, metavar="STEPS",
+                       help="checkpoint to resume from (default: ten in a run)")
+
+
+def length_limit(args, llava, pad, anyres=4096):
+    """--max-length or the stage's default, no longer than the model's own sequence."""
+    default = pad if llava.config.image_mode == "pad" else anyres
+    return min(args.max_length or default, llava.config.decoder.max_positions)
 
 
 # ---------------------------------------------------------------- pieces
@@ -67,9 +73,9 @@ def rate(step, steps):
 
 
 def micro_batches(batch, ranks, size):
-    """This rank's share of one global batch -> [(indices, counts?)], as many as every other rank has.
+    """This rank's share of one global batch -> [(indices, real?)], as many as every other rank has.
 
-    FSDP's ranks compute in step: one that has run out recomputes a sample that does not count.
+    FSDP's ranks compute in step: one that has run out recomputes a sample that does not count (real is False).
     """
     own = batch[ranks.rank :: ranks.world]
     rounds = math.ceil(math.ceil(len(batch) / ranks.world) / size)
@@ -123,6 +129,7 @@ def build(args, ranks, keep_reference):
     projector = {name: value for name, value in source.items() if name.startswith("mm_projector.")}  # theta_0's
     source |= adapter.tensors
     if args.projector_lr:
+        # fp32, as LoRA's: in bf16 most of the steps would be rounded away
         llava.mm_projector.float().requires_grad_(True)
         if keep_reference:
             with torch.device("meta"):
@@ -137,7 +144,18 @@ def build(args, ranks, keep_reference):
             fully_shard(layer, mesh=mesh)
         fully_shard(llava, mesh=mesh)
         llava.to_empty(device=ranks.device)
-    return fill(llava, source, ranks.device), adapter
+    fill(llava, source, ranks.device)
+    # LoRA is in the model now. A projector that came with the adapter is kept: untrained, it is written as it was.
+    adapter.tensors = {name: value for name, value in adapter.tensors.items() if name.startswith("mm_projector.")}
+    return llava, adapter
+
+
+def check_out(out):
+    """Raises InputError, before anything is loaded, if `out` holds a finished run or can hold none."""
+    if (Path(out) / "adapter_config.json").exists():
+        raise InputError(f"{out} holds a finished run; name another --out, or delete it")
+    if Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"--out {out} is a file, it has to name a folder")
 
 
 def check_pictures(items, ranks):
@@ -158,6 +176,10 @@ def check_pictures(items, ranks):
         raise InputError(next(f for f in found if f))
 
 
+def collate_items(llava, items):
+    return collate([i.example for i in items], [load_tiles(i, llava) for i in items], llava.config, llava.device)
+
+
 @torch.no_grad()
 def check_picture_matters(llava, item):
     """A model trained without its pictures learns nothing from them: log p has to differ from that with a blank one.
@@ -171,19 +193,25 @@ def check_picture_matters(llava, item):
             t.pixels = torch.zeros_like(t.pixels)  # CLIP's mean colour
         batch = collate([item.example], [tiles], llava.config, llava.device)
         logps.append(token_logps(llava(batch), batch.labels))
-    if isinstance(llava, FSDPModule):
-        llava.reshard()  # the root keeps its parameters whole until a backward; the optimizer has to see the shards
     if torch.equal(*logps):
         raise InputError(f"{item.example.name}: log p is the same with a blank picture, so {item.image} has no effect")
 
 
-def settings(args, llava, files):
-    """What a run's result depends on, to tell a resumed run from another one: flags, and what is in the files."""
-    free = {"out", "images", "device", "dtype", "shard", "micro_batch", "checkpoint_activations", "save_every"}
-    values = {name: value for name, value in vars(args).items() if name not in free}
-    values |= {"dtype": str(llava.lm_head.weight.dtype), "template": llava.config.template}
-    values |= {"image_mode": llava.config.image_mode}
-    return values | {f"sha256 of {file}": hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+def settings(args, llava, adapter, max_length, files, **own):
+    """What a run's result depends on: written to run.json, and compared when a run is resumed.
+
+    Files and folders count by their contents, not by their paths; `own` are the stage's own flags.
+    """
+    names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
+    values = {name: getattr(args, name) for name in names} | own
+    values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
+    values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
+    values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
+    values |= {"fingerprint": cli.fingerprint(args.model, getattr(args, "adapter", None))}
+    values |= {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+    if args.lora_dropout:  # its draws depend on the micro-batches; nothing else does
+        values |= {"micro_batch": args.micro_batch, "ranks": int(os.environ.get("WORLD_SIZE", 1))}
+    return values
 
 
 # ---------------------------------------------------------------- one training run
@@ -192,11 +220,12 @@ def settings(args, llava, files):
 class Run:
     """An output folder, an optimizer and the steps in between.
 
-    for step, batches in run.steps():            # (indices, counts?) micro-batches of this rank
-        for indices, counts in batches:
+    for step, micro_batches in run.steps():      # of this rank; `real` is False for one that only keeps FSDP in step
+        for indices, real in micro_batches:
             loss = ...                           # this rank's part of the global batch's mean
-            run.backward(loss)
-        run.update(step, {"loss": ..., ...})     # sums over this rank's samples; means over the batch are logged
+            run.backward(loss * real)
+            run.add(real, loss=loss, ...)        # summed over micro-batches and ranks, and logged
+        run.update(step)
 
     A run that was killed goes on from its last checkpoint when the same command is given again, and gives what it would
     have given. `out` holds the adapter at its top once it is finished, log.jsonl, and checkpoint-N meanwhile.
@@ -206,6 +235,8 @@ class Run:
         self.args, self.llava, self.adapter, self.ranks, self.items = args, llava, adapter, ranks, items
         self.settings = settings
         self.out = Path(args.out)
+        if isinstance(llava, FSDPModule):
+            llava.reshard()  # after a forward the root's parameters are whole; the optimizer has to see its shards
         self.batches = global_batches([item.length for item in items], args.batch_size, args.seed)
         self.parameters = {n: p for n, p in llava.named_parameters() if ".lora_" in n}
         projector = {n: p for n, p in llava.named_parameters() if n.startswith("mm_projector.") and p.requires_grad}
@@ -214,7 +245,8 @@ class Run:
             groups.append({"params": list(projector.values()), "peak": args.projector_lr})
         self.parameters |= projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        self.begin, self.first_step, self.tokens = None, 0, 0
+        self.begin, self.first_step, self.tokens, self.sums = None, 0, 0, {}
+        self.save_every = args.save_every or max(1, len(self.batches) // 10)
         llava.train()
         self.resume()
 
@@ -229,9 +261,7 @@ class Run:
             yield step, micro_batches(self.batches[step], self.ranks, self.args.micro_batch)
 
     def collate(self, indices):
-        items = [self.items[i] for i in indices]
-        batch = collate([i.example for i in items], [load_tiles(i, self.llava) for i in items], self.llava.config,
-                        self.llava.device)
+        batch = collate_items(self.llava, [self.items[i] for i in indices])
         self.tokens += len(batch.ids)
         return batch
 
@@ -247,8 +277,13 @@ class Run:
         sharded = self.ranks.world > 1 and self.args.shard == "full"
         (loss * self.ranks.world if sharded else loss).backward()
 
-    def update(self, step, sums):
-        """Clips, steps, logs. `sums`: quantities summed over this rank's part of the global batch."""
+    def add(self, weight, **values):
+        """Adds weight * the sum of each value to what this step logs."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value.detach().double().sum().item()
+
+    def update(self, step):
+        """Clips, steps, logs, and saves a checkpoint when it is time."""
         if self.ranks.world > 1 and self.args.shard == "none":
             gradients = [p.grad for p in self.parameters.values()]
             flat = torch.cat([g.flatten() for g in gradients])
@@ -258,13 +293,14 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
         norm = full(norm).item()
         if not math.isfinite(norm):
-            raise InputError(f"step {step + 1}: the gradient is {norm}; the last checkpoint stands")
+            raise InputError(f"step {step + 1}: the gradient is {norm}; --lr may be too high")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, len(self.batches))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.log(step, dict(zip(sums, self.total(*sums.values()))), norm)
-        if (step + 1) % self.args.save_every == 0 and step + 1 < len(self.batches):
+        self.log(step, dict(zip(self.sums, self.total(*self.sums.values()))), norm)
+        self.sums = {}
+        if (step + 1) % self.save_every == 0 and step + 1 < len(self.batches):
             self.save_checkpoint(step + 1)
 
     def log(self, step, values, norm):
@@ -276,7 +312,7 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         record = {"step": step + 1, **values, "grad_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1),
                   "memory_gb": round(memory, 3), "seconds_left": round(left, 1)}
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "answer_tokens")
         self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
                        f"{memory:.2f} GB  {cli.clock(left)} left")
         if self.ranks.first:
@@ -298,7 +334,7 @@ class Run:
             folder, beside = self.out / f"checkpoint-{step}", self.out / "checkpoint.new"
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir()
-            save_file(tensors, beside / "state.safetensors")
+            lora.write_tensors(tensors, beside / "state.safetensors")
             (beside / "run.json").write_text(json.dumps(self.settings | {"step": step}, indent=2) + "\n")
             beside.rename(folder)
             for old in self.checkpoints():
@@ -312,8 +348,6 @@ class Run:
 
     def resume(self):
         """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
-        if (self.out / "adapter_config.json").exists():
-            raise InputError(f"{self.out} holds a finished run; name another --out, or delete it")
         self.ranks.barrier()
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoints = self.checkpoints()
@@ -321,13 +355,13 @@ class Run:
             (self.out / "log.jsonl").unlink(missing_ok=True)
             return
         folder = checkpoints[-1]
-        saved = json.loads((folder / "run.json").read_text())
+        saved = read_json(folder / "run.json")
         for name, value in self.settings.items():
             if saved.get(name) != value:
                 raise InputError(f"{folder} is of a run with {name} {saved.get(name)!r}, this one has {value!r}; "
                                  "name another --out, or delete it")
         self.first_step = saved["step"]
-        tensors = load_file(folder / "state.safetensors")
+        tensors = lora.read_tensors(folder / "state.safetensors")
         for name, parameter in self.parameters.items():
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             with torch.no_grad():
@@ -336,16 +370,19 @@ class Run:
                     local(value).copy_(own_rows(tensors[f"{kind}.{name}"], parameter))
             self.optimizer.state[parameter] = state | {"step": torch.tensor(float(self.first_step))}
         if self.ranks.first:
-            log = self.out / "log.jsonl"
-            lines = log.read_text().splitlines(keepends=True)[: self.first_step]
-            log.write_text("".join(lines))
+            log, beside = self.out / "log.jsonl", self.out / "log.jsonl.new"
+            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+            beside.write_text("".join(lines[: self.first_step]))
+            beside.replace(log)
         self.ranks.say(f"resuming after step {self.first_step} from {folder}")
 
     def finish(self):
         """Writes the adapter at the top of `out` and removes the checkpoints."""
-        self.adapter.tensors = {name: full(parameter) for name, parameter in self.parameters.items()}
+        self.adapter.tensors |= {name: full(parameter) for name, parameter in self.parameters.items()}
         if self.ranks.first:
+            (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
             beside = self.out / "adapter.new"
+            shutil.rmtree(beside, ignore_errors=True)
             lora.write_adapter(beside, self.adapter)
             # adapter_config.json, the mark of a finished run, comes last.
             for file in sorted(beside.iterdir(), key=lambda f: f.name == "adapter_config.json"):
@@ -353,7 +390,5 @@ class Run:
             beside.rmdir()
             for old in self.checkpoints():
                 shutil.rmtree(old)
-            (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
-            print(f"wrote {self.out}: adapter_model.safetensors, log.jsonl"
-                  f"{', ' + lora.PROJECTOR_FILE if self.args.projector_lr else ''}")
+            print(f"wrote {', '.join(sorted(file.name for file in self.out.iterdir()))} to {self.out}")
         self.ranks.barrier()
