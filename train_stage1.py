@@ -19,7 +19,7 @@ from stic_min.loss import dpo_loss, stic_loss, token_logps
 
 def pair_logps(llava, batch, reference=False):
     """log p(y_w | v, x) and log p(y_l | v, x), each (B,). A pair's rows in the batch are chosen, rejected."""
-    logits = llava(batch, reference=reference)  # (2 B, 1 + R, V)
+    logits = llava(batch, reference=reference)  # (2 B, R, V)
     return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
 
 

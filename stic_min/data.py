@@ -121,6 +121,7 @@ class Output:
         self.done[record[self.key]] = record
 
     def merge(self, keys):
+        """Puts `path` and all part files together in `path`, records of `keys` first and in their order."""
         parts = self.parts()
         records = {r[self.key]: r for path in [self.path, *parts] for r in self.read(path)}
         if not records and not self.path.is_file():
@@ -150,7 +151,9 @@ class Output:
 
 @dataclass
 class Pair:
-    where: str
+    """One preference: y_w (chosen, the winner) over y_l (rejected, the loser) as answers to x about the picture."""
+
+    where: str  # file and record, for messages
     image: str
     prompt: str  # x with its <image>, the captioning prompt; never x_g or x_b
     chosen: str  # y_w
@@ -162,7 +165,7 @@ class Pair:
 def image_first(text, where):
     """A user turn with one <image>, moved to the front as LLaVA trains it; added if the data left it out.
 
-    PAPER vs RELEASED (D): the release writes its pairs without the mark and then trains without the picture.
+    PAPER vs RELEASED (D, see README.md): the release writes its pairs without the mark and then trains without the picture.
     """
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 picture")
@@ -225,6 +228,7 @@ def image_records(path):
 
 
 def parse_instruction(where, id, record):
+    """A record of LLaVA's instruction data -> Instruction. Raises InputError naming it if turns or marks are off."""
     image = field(record, "image", where)
     where = f"{where} ({id})"
     messages = record.get("conversations")
@@ -287,6 +291,8 @@ def read_infused(instructions, descriptions, one_line=False):
 
 @dataclass
 class Item:
+    """What training needs to know of one sample before its picture is loaded."""
+
     example: Example
     image: Path
     length: int  # positions in the flat row
@@ -341,7 +347,8 @@ def instruction_item(instruction, llava, folder, max_length):
 def global_batches(lengths, size, seed):
     """One epoch: indices in random order, `size` at a time, the last batch as short as it comes.
 
-    Within a batch longest first, so that ranks that take every n-th get like lengths.
+    Within a batch longest first, so that ranks that take every n-th get like lengths. That is what LLaVA's
+    group_by_modality_length (Table 4) comes to: it shuffles, and sorts within one global batch.
     """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)

@@ -95,6 +95,7 @@ def corrupt(picture, seed):
 
 
 def jitter(picture, generator):
+    """torchvision's ColorJitter(brightness=.5, hue=.3), its draws from `generator` -> (picture, what was drawn)."""
     order = [i for i in torch.randperm(4, generator=generator).tolist() if i in (0, 3)]  # contrast, saturation: off
     brightness = torch.empty(1).uniform_(1 - BRIGHTNESS, 1 + BRIGHTNESS, generator=generator).item()
     hue = torch.empty(1).uniform_(-HUE, HUE, generator=generator).item()
@@ -115,7 +116,7 @@ class Tiles:
     grid: tuple | None  # (columns, rows) of the tiles after tile 0; None in pad mode
 
 
-def normalise(picture):
+def normalise(picture):  # (side, side) RGB picture -> (3, side, side)
     pixels = np.asarray(picture, dtype=np.float32) / np.float32(255)  # (side, side, 3)
     pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, side, side)
@@ -189,7 +190,7 @@ def unpadded(size, grid, patches):
 
 
 def image_tokens(size, mode, side, patch, pinpoints=None):
-    """How many positions a picture of `size` takes in the sequence (design table: 640x480 anyres -> 2340)."""
+    """How many positions a picture of `size` takes in the sequence (640x480 in anyres: 2340)."""
     patches = side // patch
     if mode == "pad":
         return patches**2

@@ -56,15 +56,19 @@ class Example:
 
 @dataclass
 class Batch:
-    """Examples side by side in one flat row of T tokens (see mistral.Packed); S rows of R of them are scored."""
+    """Examples side by side in one flat row of T tokens (see mistral.Packed); G groups of up to R are scored.
+
+    A pair is laid out as  prompt | chosen | rejected , and its two groups are (prompt's last, chosen) and (prompt's
+    last, rejected). A conversation is  prompt | answer | prompt | answer , and one group.
+    """
 
     ids: torch.Tensor  # (T,) int64, IMAGE at every position of a picture
     positions: torch.Tensor  # (T,) int64, branches all start at the end of their trunk
     attend: Packed
     tiles: list  # the pictures (images.Tiles) in order
-    rows: torch.Tensor  # (S, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
+    rows: torch.Tensor  # (G, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
     # behind that of the token before it, whose logits predict its first
-    labels: torch.Tensor  # (S, R) int64, the ids at those indices; -100 at the tokens before, and where a row is padded
+    labels: torch.Tensor  # (G, R) int64, the ids at those indices; -100 at the tokens before, and where a row is padded
 
 
 def collate(examples, tiles, config, device="cpu"):
@@ -158,7 +162,7 @@ class LLaVA(nn.Module):
         return torch.cat([arrange(f, t, self.image_newline) for f, t in zip(features, tiles)])
 
     def forward(self, batch, attend=None, reference=False):
-        """Batch -> logits (S, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
+        """Batch -> logits (G, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
         x = self.model.embed_tokens(batch.ids.clamp_min(0))  # (T, C)
         if batch.tiles:
             features = self.encode_images(batch.tiles, reference).to(x.dtype)
@@ -195,22 +199,26 @@ class LLaVA(nn.Module):
 
     @torch.no_grad()
     def logits(self, prompt, images):
-        """(T, V) float32 over one sequence; T counts every position that a picture takes."""
+        """(T, V) float32 over one sequence; T counts every position that a picture takes.
+
+        `prompt` is a finished template string (text.TEMPLATES), `images` the list of its PIL pictures. Raises
+        InputError as `batch` does.
+        """
         batch = self.batch(prompt, images)
         batch.rows = torch.arange(len(batch.ids), device=self.device)[None]
         return self(batch)[0]
 
     @torch.no_grad()
     def response_logp(self, prompt, response, images):
-        """() float32: log p_theta(response and end token | images, prompt), Eq. 3.1 summed."""
+        """() float32: log p_theta(response and end token | images, prompt), Eq. 3.1 summed. Raises as `logits`."""
         batch = self.batch(prompt, images, response)
         return token_logps(self(batch), batch.labels).sum()
 
     def generate(self, prompts, images, *, max_new_tokens, temperature=0.0, top_p=None, seed=0):
-        """list[str], stripped. images[i]: the pictures of prompts[i].
+        """list[str], stripped. images[i]: the list of pictures of prompts[i]. temperature 0 is greedy.
 
         A row's sample depends on `seed` and its own prompt, not on the other rows; of equal prompts in one call, each
-        gets a sample of its own.
+        gets a sample of its own. Raises InputError as `sampler.sample` does.
         """
         seeds = [sampler.row_seed(seed, p, prompts[:i].count(p)) for i, p in enumerate(prompts)]
         samples = sampler.sample(

@@ -20,7 +20,7 @@ from stic_min import InputError, first_line, lora
 from stic_min.clip import ClipConfig
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.mistral import DecoderConfig
-from stic_min.text import Tokenizer
+from stic_min.text import TEMPLATES, Tokenizer
 
 # ---------------------------------------------------------------- key names
 
@@ -189,7 +189,7 @@ def read_original(config, folder, vision):
     """A config.json of LLaVA's own -> (DecoderConfig, ClipConfig, CLIP's folder or None, pinpoints, mode, longest)."""
     source = folder / "config.json"
     if "mm_vision_tower" not in config and vision is None:
-        raise InputError(f"{source}: no mm_vision_tower, so this is no LLaVA checkpoint (or name it: --vision)")
+        raise InputError(f"{source}: no mm_vision_tower: no LLaVA checkpoint, or name its CLIP with --vision")
     vision_folder, clip = find_vision_folder(folder, config, vision), ClipConfig()
     if vision_folder is not None:
         tower = read_json(vision_folder / "config.json")
@@ -238,6 +238,9 @@ def read_config(folder, vision=None, image_mode=None, template=None):
         raise InputError(f"{source}: no {key.args[0]}") from None
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise InputError(f"{source}: a value of the wrong kind ({first_line(error)})") from None
+    for given, known in ((image_mode, ("pad", "anyres")), (template, tuple(TEMPLATES))):
+        if given is not None and given not in known:
+            raise InputError(f"{given!r} is none of {', '.join(known)}")
     mode = image_mode or mode
     if mode not in ("pad", "anyres"):
         raise InputError(f"{source}: image_aspect_ratio {mode!r} is not supported, choose with --image-mode")
@@ -257,7 +260,9 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InputError(f"no such checkpoint folder: {folder}")
+        raise InputError(f"no such checkpoint folder: {folder} (nothing is downloaded; README.md says how to get one)")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"no LLaVA checkpoint: there is no {folder / 'config.json'}")
     config, vision_folder, huggingface = read_config(folder, vision, image_mode, template)
     legacy = True
     if (folder / "tokenizer_config.json").is_file():

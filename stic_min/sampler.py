@@ -1,7 +1,8 @@
 """KV-cached batched sampling.
 
 Each prompt is prefilled alone, without padding, into its slot of a static cache; then all rows take one token a
-step. A row draws from a generator of its own, so its sample does not depend on the batch it sat in.
+step. A row draws from a generator of its own, so its sample does not depend on the batch it sat in (beyond rounding,
+which in bf16 can tip a close call). Sampling from p_theta alone: temperature, then top-p; no top-k.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stic_min import InputError
 from stic_min.mistral import Decode, KVCache, Prefill
 
 
@@ -54,8 +56,11 @@ def sample(llava, prompts, images, seeds, *, max_new_tokens, temperature=0.0, to
     """Samples one response to each prompt, together. Returns list[Sample].
 
     images[i] are the PIL pictures of prompts[i], seeds[i] its integer seed. temperature 0 is greedy. A row ends with
-    the end token (finish "stop"), or after max_new_tokens or at the model's last position ("length").
+    the end token (finish "stop"), or after max_new_tokens or at the model's last position ("length"). Raises InputError
+    for a prompt that is too long, or whose <image> marks and pictures disagree.
     """
+    if not len(prompts) == len(images) == len(seeds):
+        raise InputError(f"{len(prompts)} prompts, {len(images)} lists of pictures, {len(seeds)} seeds")
     if not prompts:
         return []
     config, device, rows = llava.config.decoder, llava.device, range(len(prompts))
