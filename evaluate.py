@@ -62,7 +62,7 @@ def dar_text(llava, description, text, pictures, args):
 def answer(llava, names, texts, pictures, args):
     """texts (without <image>) about pictures[i] -> (answers, descriptions). With --dar the model describes first.
 
-    PAPER vs RELEASED (E, see README.md): the release's describe prompt has no <image>, so it describes blind. Ours sees the picture.
+    PAPER vs RELEASED (E, see README.md): the release describes without <image>, so blind. Ours sees the picture.
     """
     descriptions, users = [None] * len(texts), list(texts)
     if args.dar:

@@ -165,7 +165,7 @@ class Pair:
 def image_first(text, where):
     """A user turn with one <image>, moved to the front as LLaVA trains it; added if the data left it out.
 
-    PAPER vs RELEASED (D, see README.md): the release writes its pairs without the mark and then trains without the picture.
+    PAPER vs RELEASED (D, see README.md): the release leaves the mark out, and then trains without the picture.
     """
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 picture")

@@ -58,8 +58,7 @@ GOOD_PROMPT = (
 
 DESCRIBE_PROMPT = CAPTION_PROMPTS[4]  # what DaR asks first, at test time
 
-# PAPER vs RELEASED (L, see README.md): the paper prints one line, its release, which made the numbers, three. Ours is the
-# release's.
+# PAPER vs RELEASED (L, see README.md): the paper prints one line; the release, which made the numbers, has three.
 INFUSED = "Image description:\n{description}\n\n{instruction}"
 INFUSED_ONE_LINE = "Image description: {description}\n{instruction}"
 
