@@ -125,7 +125,11 @@ def run_score(args):
     if int(os.environ.get("RANK", 0)):
         return  # no work for several ranks
     scorer = SCORERS[args.benchmark]
-    scores = scorer.score(scorer.load(args.data), [record for _, record in read_records(args.answers)])
+    questions, answers = scorer.load(args.data), [record for _, record in read_records(args.answers)]
+    try:
+        scores = scorer.score(questions, answers)
+    except InputError as error:
+        raise InputError(f"{args.answers}: {error}") from None
     print(json.dumps(scores, indent=2) if args.json else scorer.report(scores))
 
 
