@@ -20,7 +20,7 @@ from stic_min.data import Output, read_records, subset
 from stic_min.images import image_path, open_image
 from stic_min.loader import load_llava
 from stic_min.scorers import scienceqa
-from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
+from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, infused, with_image, without_marks
 
 SCORERS = {"scienceqa": scienceqa}
 
@@ -49,14 +49,18 @@ def excess(llava, text, pictures, args):
     return llava.prompt_length(prompt, pictures) - min(llava.config.max_length, room)
 
 
-def dar_text(llava, description, text, pictures, args):
-    """`text` behind the description, which is shortened from its end if both don't fit the model's sequence."""
-    ids = llava.tokenizer.encode(description)
+def fit(llava, description, text, pictures, args):
+    """`description`, shortened from its end if with `text` it is too long for the model; None if nothing of it fits.
+
+    Decoding and encoding again may change the count, so it is cut until it fits.
+    """
+    ids, whole = llava.tokenizer.encode(description), description
     while (over := excess(llava, infused(description, text), pictures, args)) > 0 and ids:
-        cli.warn(f"a description is cut by {over} tokens to fit the model's sequence")
         ids = ids[:-over]
         description = llava.tokenizer.decode(ids)
-    return infused(description, text)
+    if description != whole:
+        cli.warn(f"a description is cut from {len(whole)} to {len(description)} characters to fit the model's sequence")
+    return description if over <= 0 else None
 
 
 def answer(llava, names, texts, pictures, args):
@@ -70,8 +74,9 @@ def answer(llava, names, texts, pictures, args):
         prompts = [with_image(DESCRIBE_PROMPT, len(pictures[i])) for i in seen]
         shown = [pictures[i] for i in seen]
         for i, description in zip(seen, ask(llava, [names[i] for i in seen], prompts, shown, args, "describe")):
-            descriptions[i] = description
-            users[i] = dar_text(llava, description, texts[i], pictures[i], args)
+            descriptions[i] = fit(llava, description, texts[i], pictures[i], args)
+            if descriptions[i] is not None:
+                users[i] = infused(descriptions[i], texts[i])
     users = [with_image(text, len(own)) for text, own in zip(users, pictures)]
     return ask(llava, names, users, pictures, args, "answer"), descriptions
 
@@ -142,7 +147,7 @@ def run_ask(args):
     pictures = [open_image(path) for path in args.image]
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    question = args.question.replace(IMAGE_MARK, "").strip()
+    question = without_marks(args.question)
     if (over := excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
     [text], [description] = answer(llava, ["question"], [question], [pictures], args)

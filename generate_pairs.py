@@ -75,6 +75,13 @@ def description_rows(id, name, picture, seed):
     return [(x, picture, sampler.row_seed(seed, id, "description"))], record
 
 
+def has_image(folder, name):
+    try:
+        return bool(image_path(folder, name))
+    except InputError:
+        return False
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of pictures")
@@ -93,7 +100,7 @@ def main():
     if args.describe:
         records = {id: (where, id, record) for where, id, record in image_records(args.describe)[0]}
         items = {id: record["image"] for _, id, record in records.values()}
-        here = {id: image for id, image in items.items() if (Path(args.images) / image).is_file()}
+        here = {id: image for id, image in items.items() if has_image(args.images, image)}
         if len(here) < len(items):
             ranks.say(f"{len(items) - len(here)} of {len(items)} records have no picture in {args.images}: left out")
         if not here:

@@ -61,8 +61,8 @@ def main():
     training.check_picture_matters(llava, items[0])
     check_reference(llava, training.collate_items(llava, items[:1]), args.beta)
 
-    own = {"beta": args.beta, "alpha": args.alpha}
-    settings = training.settings(args, llava, adapter, max_length, [args.pairs], **own)
+    own = {"beta": args.beta, "alpha": args.alpha, "pairs": training.sha256(args.pairs)}
+    settings = training.settings(args, llava, adapter, max_length, **own)
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         pairs_in_batch = len(run.batches[step])  # the global batch

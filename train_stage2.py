@@ -39,8 +39,8 @@ def main():
     training.check_pictures(items, ranks)
     training.check_picture_matters(llava, items[0])
 
-    files = [args.instructions, args.descriptions]
-    settings = training.settings(args, llava, adapter, max_length, files, one_line=args.one_line)
+    own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
+    settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, **own)
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         tokens_in_batch = sum(items[i].scored for i in run.batches[step])  # the global batch

@@ -94,7 +94,7 @@ def run_settings(args, llava):
     return {
         "model": Path(args.model).resolve().name,
         "adapter": args.adapter and Path(args.adapter).resolve().name,
-        "fingerprint": fingerprint(args.model, args.adapter),
+        "fingerprint": fingerprint(args.model, args.adapter, args.vision, args.tokenizer),
         "template": llava.config.template,
         "image_mode": llava.config.image_mode,
         "dtype": str(llava.lm_head.weight.dtype).removeprefix("torch."),
@@ -105,15 +105,22 @@ def run_settings(args, llava):
     }
 
 
-def fingerprint(model, adapter=None):
-    """12 hex digits of a model folder's configuration and file sizes, and of an adapter's contents."""
-    digest, weights = hashlib.sha256(), (".bin", ".safetensors")
-    for file in sorted(p for p in Path(model).iterdir() if p.suffix in (*weights, ".json", ".model")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        digest.update(file.read_bytes() if file.name == "config.json" else b"")
-    for file in sorted(p for p in Path(adapter).iterdir() if p.suffix in weights) if adapter else ():
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+def fingerprint(*paths):
+    """12 hex digits of what is in checkpoint and adapter folders and files; None is skipped.
+
+    Names do not count, nor do logs. Of each file, its size and 64 samples of it: 15 GB are not read for this.
+    """
+    digest = hashlib.sha256()
+    for path in (Path(p) for p in paths if p):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            wanted = file.suffix in (".bin", ".safetensors", ".model") or file.name.endswith("config.json")
+            if file.is_file() and (wanted or file == path):
+                size = file.stat().st_size
+                digest.update(str(size).encode())
+                with open(file, "rb") as opened:
+                    for offset in range(0, size, max(1 << 16, size // 64)):
+                        opened.seek(offset)
+                        digest.update(opened.read(1 << 16))
     return digest.hexdigest()[:12]
 
 
@@ -156,8 +163,8 @@ def start_device(name=None):
             torch.cuda.set_device(device)
             # cuDNN's attention is planned anew for every length, and differently with and without gradients.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).tolist()  # it can be had, and read
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise InputError(f"--device {name}: {first_line(error)}") from None
     return device
 
@@ -234,7 +241,8 @@ def run(main):
         sys.stderr.write("stopped; what was finished is kept\n")
         status = 130
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if status == 0:  # after an error of one rank alone it would wait for the others
+            dist.destroy_process_group()
         # gloo's threads (torch 2.15) abort one CPU process in a few as it exits, when all is done. Exit without them.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,7 +14,7 @@ from pathlib import Path
 from stic_min import InputError
 from stic_min.images import image_path, image_size, open_image
 from stic_min.llava import Example
-from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image
+from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
 
 # ---------------------------------------------------------------- files in
 
@@ -52,9 +52,16 @@ def field(record, key, where):
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: no {key}")
-    if not value.isprintable() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise InputError(f"{where}: {key} holds half of a surrogate pair, which is no text")
+    check_text(value, f"{where}: {key}")
     return value
+
+
+def check_text(text, where):
+    """JSON can hold halves of surrogate pairs, which neither sentencepiece nor a UTF-8 file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} {ascii(text)[:60]} is not valid Unicode") from None
 
 
 def subset(items, limit, seed):
@@ -80,6 +87,9 @@ class Output:
         if self.path.is_dir():
             raise InputError(f"--out {path} is a folder, it has to name a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        for file in [self.path, *self.parts()]:  # on every rank, so that all of them end if one is not ours
+            self.read(file)
+        ranks.barrier()
         if ranks.first:
             self.merge([])  # what an earlier run, of any number of ranks, left behind
         ranks.barrier()
@@ -124,17 +134,16 @@ class Output:
         """Puts `path` and all part files together in `path`, records of `keys` first and in their order."""
         parts = self.parts()
         records = {r[self.key]: r for path in [self.path, *parts] for r in self.read(path)}
-        if not records and not self.path.is_file():
-            return records
         wanted = set(keys)
         ordered = [records[k] for k in keys if k in records]
         ordered += [r for k, r in records.items() if k not in wanted]
-        beside = self.path.with_name(self.path.name + ".new")
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self.path)
+        if ordered or self.path.is_file():
+            beside = self.path.with_name(self.path.name + ".new")
+            with open(beside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
         for part in parts:
             part.unlink()
         return records
@@ -169,7 +178,7 @@ def image_first(text, where):
     """
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 picture")
-    return with_image(text.replace(IMAGE_MARK, "").strip())
+    return with_image(without_marks(text))
 
 
 def read_pairs(path):
@@ -217,6 +226,7 @@ def image_records(path):
         if record.get("image"):
             image = field(record, "image", where)
             name = unique = image if record.get("id") in (None, "") else str(record["id"])
+            check_text(name, f"{where}: id")
             while unique in taken:
                 repeats[name] = repeats.get(name, 1) + 1
                 unique = f"{name}#{repeats[name]}"

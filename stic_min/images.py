@@ -23,7 +23,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BACKGROUND = tuple(int(255 * m) for m in CLIP_MEAN)  # (122, 116, 104), what `pad` fills with
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-THINNEST = 500  # long side to short side: beyond it, a padded or corrupted picture takes gigabytes
+THINNEST = 500  # long side to short side; h(v) makes the short one 20 pixels, and pad mode a square of the long one
+LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels a side
 LOW_RESOLUTION = 20  # pixels on the short side
 BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue shift in [-0.3, 0.3]
 
@@ -33,6 +34,10 @@ BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue s
 
 def image_path(folder, name):
     """The file `name` inside `folder`. Raises InputError if the name climbs out of it or nothing is there."""
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"image name {ascii(name)} is not valid Unicode") from None
     path = Path(folder) / str(name)
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links may lead anywhere, names not
         raise InputError(f"image {str(name)!r} points outside the image folder {folder}")
@@ -63,8 +68,9 @@ def open_image(path):
             picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"can't read image {path}: {error}") from None
-    if max(picture.size) > THINNEST * min(picture.size):
-        raise InputError(f"image {path} is a strip of {picture.width}x{picture.height}, which pad mode makes a square")
+    if max(picture.size) > THINNEST * min(picture.size) or max(picture.size) ** 2 > LARGEST_SQUARE:
+        size = f"{picture.width}x{picture.height}"
+        raise InputError(f"image {path} is {size}: too long a strip, padded to a square it would take gigabytes")
     return picture
 
 

@@ -11,13 +11,63 @@ import argparse
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 
 from stic_min import InputError, cli, lora
 from stic_min.loader import canonical, open_llava, open_shard, read_json, shards
+
+
+def merge_shard(tensors, adapter, dtype=None):
+    """{key: function that reads it} of one shard -> merged {key: tensor}, and the sums <W' - W, D> and <D, D>."""
+    merged, kept, wanted = {}, 0.0, 0.0
+    for key, read in tensors.items():
+        old, name = read(), canonical(key) or ""
+        target = dtype if dtype and old.is_floating_point() else old.dtype
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A" in adapter.tensors:
+            A, B = adapter.tensors[f"{module}.lora_A"], adapter.tensors[f"{module}.lora_B"]
+            change = adapter.alpha / adapter.r * (B @ A)  # (out, in)
+        elif name in adapter.tensors:
+            change = adapter.tensors[name] - old.float()  # the projector
+        else:
+            # A copy, because safetensors wants no two tensors to share memory.
+            merged[key] = old.to(target).clone(memory_format=torch.contiguous_format)
+            continue
+        merged[key] = (old.float() + change).to(target).contiguous()
+        kept += ((merged[key].double() - old.double()) * change).sum().item()
+        wanted += change.double().square().sum().item()
+    return merged, kept, wanted
+
+
+def write_merged(folder, adapter, out, dtype=None):
+    """The checkpoint `folder` with its weights merged, into the folder `out`. Returns the surviving fraction."""
+    files, kept, wanted, weight_map = shards(folder), 0.0, 0.0, {}
+    progress = cli.Progress("merging shards", len(files), cli.Ranks(0, 1, torch.device("cpu")))
+    for file in files:
+        tensors, *sums = merge_shard(open_shard(file), adapter, dtype)
+        kept, wanted = kept + sums[0], wanted + sums[1]
+        name = Path(file.name.replace("pytorch_model", "model")).stem + ".safetensors"
+        lora.write_tensors(tensors, out / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        progress.add()
+    if len(files) > 1:
+        index = {"metadata": {}, "weight_map": weight_map}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in indices and file.suffix not in (".bin", ".safetensors"):
+            shutil.copyfile(file, out / file.name)
+    config = read_json(folder / "config.json")
+    tower = config.get("mm_vision_tower")
+    if tower and not Path(tower).is_absolute() and (folder / tower / "config.json").is_file():
+        shutil.copytree(folder / tower, out / tower)  # one that lies inside the checkpoint
+    if dtype:
+        config |= {key: str(dtype).removeprefix("torch.") for key in {"torch_dtype"} | ({"dtype"} & config.keys())}
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return kept / wanted if wanted else 1.0
 
 
 def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
@@ -29,54 +79,17 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
     folder, out = Path(model), Path(out)
     if out.exists():
         raise InputError(f"{out} exists already")
-    llava, source = open_llava(folder, vision=vision, tokenizer=tokenizer)
-    read = lora.read_adapter(adapter, llava, canonical)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
-
-    files = shards(folder)
-    progress = cli.Progress("merging shards", len(files), cli.Ranks(0, 1, torch.device("cpu")))
-    kept, wanted, weight_map = 0.0, 0.0, {}
-    for file in files:
-        tensors, name = {}, Path(file.name.replace("pytorch_model", "model")).stem
-        for key, load in open_shard(file).items():
-            old, ours = load(), canonical(key)
-            module = (ours or "").removesuffix(".weight")
-            target = dtype if dtype and old.is_floating_point() else old.dtype
-            new = old.to(target)
-            if f"{module}.lora_A" in read.tensors:
-                A, B = read.tensors[f"{module}.lora_A"], read.tensors[f"{module}.lora_B"]
-                change = read.alpha / read.r * (B @ A)  # (out, in)
-            elif ours in read.tensors:
-                change = read.tensors[ours] - old.float()  # the projector
-            else:
-                change = None
-            if change is not None:
-                new = (old.float() + change).to(target)
-                kept += ((new.double() - old.double()) * change).sum().item()
-                wanted += change.double().square().sum().item()
-            tensors[key] = new.contiguous() if change is not None else new.clone()  # safetensors wants no shared memory
-            weight_map[key] = f"{name}.safetensors"
-        lora.write_tensors(tensors, beside / f"{name}.safetensors")
-        progress.add()
-    if len(files) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-    weights = {*files, folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"}
-    for file in folder.iterdir():
-        if file.is_file() and file not in weights and file.suffix not in (".bin", ".safetensors"):
-            shutil.copyfile(file, beside / file.name)
-    config = read_json(beside / "config.json")
-    tower = folder / config.get("mm_vision_tower", "none")
-    if tower.is_dir() and tower.resolve().is_relative_to(folder.resolve()):  # a tower inside the checkpoint
-        shutil.copytree(tower, beside / config["mm_vision_tower"])
-    if dtype:
-        config |= {key: str(dtype).removeprefix("torch.") for key in {"torch_dtype"} | ({"dtype"} & config.keys())}
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    beside.chmod(0o755)
+    llava, _ = open_llava(folder, vision=vision, tokenizer=tokenizer)
+    adapter = lora.read_adapter(adapter, llava, canonical)
+    beside = out.with_name(f"{out.name}.{os.getpid()}")
+    beside.mkdir(parents=True)
+    try:
+        survived = write_merged(folder, adapter, beside, dtype)
+    except BaseException:
+        shutil.rmtree(beside)
+        raise
     beside.rename(out)
-    return kept / wanted
+    return survived
 
 
 def main():

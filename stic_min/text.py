@@ -63,13 +63,20 @@ INFUSED = "Image description:\n{description}\n\n{instruction}"
 INFUSED_ONE_LINE = "Image description: {description}\n{instruction}"
 
 
+def without_marks(text):
+    """Text without <image>, also where removing one makes another."""
+    while IMAGE_MARK in text:
+        text = text.replace(IMAGE_MARK, "")
+    return text.strip()
+
+
 def infused(description, instruction, one_line=False):
     """An instruction behind the model's own description (section 4, stage 2, and DaR), without the picture's mark.
 
     A mark that the model happened to write itself would ask for a second picture, so it goes.
     """
     form = INFUSED_ONE_LINE if one_line else INFUSED
-    return form.format(description=description.replace(IMAGE_MARK, "").strip(), instruction=instruction)
+    return form.format(description=without_marks(description), instruction=instruction)
 
 
 def with_image(text, pictures=1):

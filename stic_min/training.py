@@ -45,14 +45,14 @@ def add_flags(parser, *, lr, batch_size, dropout, max_length):
     group.add_argument("--micro-batch", type=cli.positive, default=1, help="samples a rank computes at once")
     group.add_argument("--max-length", type=cli.positive, metavar="N",
                        help=f"image tokens counted; responses are cut to it (default: {max_length}, in anyres 4096)")
-    group.add_argument("--lora-r", type=cli.positive, help="(default: 128, or the --adapter's)")
-    group.add_argument("--lora-alpha", type=cli.positive, help="(default: 2 * r, or the --adapter's)")
+    group.add_argument("--lora-r", type=cli.positive, help="(default: 128; an adapter trained further keeps its own)")
+    group.add_argument("--lora-alpha", type=cli.positive, help="(default: 2 * r; likewise)")
     group.add_argument("--lora-dropout", type=cli.probability, default=dropout, help="on LoRA's input")
     group.add_argument("--shard", choices=["full", "none"], default="full",
                        help="under torchrun: full is FSDP; none keeps all weights on each rank, only gradients travel")
     group.add_argument("--checkpoint-activations", action="store_true", help="recompute in the backward: less memory")
     group.add_argument("--save-every", type=cli.positive, metavar="STEPS",
-                       help="checkpoint to resume from (default: ten in a run)")
+                       help="checkpoint to resume from (default: a tenth of the run)")
 
 
 def length_limit(args, llava, pad, anyres=4096):
@@ -197,21 +197,25 @@ def check_picture_matters(llava, item):
         raise InputError(f"{item.example.name}: log p is the same with a blank picture, so {item.image} has no effect")
 
 
-def settings(args, llava, adapter, max_length, files, **own):
+def settings(args, llava, adapter, max_length, **own):
     """What a run's result depends on: written to run.json, and compared when a run is resumed.
 
-    Files and folders count by their contents, not by their paths; `own` are the stage's own flags.
+    Files and folders count by their contents, not by their paths; `own` are the stage's own flags and files.
     """
     names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
     values = {name: getattr(args, name) for name in names} | own
     values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
     values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
     values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
-    values |= {"fingerprint": cli.fingerprint(args.model, getattr(args, "adapter", None))}
-    values |= {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+    folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
+    values |= {"fingerprint": cli.fingerprint(*folders)}
     if args.lora_dropout:  # its draws depend on the micro-batches; nothing else does
         values |= {"micro_batch": args.micro_batch, "ranks": int(os.environ.get("WORLD_SIZE", 1))}
     return values
+
+
+def sha256(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------- one training run
@@ -246,7 +250,7 @@ class Run:
         self.parameters |= projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
         self.begin, self.first_step, self.tokens, self.sums = None, 0, 0, {}
-        self.save_every = args.save_every or max(1, len(self.batches) // 10)
+        self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         llava.train()
         self.resume()
 
@@ -352,7 +356,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         checkpoints = self.checkpoints()
         if not checkpoints:
-            (self.out / "log.jsonl").unlink(missing_ok=True)
+            for left_behind in ("log.jsonl", "adapter_model.safetensors", lora.PROJECTOR_FILE):
+                (self.out / left_behind).unlink(missing_ok=True)
             return
         folder = checkpoints[-1]
         saved = read_json(folder / "run.json")

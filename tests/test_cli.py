@@ -16,7 +16,7 @@ def test_a_gpu_always_has_an_index(monkeypatch, name, rank, index):
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch, "empty", lambda *_, **kind: chosen.append(kind["device"]))
+    monkeypatch.setattr(torch, "empty", lambda *_, **kind: chosen.append(kind["device"]) or torch.zeros(1))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -27,8 +27,9 @@ def test_a_gpu_always_has_an_index(monkeypatch, name, rank, index):
 def test_without_a_gpu_it_is_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.start_device() == torch.device("cpu")
-    with pytest.raises(InputError, match="--device tpu9: "):
-        cli.start_device("tpu9")
+    for name in ("tpu9", "meta", "hpu"):
+        with pytest.raises(InputError, match=f"--device {name}: "):
+            cli.start_device(name)
 
 
 @pytest.mark.parametrize("kind, good, bad", [
@@ -80,10 +81,15 @@ def test_fingerprint_is_of_the_contents(tmp_path):
         folder.mkdir()
     (model / "config.json").write_text("{}")
     for folder in (one, two):
-        (folder / "adapter_model.safetensors").write_bytes(b"12345678")
+        (folder / "adapter_model.safetensors").write_bytes(b"12345678" * 10**6)
+        (folder / "run.json").write_text(str(folder))  # does not count
     assert cli.fingerprint(model, one) == cli.fingerprint(model, two) != cli.fingerprint(model)
-    (two / "adapter_model.safetensors").write_bytes(b"12345679")  # of the same size
+    (two / "adapter_model.safetensors").write_bytes(b"12345679" * 10**6)  # of the same size
     assert cli.fingerprint(model, one) != cli.fingerprint(model, two)
+    (two / "adapter_model.safetensors").write_bytes(b"12345678" * 10**6)
+    (two / "adapter_config.json").write_text('{"lora_alpha": 1600}')
+    assert cli.fingerprint(model, one) != cli.fingerprint(model, two)
+    assert cli.fingerprint(model, None, two / "adapter_config.json") != cli.fingerprint(model)
     before = cli.fingerprint(model)
     (model / "config.json").write_text("[]")
     assert cli.fingerprint(model) != before

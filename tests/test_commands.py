@@ -248,6 +248,14 @@ def test_a_finished_run_is_an_adapter_with_its_projector(runs, tmp_path):
     assert {f.name for f in (tmp_path / "frozen").iterdir()} == files and "projector.safetensors" not in said
 
 
+def test_what_a_killed_run_left_at_the_top_is_not_taken_for_its_own(runs, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("projector.safetensors", "log.jsonl"):
+        (tmp_path / "out" / name).write_bytes((runs.one / "stage1" / name).read_bytes())
+    call(*runs.commands["stage1"], "--projector-lr", 0, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "projector.safetensors").exists() and len(log(tmp_path / "out")) == STEPS
+
+
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_how_the_batch_is_computed_changes_nothing(runs, stage, tmp_path):
     assert_same_training(runs.one / stage, runs.two / stage)

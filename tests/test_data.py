@@ -229,6 +229,15 @@ def test_output_after_a_kill(tmp_path):
     assert names(path) == ["a", "c", "é"]  # in the order of the keys, others behind
 
 
+def test_output_forgets_a_part_without_a_whole_line(tmp_path):
+    (tmp_path / "out.jsonl.part0").write_text('{"image": "a"')
+    (tmp_path / "out.jsonl.partial").write_text("somebody's own")
+    two = [output(tmp_path / "out.jsonl", rank, 2) for rank in range(2)]
+    two[0].append({"image": "a"})
+    assert [r["image"] for r in two[0].finish("a")] == ["a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.partial"]
+
+
 def test_output_of_several_ranks(tmp_path):
     path = tmp_path / "out.jsonl"
     three = [output(path, rank, 3) for rank in range(3)]

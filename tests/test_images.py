@@ -247,3 +247,18 @@ def test_list_images(tmp_path):
     for name in ("b.JPG", "a.png"):
         (tmp_path / name).touch()
     assert list_images(tmp_path) == ["a.png", "b.JPG"]
+
+
+def test_strips_are_refused_before_they_take_gigabytes(tmp_path):
+    for size, fits in (((500, 1), True), ((501, 1), False), ((1, 700), False), ((20_000, 100), False)):
+        Image.new("RGB", size).save(tmp_path / "strip.png")
+        if fits:
+            assert open_image(tmp_path / "strip.png").size == size
+        else:
+            with pytest.raises(InputError, match=f"strip.png is {size[0]}x{size[1]}: too long"):
+                open_image(tmp_path / "strip.png")
+
+
+def test_names_that_are_no_text(tmp_path):
+    with pytest.raises(InputError, match="not valid Unicode"):
+        image_path(tmp_path, "bad\udcff.jpg")

@@ -60,6 +60,33 @@ def test_nothing_is_overwritten(tiny, tmp_path):
         merge(tiny / V16, adapter, tmp_path)
 
 
+def test_bin_files_may_share_and_transpose_memory(tiny, tmp_path):
+    tensors = read_tensors(tiny / V16)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].T.contiguous().T
+    tensors["model.norm.weight"] = tensors["model.layers.0.input_layernorm.weight"]
+    base = copy(tiny, V16, tmp_path / "base", tensors, "pytorch_model.bin")
+    merge(base, make_adapter(load_llava(base), tmp_path / "adapter", 0.1), tmp_path / "merged")
+    merged = read_tensors(tmp_path / "merged")
+    assert all(torch.equal(merged[key], tensors[key]) for key in ("lm_head.weight", "model.norm.weight"))
+
+
+def test_a_tower_inside_the_checkpoint_comes_along(tiny, tmp_path):
+    base = copy(tiny, V15, tmp_path / "base", mm_vision_tower="clip")
+    shutil.copytree(tiny / "clip-tiny", base / "clip")
+    merge(base, make_adapter(load_llava(base), tmp_path / "adapter", 0.1), tmp_path / "elsewhere" / "merged")
+    shutil.rmtree(base)
+    assert load_llava(tmp_path / "elsewhere" / "merged").config.vision.image_size == 56
+
+
+def test_a_failed_merge_leaves_nothing(tiny, tmp_path, monkeypatch):
+    base = copy(tiny, V16, tmp_path / "base", form="model-0000%d-of-00003.safetensors")
+    adapter = make_adapter(load_llava(base), tmp_path / "adapter", 0.1)
+    monkeypatch.setattr("stic_min.merge.merge_shard", lambda *_: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, adapter, tmp_path / "merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 def test_transformers_loads_a_merged_checkpoint_of_its_own(tiny, tmp_path):
     hf = pytest.importorskip("transformers")
     numbers = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)

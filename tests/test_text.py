@@ -15,6 +15,7 @@ from stic_min.text import (
     Tokenizer,
     infused,
     with_image,
+    without_marks,
 )
 
 BOS, EOS, UNK = 1, 2, 0
@@ -180,3 +181,8 @@ def test_no_tokenizer(tmp_path):
     for name in ("tokenizer.model", "nothing.model"):
         with pytest.raises(InputError, match=str(tmp_path / name)):
             Tokenizer(tmp_path / name)
+
+
+def test_no_mark_survives_its_removal():
+    assert without_marks(" <im<image>age>What <image>is it? ") == "What is it?"
+    assert infused("A <im<image>age> boat", "Why?") == "Image description:\nA  boat\n\nWhy?"
