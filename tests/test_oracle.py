@@ -31,7 +31,7 @@ ORACLE = SHARED / "oracle"
 if not ORACLE.is_dir():
     pytest.skip(f"no reference data in {ORACLE} (set STIC_SHARED)", allow_module_level=True)
 if int(PIL.__version__.split(".")[0]) < 13:
-    pytest.skip("made with Pillow 13; before it, tall pictures are resized a little differently", allow_module_level=True)
+    pytest.skip("made with Pillow 13, older ones resize tall pictures a little differently", allow_module_level=True)
 
 # Tolerances of the fixtures' README: absolute, but for the gradients (relative to each tensor's norm).
 PIXELS, FEATURES, LOGITS, LOGP_SUMS, LOSSES, GRADIENTS = 1e-6, 1e-5, 1e-4, 2e-3, 1e-4, 1e-3
