@@ -120,8 +120,24 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
     read = lora.read_adapter(adapter, base[V16], canonical)
     read.tensors |= new
     lora.write_adapter(adapter, read)
-    llava = load_llava(tiny / V16, adapter=adapter)
+    torch.save(llava_style, file)
+    llava = load_llava(tiny / V16, adapter=adapter)  # ours, where both are there
     assert all(torch.equal(llava.get_parameter(name), new[name]) for name in names)
+
+
+def test_a_fresh_adapter(base, tmp_path):
+    """As PEFT starts one: A uniform in +- 1 / sqrt(in), B zero, everything from the seed."""
+    make = lambda seed: lora.fresh(base[V16], r=8, alpha=16, dropout=0.0, seed=seed).tensors
+    for name, tensor in make(0).items():
+        bound = tensor.shape[1] ** -0.5  # (r, in)
+        assert tensor.abs().max() <= bound and tensor.std() > 0.5 * bound if "lora_A" in name else not tensor.any()
+    assert all(torch.equal(tensor, make(0)[name]) for name, tensor in make(0).items())
+    assert not any(torch.equal(tensor, make(1)[name]) for name, tensor in make(0).items() if "lora_A" in name)
+
+
+def test_others_can_read_what_is_written(adapter):
+    (adapter / "plain").touch()
+    assert {file.stat().st_mode for file in adapter.iterdir()} == {(adapter / "plain").stat().st_mode}
 
 
 def test_wrong_adapters(tiny, adapter):

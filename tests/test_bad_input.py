@@ -3,6 +3,7 @@ status 1, never a traceback; in generation a bad picture costs itself alone, in 
 
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stic_min import cli
+from stic_min import cli, mistral, training
 
 ROOT = Path(__file__).resolve().parents[1]
 A, B = "scene_01.jpg", "scene_02.png"
@@ -122,6 +123,7 @@ cuts = lambda name, keep=0.5: lambda w: cut(w / name, keep)
 drops = lambda name: lambda w: (w / name).unlink()
 puts = lambda name, data: lambda w: (w / name).write_bytes(data)
 edits = lambda name, edit: lambda w: change(w / name, edit)
+swaps = lambda name, old, new: lambda w: (w / name).write_text((w / name).read_text().replace(old, new))
 config = lambda **values: edits(CONFIG, lambda c: c.update(values) or [c.pop(k) for k in values if not c[k]])
 each = lambda damage: lambda w: [damage(path) for path in (w / "images").iterdir()]
 human, gpt = (lambda text, who=who: {"from": who, "value": text} for who in ("human", "gpt"))
@@ -155,6 +157,19 @@ def weights(name, edit):
 def zero(tensors):
     for name, value in tensors.items():
         value.mul_("lora_B" not in name)
+
+
+def double(tensors):
+    for value in tensors.values():
+        value.mul_(2)
+
+
+def wider(tensors):
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].float()
+
+
+def blind(tensors):  # what the projector makes of a picture does not depend on it
+    tensors["model.mm_projector.2.weight"].zero_()
 
 
 def checkpoint(w):
@@ -213,9 +228,13 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no rejected": ("stage1", first(PAIRS, rejected=None), "", rf"line 1 \({A}\): rejected is not one user and"),
     "rejected a number": ("stage1", first(PAIRS, rejected=5), "", rf"line 1 \({A}\): rejected is not one user and"),
     "no response": ("stage1", says("What?", " "), "", rf"line 1 \({A}\): chosen, assistant: no content"),
+    "half a letter": ("stage1", says("What?", "\ud83d"), "", r"chosen, assistant: content .* is not valid Unicode"),
     "other roles": ("stage1", says("What?", "So.", "bot"), "", rf"line 1 \({A}\): chosen is not one user and"),
     "other prompt": ("stage1", says("Why?", "So."), "", rf"line 1 \({A}\): chosen and rejected answer different"),
     "two marks": ("stage1", says("<image><image>", "So."), "", rf"line 1 \({A}\): 2 <image> in the text but 1 picture"),
+    "no effect": ("stage1", weights(MODEL, blind), "", rf"line 1 \({A}\): log p is the same with a blank"),
+    "too fast": ("stage1", None, "--lr 1e30 --batch-size 1", r"step 2: the gradient is (nan|inf); --lr may be"),
+    "long question": ("ask", config(tokenizer_model_max_length=20), "", r"the question is \d+ tokens longer than the"),
     "long prompt": ("stage1", None, "--max-length 20", rf"line 1 \({A}\): the prompt takes \d+ tokens"),
     # instructions and descriptions
     "broken list": ("stage2", cuts(RECORDS), "", r"{w}/instructions.json: not JSON"),
@@ -280,6 +299,86 @@ def test_in_generation_a_bad_picture_costs_itself_alone(w, capsys, name, damage,
     assert [json.loads(line)["image"] for line in (w / "new.jsonl").read_text().splitlines()] == [B]
 
 
+def test_a_long_prompt_or_an_empty_answer_costs_its_picture(w, capsys):
+    with mock.patch("stic_min.text.Tokenizer.decode", return_value=""):
+        assert outcome(w, "pairs") == 1
+    *warnings, error = said(capsys)[1]
+    assert warnings == [f"warning: skipped: {name}: the model's answer is empty" for name in (A, B)]
+    assert error == "error: no pairs: every picture was skipped"
+    config(tokenizer_model_max_length=20)(w)
+    assert outcome(w, "pairs", "--out", w / "other.jsonl") == 1
+    *warnings, _ = said(capsys)[1]
+    assert len(warnings) == 2 and all(re.search(r"prompt of \d+ tokens, the model's limit is 20$", w) for w in warnings)
+
+
+def test_a_long_question_counts_as_wrong(w, capsys):
+    config(tokenizer_model_max_length=150)(w)
+    assert outcome(w, "scienceqa") == 0
+    out, warnings = said(capsys)
+    assert 0 < len(warnings) < 6 and f"6 questions, {len(warnings)} without a prediction" in out
+    assert all(re.search(r"question \d+ counts as wrong: \d+ tokens more than the model", w) for w in warnings)
+
+
+def test_instructions_are_checked_before_they_are_described(w, capsys):
+    talk(human("a"), human("b"))(w)
+    assert outcome(w, "describe") == 1
+    assert "record 0 (a): turns are" in said(capsys)[1][-1]
+
+
+def test_the_reference_is_checked_before_the_first_step(w, capsys):
+    def fresh(*args, made=training.lora.fresh):
+        adapter = made(*args)
+        double(adapter.tensors)
+        for name, value in adapter.tensors.items():
+            value.add_(0.1 * name.endswith("lora_B"))
+        return adapter
+
+    with mock.patch.object(training.lora, "fresh", fresh):
+        assert outcome(w, "stage1") == 1
+    assert "not ln 2: policy and reference differ" in said(capsys)[1][-1]
+
+
+@pytest.mark.parametrize("name, damage, flags, limit", [
+    ("stage1", None, "", 1024), ("stage2", None, "", 2048), ("stage1", None, f"{MODEL16} --image-mode anyres", 4096),
+    ("stage1", None, "--max-length 9999", 4096), ("stage1", config(max_position_embeddings=300), "", 300)])
+def test_the_longest_sequence(w, capsys, name, damage, flags, limit):
+    if damage:
+        damage(w)
+    assert outcome(w, name, *flags.format(w=w).split()) == 0
+    assert f"0 cut to {limit} tokens" in said(capsys)[0]
+
+
+@pytest.mark.parametrize("name, said_of_it", [("stage1", "1 pairs, 0 cut"), ("stage2", "1 trained, 0 cut")])
+def test_limit(w, capsys, name, said_of_it):
+    assert outcome(w, name, "--limit", 1) == 0
+    assert said_of_it in said(capsys)[0]
+
+
+def test_the_papers_rank(w):
+    module, *args = commands(w)["stage1"]
+    at = args.index("--lora-r")
+    with mock.patch.object(sys, "argv", [module, *map(str, args[:at] + args[at + 2 :])]):
+        importlib.import_module(module).main()
+    settings = json.loads((w / "out/adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"]) == (128, 256)
+
+
+def test_checkpointed_activations_only_where_asked_for(w):
+    with mock.patch("stic_min.mistral.checkpoint", wraps=mistral.checkpoint) as used:
+        assert outcome(w, "stage1", "--out", w / "plain") == 0 and not used.called
+        assert outcome(w, "stage1", "--checkpoint-activations") == 0 and used.called
+
+
+def test_a_float32_checkpoint_trains_the_same(w):
+    """Its tensors need no conversion: what is trained must not share their memory with the reference."""
+    for out in ("half", "single"):
+        assert outcome(w, "stage1", "--batch-size", 1, "--projector-lr", 0.01, "--out", w / out) == 0
+        weights(MODEL, lambda tensors: tensors.update({key: t.float() for key, t in tensors.items()}))(w)
+    for file in ("adapter_model.safetensors", "projector.safetensors"):
+        half, single = (load_file(w / out / file) for out in ("half", "single"))
+        assert all(torch.equal(half[key], single[key]) for key in half)
+
+
 def test_in_a_benchmark_it_counts_as_wrong(w, capsys):
     cut(w / "scienceqa/images/test/4/image.png")
     assert outcome(w, "scienceqa") == 0
@@ -306,6 +405,87 @@ def test_impossible_flags_end_with_the_usage(w, capsys, name, flags):
     assert outcome(w, name, *flags.split()) == 2
     *usage, last = capsys.readouterr().err.splitlines()
     assert usage[0].startswith("usage: ") and f"error: argument {flags.split()[0]}: " in last
+
+
+# ---------------------------------------------------------------- a run that was stopped
+
+
+def stopped(w, name, *flags):
+    """A run that ends before it is finished; what it left in its folder stays."""
+    with mock.patch.object(training.Run, "finish"):
+        assert outcome(w, name, *flags) == 0
+
+
+@pytest.mark.parametrize("setting, name, damage, flags", [
+    ("lr", "stage1", None, "--lr 0.002"), ("projector_lr", "stage1", None, "--projector-lr 0.1"),
+    ("batch_size", "stage1", None, "--batch-size 2"), ("limit", "stage1", None, "--limit 1"),
+    ("seed", "stage1", None, "--seed 1"), ("beta", "stage1", None, "--beta 1"), ("alpha", "stage1", None, "--alpha 0"),
+    ("lora_r", "stage1", None, "--lora-r 4"), ("lora_alpha", "stage1", None, "--lora-alpha 3"),
+    ("max_length", "stage1", None, "--max-length 1000"), ("dtype", "stage1", None, "--dtype bfloat16"),
+    ("template", "stage1", None, "--template mistral_instruct"),
+    ("image_mode", "stage1", None, "--image-mode anyres --max-length 1024"),
+    ("pairs", "stage1", says("What?", "Another answer."), ""),
+    ("fingerprint", "stage1", swaps(CONFIG, "1e-05", "1e-06"), ""),
+    ("fingerprint", "stage1", weights(MODEL, wider), ""),
+    ("fingerprint", "stage2", weights(ADAPTER, double), ""),
+    ("lora_dropout", "stage2", None, "--lora-dropout 0.1"), ("one_line", "stage2", None, "--one-line"),
+    ("micro_batch", "stage2", None, "--micro-batch 2"),
+    ("instructions", "stage2", talk(human("a"), gpt("b")), ""),
+    ("descriptions", "stage2", first(TOLD, description="Blue."), "")])
+def test_another_run_does_not_go_on_with_it(w, capsys, setting, name, damage, flags):
+    model = MODEL16.format(w=w).split() if setting == "image_mode" else []
+    stopped(w, name, "--batch-size", 1, *model)
+    if damage:
+        damage(w)
+    assert outcome(w, name, "--batch-size", 1, *model, *flags.split()) == 1
+    assert f"{w}/out/checkpoint-1 is of a run with {setting} " in said(capsys)[1][-1]
+
+
+@pytest.mark.parametrize("name, flags", [("stage1", "--micro-batch 2"), ("stage1", "--checkpoint-activations"),
+                                         ("stage2", "--save-every 5")])
+def test_the_same_run_does(w, capsys, name, flags):
+    stopped(w, name, "--batch-size", 1)
+    assert outcome(w, name, "--batch-size", 1, *flags.split()) == 0
+    assert "resuming after step 1" in said(capsys)[0] and len((w / "out/log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_checkpoint_every_tenth_of_a_run_one_at_a_time(w, capsys):
+    write(w / PAIRS, [pair(A)] * 25)
+    made = []
+    save = lambda run, step, save=training.Run.save_checkpoint: made.append(step) or save(run, step)
+    with mock.patch.object(training.Run, "save_checkpoint", save):
+        stopped(w, "stage1", "--batch-size", 1)
+    assert made == list(range(3, 25, 3))
+    assert [path.name for path in (w / "out").glob("checkpoint*")] == ["checkpoint-24"]
+    shutil.rmtree(w / "out/checkpoint-24")  # as if killed before the first: the log begins anew
+    assert outcome(w, "stage1", "--batch-size", 1) == 0
+    assert len((w / "out/log.jsonl").read_text().splitlines()) == 25
+
+
+# ---------------------------------------------------------------- exit status
+
+
+def test_the_status_survives_torchrun(w):
+    """Under torchrun `cli.run` leaves by os._exit."""
+    drops(PAIRS)(w)
+    with (mock.patch.object(cli.dist, "is_initialized", return_value=True),
+          mock.patch.object(cli.dist, "destroy_process_group"), mock.patch.object(os, "_exit", side_effect=sys.exit)):
+        assert outcome(w, "stage1") == 1
+        assert outcome(w, "score") == 0
+
+
+def test_what_is_a_bug_keeps_its_traceback():
+    def fail():
+        raise OSError("about no file")
+
+    with pytest.raises(OSError, match="about no file"):
+        cli.run(fail)
+
+
+def test_ctrl_c_is_no_success(w, capsys):
+    with mock.patch("train_stage1.read_pairs", side_effect=KeyboardInterrupt):
+        assert outcome(w, "stage1") == 130
+    assert said(capsys)[1] == ["stopped; what was finished is kept"]
 
 
 @pytest.mark.parametrize("name, damage, message", [

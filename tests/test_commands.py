@@ -24,11 +24,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
-from stic_min import InputError, sampler, training
+import generate_pairs
+from stic_min import InputError, data, lora, sampler, training
 from stic_min.images import corrupt, open_image
+from stic_min.llava import collate
 from stic_min.loader import load_llava
-from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
+from stic_min.loss import token_logps
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, infused, with_image
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -172,6 +176,37 @@ def test_a_pair_can_be_repeated_from_what_is_recorded(runs, corrupted):
         assert llava.tokenizer.decode(again.ids) == pair[side][1]["content"] and again.finish == pair[f"{side}_finish"]
 
 
+def test_a_description_can_be_repeated_from_what_is_recorded(runs):
+    descriptions = lines(runs.one / "descriptions.jsonl")
+    llava = load_llava(runs.model, adapter=runs.one / "stage1")
+    template = TEMPLATES[llava.config.template]
+    for d in descriptions[:3]:
+        prompt, picture = template.prompt(with_image(d["prompt"])), open_image(runs.tiny / "images" / d["image"])
+        seed, options = sampler.row_seed(0, d["id"], "description"), {"max_new_tokens": 16, "temperature": 0.2}
+        [again] = sampler.sample(llava, [prompt], [[picture]], [seed], **options)
+        assert (llava.tokenizer.decode(again.ids), again.finish) == (d["description"], d["finish"])
+
+
+def test_what_algorithm_1_draws(tiny):
+    folder = tiny / "images"
+    plans = {i: generate_pairs.plan_pair(f"{i}.jpg", 0) for i in range(400)}
+    assert 160 < sum(plan["x_b"] is None for plan in plans.values()) < 240  # half; 4 standard deviations are 40
+    assert all((plan["x_b"] is None) is (plan["corruption_seed"] is not None) for plan in plans.values())
+    assert len({plan["corruption_seed"] for plan in plans.values()}) == 1 + sum(not p["x_b"] for p in plans.values())
+    assert {plan["x"] for plan in plans.values()} == set(CAPTION_PROMPTS)
+    assert {plan["x_b"] for plan in plans.values()} == {*HALLUCINATION_PROMPTS, None}
+    described = [generate_pairs.description_rows(f"{i}", "a.jpg", None, 0)[0][0][0] for i in range(400)]
+    assert set(described) == set(CAPTION_PROMPTS)
+    assert generate_pairs.plan_pair("0.jpg", 0) == plans[0]
+    for i in range(9):
+        _, record = generate_pairs.pair_rows(f"{i}.jpg", open_image(next(folder.iterdir())), 0)
+        made = record(["y_w", "y_l"], ["stop", "length"])
+        assert (made["chosen"][1]["content"], made["chosen_finish"]) == ("y_w", "stop")
+        assert (made["rejected"][1]["content"], made["rejected_finish"]) == ("y_l", "length")
+    drawn = lambda seed: [generate_pairs.plan_pair(f"{i}.jpg", seed)["x"] for i in range(9)]
+    assert drawn(0) == [plans[i]["x"] for i in range(9)] != drawn(1)
+
+
 def test_descriptions_carry_the_records_ids(runs):
     descriptions = lines(runs.one / "descriptions.jsonl")
     assert [(d["id"], d["image"]) for d in descriptions] == [(r["id"], r["image"]) for r in pictured(runs.tiny)]
@@ -210,7 +245,15 @@ def test_some_pictures_only(runs, tmp_path):
     assert lines(tmp_path / "named.jsonl") == [whole["scene_06.png"], whole["scene_02.png"]]
     call(*runs.commands["pairs"], "--out", tmp_path / "few.jsonl", "--limit", 3)
     names = [pair["image"] for pair in lines(tmp_path / "few.jsonl")]
-    assert len(names) == 3 and names == sorted(names) and lines(tmp_path / "few.jsonl") == [whole[n] for n in names]
+    assert names == data.subset(sorted(whole), 3, seed=0) and lines(tmp_path / "few.jsonl") == [whole[n] for n in names]
+
+
+def test_top_p_is_used(runs, tmp_path):
+    answers = []
+    for number, flags in enumerate((["--temperature", 0], ["--temperature", 1, "--top-p", 1e-9], ["--temperature", 1])):
+        call(*runs.commands["pairs"], *flags, "--limit", 3, "--out", tmp_path / f"{number}")
+        answers.append([pair["chosen"] for pair in lines(tmp_path / f"{number}")])
+    assert answers[0] == answers[1] != answers[2]  # so small a mass leaves the most probable token alone
 
 
 # ---------------------------------------------------------------- train_stage1.py, train_stage2.py
@@ -225,6 +268,113 @@ def test_stage1_starts_at_theta_0(runs):
     assert all(r["loss"] == pytest.approx(r["dpo"] + r["alpha_nll"], abs=1e-6) for r in records)
     assert [r["lr"] for r in records] == pytest.approx([1e-3, 1e-3, 0.5e-3])  # one step of warm-up, then a cosine
     assert "8 pairs, 0 cut to 1024 tokens" in runs.said["stage1"] and f"step {STEPS}/{STEPS}" in runs.said["stage1"]
+
+
+def train_by_hand(llava, losses, lr, projector_lr):
+    """AdamW as in Table 4 on LoRA and the projector, a step for each function in `losses` -> norms of the gradients."""
+    lora_weights = [p.requires_grad_() for name, p in llava.named_parameters() if ".lora_" in name]
+    projector = [p.requires_grad_() for p in llava.mm_projector.parameters()]
+    groups, norms = [{"params": lora_weights}, {"params": projector}], []
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    for share, loss in zip((1, 1, 0.5), losses, strict=True):  # one step of warm-up, then a cosine over two
+        optimizer.zero_grad()
+        loss().backward()
+        norms.append(torch.nn.utils.clip_grad_norm_([*lora_weights, *projector], 1.0).item())
+        for group, peak in zip(optimizer.param_groups, (lr, projector_lr)):
+            group["lr"] = peak * share
+        optimizer.step()
+    return norms
+
+
+def logps_by_hand(llava, item):
+    """Sums of log p, one for each scored row of one sample."""
+    batch = collate([item.example], [data.load_tiles(item, llava)], llava.config)
+    return token_logps(llava(batch), batch.labels).sum(-1)
+
+
+def assert_trained_like(llava, folder):
+    named = {f"model.{name}" if "lora" not in name else f"{lora.PREFIX}{name}.weight": p
+             for name, p in llava.named_parameters() if p.requires_grad}
+    written = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert set(named) == set(written)
+    for name, value in written.items():
+        torch.testing.assert_close(value, named[name].detach(), rtol=0, atol=1e-5)
+
+
+def test_stage1_by_hand(runs, tmp_path):
+    """Eq. 4.1 pair by pair, with a second model as theta_0."""
+    beta, alpha, flags = 2.0, 0.5, ["--beta", 2, "--alpha", 0.5, "--projector-lr", 5e-4]
+    call(*runs.commands["stage1"], *flags, "--out", tmp_path / "out")
+    policy, theta_0 = (load_llava(runs.model, image_mode="pad") for _ in range(2))
+    fresh = lora.fresh(policy, 4, 8, 0.0, seed=0)
+    lora.attach(policy, fresh)
+    for name, value in fresh.tensors.items():
+        policy.get_parameter(name).data.copy_(value)
+    pairs = data.read_pairs(runs.one / "pairs.jsonl")
+    items = [data.pair_item(pair, policy, runs.tiny / "images", 1024) for pair in pairs]
+    expected = []
+
+    def loss(indices):
+        values = []
+        for i in indices:
+            (w, l), (ref_w, ref_l) = logps_by_hand(policy, items[i]), logps_by_hand(theta_0, items[i])
+            margin = beta * ((w - ref_w) - (l - ref_l))
+            values.append(torch.stack([-F.logsigmoid(margin), -alpha * w, margin, (margin > 0).float()]))
+        dpo, nll, margin, accuracy = torch.stack(values).mean(0)
+        expected.append({"loss": dpo + nll, "dpo": dpo, "alpha_nll": nll, "margin": margin, "accuracy": accuracy})
+        return dpo + nll
+
+    batches = data.global_batches([item.length for item in items], 3, seed=0)
+    norms = train_by_hand(policy, [lambda b=b: loss(b) for b in batches], 1e-3, 5e-4)
+    assert max(norms) > 1.2 * min(norms) > 1.2  # clipping is at work, and differs from step to step
+    for record, values, norm in zip(log(tmp_path / "out"), expected, norms, strict=True):
+        values = {name: value.item() for name, value in values.items()}
+        assert record == pytest.approx(record | values | {"grad_norm": norm}, rel=1e-3, abs=1e-4)
+    assert_trained_like(policy, tmp_path / "out")
+
+
+@pytest.mark.parametrize("one_line", [False, True])
+def test_stage2_by_hand(runs, tmp_path, one_line):
+    """-log p of all answers of a batch, by their tokens."""
+    out = tmp_path / "out" if one_line else runs.one / "stage2"
+    if one_line:
+        call(*runs.commands["stage2"], "--one-line", "--out", out)
+    llava = load_llava(runs.model, adapter=runs.one / "stage1", image_mode="pad")
+    described, _ = data.read_infused(runs.tiny / "instructions.json", runs.one / "descriptions.jsonl", one_line)
+    items = [data.instruction_item(i, llava, runs.tiny / "images", 2048) for i in described]
+    expected = []
+
+    def loss(indices):
+        nll = -sum(logps_by_hand(llava, items[i]).sum() for i in indices) / sum(items[i].scored for i in indices)
+        expected.append(nll.item())
+        return nll
+
+    batches = data.global_batches([item.length for item in items], 3, seed=0)
+    norms = train_by_hand(llava, [lambda b=b: loss(b) for b in batches], 1e-3, 2e-5)
+    records = log(out)
+    assert [r["loss"] for r in records] == pytest.approx(expected, rel=1e-4)
+    assert [r["grad_norm"] for r in records] == pytest.approx(norms, rel=1e-3)
+    assert_trained_like(llava, out)
+
+
+def test_nothing_decays(runs, tmp_path):
+    """With B = 0 the first gradient of A is zero, and leaves A as it was."""
+    call(*runs.commands["stage1"], "--batch-size", 8, "--out", tmp_path)
+    after = load_file(tmp_path / "adapter_model.safetensors")
+    for name, before in lora.fresh(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
+        assert torch.equal(after[f"{lora.PREFIX}{name}.weight"], before) is ("lora_A" in name)
+
+
+def test_what_is_trained_is_float32_in_a_bfloat16_model(runs, tmp_path):
+    """Steps of 1e-6 on weights of about 0.1, which bfloat16 would round away."""
+    call(*runs.commands["stage1"], "--dtype", "bfloat16", "--lr", 1e-6, "--projector-lr", 1e-6, "--out", tmp_path)
+    llava = load_llava(runs.model)
+    before = {f"{lora.PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
+    before |= {f"model.{k}": v for k, v in llava.named_parameters() if k.startswith("mm_projector.")}
+    after = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
+    assert set(after) == set(before) and {v.dtype for v in after.values()} == {torch.float32}
+    for name, value in after.items():
+        assert 1e-7 < (value - before[name]).abs().max() < 1e-5, name
 
 
 def test_stage1_learns_what_it_is_shown(runs, tmp_path):
@@ -267,7 +417,11 @@ def test_how_the_batch_is_computed_changes_nothing(runs, stage, tmp_path):
 def test_sharding_changes_nothing(runs, tmp_path):
     flags = ["--shard none", "--shard none --micro-batch 2", "--shard full --micro-batch 4 --checkpoint-activations"]
     outs = {tmp_path / f"{stage}{n}": (stage, flags[n].split()) for stage in ("stage1", "stage2") for n in range(3)}
-    call_two_ranks(*([*runs.commands[stage], *extra, "--out", out] for out, (stage, extra) in outs.items()))
+    odd = [*runs.commands["stage1"], "--lora-r", 3, "--out"]  # rows that two ranks can't halve
+    call(*odd, tmp_path / "one")
+    call_two_ranks([*odd, tmp_path / "two"],
+                   *([*runs.commands[stage], *extra, "--out", out] for out, (stage, extra) in outs.items()))
+    assert_same_training(tmp_path / "one", tmp_path / "two")
     for out, (stage, _) in outs.items():
         assert_same_training(runs.one / stage, out)
 
@@ -361,8 +515,45 @@ def test_ask(runs):
         prompt = TEMPLATES[llava.config.template].prompt(with_image(question, len(pictures)))
         [answer] = llava.generate([prompt], [[open_image(p) for p in pictures]], max_new_tokens=12)
         assert answer and call(*command, *[flag for p in pictures for flag in ("--image", p)]) == f"{answer}\n"
-    described = call(*command, "--image", folder / "scene_01.jpg", "--dar")
-    assert described.startswith("Description: ") and described.split("\n\n")[-1].strip()
+    # describe-and-respond: both times with the picture
+    ask = "Detail the composition and subjects within the frame."
+    prompt, pictures = TEMPLATES[llava.config.template].prompt, [[open_image(folder / "scene_01.jpg")]]
+    [description] = llava.generate([prompt(with_image(ask))], pictures, max_new_tokens=12)
+    text = with_image(infused(description, question))
+    [answer] = llava.generate([prompt(text)], pictures, max_new_tokens=12)
+    said = call(*command, "--image", folder / "scene_01.jpg", "--dar")
+    assert said == f"Description: {description}\n\n{answer}\n"
+    marked = [*command[:2], f"<image>\n{question}", *command[3:]]  # a mark of the user's own changes nothing
+    assert call(*marked, "--image", folder / "scene_01.jpg", "--dar") == said
+    with pytest.raises(InputError, match="--dar describes a picture first"):
+        call(*command, "--dar")
+
+
+def test_an_answer_of_scienceqa_can_be_repeated(runs):
+    llava, seen = load_llava(runs.model, adapter=runs.one / "stage2"), 0
+    for mode in ("direct", "dar"):
+        for record in lines(runs.one / "results" / f"scienceqa-stage2-{mode}.jsonl"):
+            text = record["prompt"].removeprefix("<image>\n")
+            pictures = [open_image(p) for p in (runs.tiny / "scienceqa/images/test" / record["question_id"]).glob("*")]
+            text = infused(record["description"], text) if "description" in record else text
+            prompt = TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures)))
+            assert llava.generate([prompt], [pictures], max_new_tokens=16) == [record["text"]]
+            seen += 1
+    assert seen == 12
+
+
+def test_sampled_answers_do_not_depend_on_the_batch(runs, tmp_path):
+    files = []
+    for number, flags in enumerate((["--batch-size", 1], ["--batch-size", 4], ["--seed", 1])):
+        call(*runs.commands["dar"], "--temperature", 1, *flags, "--out", tmp_path / f"{number}")
+        [file] = (tmp_path / f"{number}").glob("*.jsonl")
+        files.append([(r["text"], r.get("description")) for r in lines(file)])
+    [first] = [r for r in lines(tmp_path / "0" / file.name) if r["question_id"] == "11"]  # without a picture
+    llava = load_llava(runs.model, adapter=runs.one / "stage2")
+    prompt, seed = TEMPLATES[llava.config.template].prompt(first["prompt"]), sampler.row_seed(0, "answer", "11")
+    [again] = sampler.sample(llava, [prompt], [[]], [seed], max_new_tokens=16, temperature=1.0)
+    assert llava.tokenizer.decode(again.ids) == first["text"]
+    assert files[0] == files[1] and all(a[0] != b[0] for a, b in zip(files[0], files[2]))
 
 
 def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
@@ -385,7 +576,8 @@ def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
 
 @pytest.mark.parametrize("script, shown", [
     ("generate_pairs", {"--temperature": "0.2", "--seed": "0", "--max-new-tokens": "1024"}),
-    ("train_stage1", {"--lr": "1e-07", "--lora-dropout": "0.0", "--max-length": "1024, in anyres 4096"}),
+    ("train_stage1", {"--lr": "1e-07", "--projector-lr": "2e-05", "--beta": "0.1", "--alpha": f"{1 / 1024}",
+                      "--batch-size": "4", "--lora-dropout": "0.0", "--max-length": "1024, in anyres 4096"}),
     ("train_stage2", {"--lr": "2e-05", "--lora-dropout": "0.05", "--batch-size": "64", "--seed": "0"}),
     ("evaluate", {"--temperature": "0.0", "--seed": "0", "--batch-size": "8"})])
 def test_help_shows_the_defaults(script, shown, capsys):

@@ -147,6 +147,8 @@ def test_pair_item(llava, tiny):
     for room in (len(chosen), len(chosen) - 1, 1):  # exactly max_length tokens; the end token goes first
         item = build(len(prompt) + room)
         assert layout(item, llava)[1] == [chosen[:room], rejected[:room]] and item.cut == (room < len(chosen))
+    other = data.pair_item(data.Pair(*pair, False, True), llava, tiny / "images", 1024)
+    assert other.example.branches == [chosen[:-1], [*rejected, 2]]
     with pytest.raises(InputError, match=f"x: .* {len(prompt)} tokens"):
         build(len(prompt))
 

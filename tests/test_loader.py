@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from stic_min import InputError
 from stic_min.images import make_tiles
-from stic_min.loader import load_llava
+from stic_min.loader import MISTRAL_7B, decoder_config, load_llava
 
 TEXT = "[INST] What colour is the sail of the boat? [/INST]"
 PROMPT = TEXT.replace("[INST] ", "[INST] <image>\n")
@@ -197,6 +197,20 @@ def test_an_embedded_tower_wins(tiny, tmp_path, name):
     llava = load_llava(copy(tiny, name, tmp_path, tensors | own), vision=tiny / "clip-tiny")
     loaded, clips = llava.vision_tower.embeddings.class_embedding, read_tensors(tiny / "clip-tiny")
     assert torch.equal(loaded, own[TOWER + key].float()) and not torch.equal(loaded, clips["vision_model." + key])
+
+
+def test_a_newline_that_pad_mode_never_reads_is_ignored(tiny, base, picture, tmp_path):
+    tensors = read_tensors(tiny / V15) | {"model.image_newline": torch.ones(32)}
+    assert torch.equal(load_llava(copy(tiny, V15, tmp_path, tensors)).logits(PROMPT, [picture]), base[V15][1])
+
+
+def test_a_sliding_window_limits_the_sequence(tiny, tmp_path):
+    longest = lambda path: load_llava(path).config.decoder.max_positions
+    assert longest(tiny / V16) == 4096
+    assert longest(copy(tiny, V16, tmp_path / "narrow", sliding_window=512)) == 512
+    assert longest(copy(tiny, V16, tmp_path / "wide", sliding_window=8192)) == 4096
+    # where transformers leaves it out of a Mistral's text_config, it is 4096 of 131072
+    assert decoder_config(MISTRAL_7B, "config.json").max_positions == 4096
 
 
 MEASURE = r"""

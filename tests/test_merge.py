@@ -54,6 +54,14 @@ def test_a_change_below_the_rounding_is_lost_and_said_so(tiny, tmp_path):
     assert (base[key] == rounded[key]).float().mean() > 0.9
 
 
+def test_the_sum_is_rounded_once(tiny, tmp_path):
+    adapter = make_adapter(load_llava(tiny / V16), tmp_path / "adapter", 0.01)
+    merge(copy(tiny, V16, tmp_path / "base"), adapter, tmp_path / "bf16")
+    merge(tmp_path / "base", adapter, tmp_path / "fp32", torch.float32)
+    exact = read_tensors(tmp_path / "fp32")
+    assert all(torch.equal(t, exact[key].bfloat16()) for key, t in read_tensors(tmp_path / "bf16").items())
+
+
 def test_nothing_is_overwritten(tiny, tmp_path):
     adapter = make_adapter(load_llava(tiny / V16), tmp_path / "adapter", 0.1)
     with pytest.raises(InputError, match="exists already"):
@@ -73,9 +81,11 @@ def test_bin_files_may_share_and_transpose_memory(tiny, tmp_path):
 def test_a_tower_inside_the_checkpoint_comes_along(tiny, tmp_path):
     base = copy(tiny, V15, tmp_path / "base", mm_vision_tower="clip")
     shutil.copytree(tiny / "clip-tiny", base / "clip")
+    (base / "optimizer.bin").touch()  # which is no part of it
     merge(base, make_adapter(load_llava(base), tmp_path / "adapter", 0.1), tmp_path / "elsewhere" / "merged")
     shutil.rmtree(base)
     assert load_llava(tmp_path / "elsewhere" / "merged").config.vision.image_size == 56
+    assert not (tmp_path / "elsewhere" / "merged" / "optimizer.bin").exists()
 
 
 def test_a_failed_merge_leaves_nothing(tiny, tmp_path, monkeypatch):

@@ -201,6 +201,7 @@ def test_merged_sequence(llava, pictures, prompt, shown):
             expected.append(llava.model.embed_tokens.weight[[i]])
     assert not left
     close(seen[0], torch.cat(expected))
+    assert llava.prompt_length(prompt, [pictures[i] for i in shown]) == len(seen[0])
     assert logits.shape == (len(seen[0]), 600) and logits.dtype == torch.float32
 
 
@@ -225,6 +226,12 @@ def test_too_long_is_an_error(llava, pictures, monkeypatch):
         llava.logits(prompt, shown)
     with pytest.raises(InputError, match=f"Is it day.* {length + answer} tokens"):  # the end token counts
         llava.response_logp(prompt, "It is night.", shown)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+def test_pictures_of_any_mode(llava, pictures, mode):
+    picture = pictures[7].convert(mode)
+    assert torch.equal(llava.logits("<image>", [picture]), llava.logits("<image>", [picture.convert("RGB")]))
 
 
 def test_arrange_by_hand():

@@ -68,15 +68,17 @@ def test_generate_then_rescore(llava, rows, how):
         assert s.logps == pytest.approx(rescored(llava, prompt, pictures, s.ids), abs=1e-4)
 
 
-def test_greedy_against_a_loop_without_cache(llava, rows):
-    samples = sample(llava, *rows, max_new_tokens=8)
-    for prompt, pictures, s in zip(*rows[:2], samples):
-        ids = []
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
+def test_against_a_loop_without_cache(llava, rows, how):
+    samples = sample(llava, *rows, max_new_tokens=8, **how)
+    for prompt, pictures, seed, s in zip(*rows, samples):
+        ids, draws = [], torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         while len(ids) < 8 and llava.tokenizer.eos not in ids:
             batch = one_sequence(llava, prompt, pictures, ids)
             batch.rows = torch.tensor([[len(batch.ids) - 1]])
             with torch.no_grad():
-                ids.append(llava(batch)[0, 0].argmax().item())
+                step = draws[len(ids), None]  # a number for each token
+                ids.append(pick(llava(batch)[0], how["temperature"], how.get("top_p"), step).item())
         assert s.ids == ids
 
 
@@ -198,6 +200,20 @@ def test_filtered_probs(temperature, top_p, expected):
     probs = filtered_probs(rows, temperature, top_p)
     torch.testing.assert_close(probs, torch.tensor([expected, expected[::-1]]).float(), rtol=0, atol=1e-4)
     assert [p > 0 for p in probs[0].tolist()] == [e > 0 for e in expected]
+
+
+def test_top_p_keeps_the_fewest_that_reach_it():
+    # four of 1/4, exact in floating point: two reach 1/2, three reach any more
+    for top_p, kept in ((0.5, 2), (0.51, 3), (0.75, 3), (0.25, 1)):
+        assert (filtered_probs(torch.zeros(1, 4), 1.0, top_p) > 0).sum() == kept
+
+
+def test_pick_never_takes_one_of_probability_0():
+    # float32 probabilities of many tokens sum to a little more or less than 1
+    logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, -1] = -math.inf
+    highest = torch.full((200,), 1 - 2**-53, dtype=torch.float64)
+    assert (pick(logits, 1.0, None, highest) < 49).all() and (pick(logits, 1.0, 0.9, highest) < 49).all()
 
 
 def test_pick_follows_the_distribution():
