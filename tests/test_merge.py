@@ -91,7 +91,11 @@ def test_a_tower_inside_the_checkpoint_comes_along(tiny, tmp_path):
 def test_a_failed_merge_leaves_nothing(tiny, tmp_path, monkeypatch):
     base = copy(tiny, V16, tmp_path / "base", form="model-0000%d-of-00003.safetensors")
     adapter = make_adapter(load_llava(base), tmp_path / "adapter", 0.1)
-    monkeypatch.setattr("stic_min.merge.merge_shard", lambda *_: exec("raise KeyboardInterrupt"))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stic_min.merge.merge_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge(base, adapter, tmp_path / "merged")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
