@@ -75,6 +75,38 @@ def description_rows(id, name, picture, seed):
     return [(x, picture, sampler.row_seed(seed, id, "description"))], record
 
 
+# ---------------------------------------------------------------- what there is to make
+
+
+def names_to_pair(args):
+    """{name: name} of the pictures that get a pair: all of --images, or those of --names."""
+    if not args.names:
+        names = list_images(args.images)
+    else:
+        try:
+            lines = Path(args.names).read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"can't read {args.names}: {error}") from None
+        names = [line.strip() for line in lines if line.strip()]
+        if not names:
+            raise InputError(f"{args.names}: no names in it")
+    return {name: name for name in names}
+
+
+def records_to_describe(args, ranks):
+    """{id: where, id, record} of the instructions whose picture is here; the others are counted and left out.
+
+    LLaVA's own data spans five collections of pictures, so --limit is drawn from what is there.
+    """
+    records = {entry[1]: entry for entry in image_records(args.describe)[0]}
+    here = {id: entry for id, entry in records.items() if has_image(args.images, entry[2]["image"])}
+    if len(here) < len(records):
+        ranks.say(f"{len(records) - len(here)} of {len(records)} records have no picture in {args.images}: left out")
+    if not here:
+        raise InputError(f"no picture of {args.describe} is in {args.images}")
+    return here
+
+
 def has_image(folder, name):
     try:
         return bool(image_path(folder, name))
@@ -98,27 +130,13 @@ def main():
 
     # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
     if args.describe:
-        records = {id: (where, id, record) for where, id, record in image_records(args.describe)[0]}
-        items = {id: record["image"] for _, id, record in records.values()}
-        here = {id: image for id, image in items.items() if has_image(args.images, image)}
-        if len(here) < len(items):
-            ranks.say(f"{len(items) - len(here)} of {len(items)} records have no picture in {args.images}: left out")
-        if not here:
-            raise InputError(f"no picture of {args.describe} is in {args.images}")
-        items = here
-    elif args.names:
-        try:
-            lines = Path(args.names).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"can't read {args.names}: {error}") from None
-        items = {line.strip(): line.strip() for line in lines if line.strip()}
+        records = records_to_describe(args, ranks)
+        items = {id: record["image"] for id, (_, _, record) in records.items()}
     else:
-        items = {name: name for name in list_images(args.images)}
-    if not items:
-        raise InputError(f"{args.names}: no names in it")
+        items = names_to_pair(args)
     keys = subset(list(items), args.limit, args.seed)
     for key in keys if args.describe else ():
-        parse_instruction(*records[key])  # now, not in stage 2
+        parse_instruction(*records[key])  # what is wrong with it is said now, not in stage 2
 
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))

@@ -290,7 +290,7 @@ def test_in_generation_a_bad_picture_costs_itself_alone(w, capsys, name, damage,
     assert outcome(w, name, *climbing) == 0
     out, lines = said(capsys)
     if name == "describe" and damage is Path.unlink:
-        # LLaVA's instructions span five image collections: what is not there is counted before --limit is drawn.
+        # What is not there is counted before --limit is drawn.
         assert not lines and f"1 of 2 records have no picture in {w / 'images'}: left out" in out
         assert f"1 descriptions in {w / 'new.jsonl'}, 0 skipped" in out
         return
