@@ -19,10 +19,10 @@ from stic_min import InputError, cli, sampler
 from stic_min.data import Output, read_records, subset
 from stic_min.images import image_path, open_image
 from stic_min.loader import load_llava
-from stic_min.scorers import scienceqa
+from stic_min.scorers import scienceqa, toy_captions, toy_vqa
 from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, infused, with_image, without_marks
 
-SCORERS = {"scienceqa": scienceqa}
+SCORERS = {"scienceqa": scienceqa, "toycaptions": toy_captions, "toyvqa": toy_vqa}
 
 
 # ---------------------------------------------------------------- answering

@@ -5,7 +5,8 @@
   torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, the model sharded (FSDP)
 
 Trains exactly the described records, on every answer of theirs. Goes on from stage 1's LoRA and projector; without
---adapter it starts from the base model (the control that skips stage 1). runs/stage2 stands alone. The same command
+--adapter it starts from the base model (the control that skips stage 1); with --plain it is ordinary continued
+fine-tuning on the same records (the control that skips the descriptions). runs/stage2 stands alone. The same command
 again resumes a run that was stopped.
 """
 
@@ -23,6 +24,7 @@ def main():
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
     parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
     parser.add_argument("--one-line", action="store_true", help="put descriptions as the paper prints it, in one line")
+    parser.add_argument("--plain", action="store_true", help="a control: the same records without the descriptions")
     cli.add_model_flags(parser, image_mode="pad, as Table 4")
     cli.add_limit_flag(parser)
     training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
@@ -30,7 +32,7 @@ def main():
     training.check_out(args.out)
     ranks = cli.start_ranks(args.device, backend=None)
 
-    instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line)
+    instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain)
     instructions = subset(instructions, args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
@@ -40,7 +42,7 @@ def main():
     training.check_picture_matters(llava, items[0])
 
     own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
-    settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, **own)
+    settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, plain=args.plain, **own)
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         tokens_in_batch = sum(items[i].scored for i in run.batches[step])  # the global batch

@@ -265,8 +265,8 @@ def infuse(instruction, description, one_line=False):
     return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later])
 
 
-def read_infused(instructions, descriptions, one_line=False):
-    """The described instructions, infused -> [Instruction] and a line of counts.
+def read_infused(instructions, descriptions, one_line=False, plain=False):
+    """The described instructions, infused -> [Instruction] and a line of counts. `plain` leaves the descriptions out.
 
     Descriptions carry the record's id; published ones that have none join on the image, the k-th description of a
     picture with its k-th record.
@@ -291,7 +291,7 @@ def read_infused(instructions, descriptions, one_line=False):
         if instruction.id in taken:
             raise InputError(f"{where}: {instruction.id} is described twice")
         taken.add(instruction.id)
-        described.append(infuse(instruction, text, one_line))
+        described.append(instruction if plain else infuse(instruction, text, one_line))
     counts = f"{len(described)} described of {len(records)} records with an image, {total} in all"
     return described, counts
 

@@ -249,7 +249,7 @@ class Run:
             groups.append({"params": list(projector.values()), "peak": args.projector_lr})
         self.parameters |= projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        self.begin, self.first_step, self.tokens, self.sums = None, 0, 0, {}
+        self.begin, self.shown, self.first_step, self.tokens, self.sums = None, 0.0, 0, 0, {}
         self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         llava.train()
         self.resume()
@@ -312,13 +312,14 @@ class Run:
         [tokens] = self.total(self.tokens)
         speed, self.tokens, self.last = tokens / (now - self.last), 0, now
         left = (now - self.begin) / (step + 1 - self.first_step) * (steps - step - 1)
-        memory = memory_gb(self.ranks.device)
-        lr = self.optimizer.param_groups[0]["lr"]
+        memory, lr = memory_gb(self.ranks.device), self.optimizer.param_groups[0]["lr"]
         record = {"step": step + 1, **values, "grad_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1),
                   "memory_gb": round(memory, 3), "seconds_left": round(left, 1)}
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "answer_tokens")
-        self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
-                       f"{memory:.2f} GB  {cli.clock(left)} left")
+        if now - self.shown >= 1 or step + 1 == steps:  # the file has every step; to look at, one a second will do
+            self.shown = now
+            self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
+                           f"{memory:.2f} GB  {cli.clock(left)} left")
         if self.ranks.first:
             with open(self.out / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")

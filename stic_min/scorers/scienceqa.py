@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
+from stic_min.scorers import match_answers
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 
@@ -127,20 +128,10 @@ def score(questions, answers):
     with two decimals. Groups: average; IMG, TXT, NO (the problem has an image, a hint, neither; IMG and TXT
     overlap); NAT, SOC, LAN by subject; G1-6, G7-12 by grade; img_acc, LLaVA's IMG: over the records whose
     prompt contains `<image>` (a missing record has no prompt, hence is not in it). Empty groups are left out.
-    Raises InputError: no questions, a repeated id, an answer to no question, a record without text.
+    Raises InputError as `match_answers`.
     Sources: ScienceQA, `tools/evaluate_acc.py`; LLaVA, `llava/eval/eval_science_qa.py`.
     """
-    ids, records = {q["question_id"] for q in questions}, {}
-    if not questions or len(ids) != len(questions):
-        raise InputError("ScienceQA: " + ("a question id is repeated" if questions else "no questions"))
-    for record in answers:
-        qid = str(record.get("question_id"))
-        if qid not in ids or qid in records:
-            fault = "repeated" if qid in ids else "no question's id"
-            raise InputError(f"ScienceQA answers: {qid!r} is {fault}")
-        if not isinstance(record.get("text"), str):
-            raise InputError(f"ScienceQA answers: {qid!r} has no 'text'")
-        records[qid] = record
+    records = match_answers("ScienceQA", questions, answers)
     hits = {group: [] for group in GROUPS}
     for q in questions:
         record = records.get(q["question_id"], {"text": "FAILED"})

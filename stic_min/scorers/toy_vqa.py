@@ -1,0 +1,53 @@
+"""The toy world's questions about pictures: accuracy by type of question.
+
+Data: `questions.json` as `python -m stic_min.toy` writes it: [{"question_id", "image", "type", "text", "answer"}].
+An answer is right if it is the true one to the letter, case, outer blanks and a full stop at the end aside.
+"""
+
+import json
+from pathlib import Path
+
+from stic_min import InputError
+from stic_min.scorers import match_answers
+
+
+def load(data):
+    """The questions: a dict each with `question_id`, `image` (relative to `data`), `type`, `text` and `answer`.
+    Raises InputError naming the file if it is missing or of another form."""
+    path = Path(data) / "questions.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return [{f: q[f] for f in ("question_id", "image", "type", "text", "answer")} for q in content]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the toy world's questions ({error!r})") from None
+
+
+def is_right(text, answer):
+    return text.strip().removesuffix(".").lower() == answer.lower()
+
+
+def score(questions, answers):
+    """Accuracy in percent: {"accuracy", "types": {type: {"n", "accuracy"}}, "n", "missing"}; a missing answer is wrong.
+
+    questions: as from `load`. answers: records {"question_id", "text"}. Raises InputError as `match_answers`.
+    """
+    records = match_answers("toy questions", questions, answers)
+    hits = {}
+    for question in questions:
+        text = records.get(question["question_id"], {"text": ""})["text"]
+        hits.setdefault(question["type"], []).append(is_right(text, question["answer"]))
+    percent = lambda own: round(100 * sum(own) / len(own), 2)
+    return {
+        "accuracy": percent([hit for own in hits.values() for hit in own]),
+        "types": {kind: {"n": len(own), "accuracy": percent(own)} for kind, own in sorted(hits.items())},
+        "n": len(questions),
+        "missing": len(questions) - len(records),
+    }
+
+
+def report(scores):
+    rows = [("all", scores), *scores["types"].items()]
+    head = f"toy questions: {scores['n']}, {scores['missing']} without an answer; accuracy in %"
+    return "\n".join([head, *(f"{kind:<12}{own['accuracy']:>8.2f}   n={own['n']}" for kind, own in rows)])

@@ -1,0 +1,54 @@
+"""The method on a world of its own, small enough for any machine.
+
+  python -m stic_min.toy            draws pictures and runs the whole recipe on them: pairs, stage 1, descriptions,
+                                    stage 2, evaluation, each by the script and the command that a real run uses
+  python -m stic_min.toy study      the paper's tables on the toy world, and controls that it lacks: several seeds,
+                                    resumed by the same command, one process a core
+
+The base model (1.3 M parameters) comes with the project; `python -m stic_min.toy.pretrain` makes another from nothing.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from stic_min import cli
+from stic_min.loader import read_json
+from stic_min.toy import demo, recipe, study
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m stic_min.toy", description=__doc__, formatter_class=cli.HelpFormatter
+    )
+    parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo")
+    parser.add_argument("--model", metavar="DIR", nargs="+", type=Path,
+                        help="base model, the study takes several (default: the one that comes with the project)")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of pictures and all that follows; of a study, the first")
+    parser.add_argument("--images", type=cli.positive, default=1000,
+                        help="unlabeled pictures, a pair each; half as many instructions")
+    parser.add_argument("--test-images", type=cli.positive, metavar="N",
+                        help="pictures to evaluate on (default: 300, in the study 1000)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="(default: toy-run, or toy-study)")
+    group = parser.add_argument_group("study")
+    group.add_argument("--seeds", type=cli.positive, default=5, help="how many, each with pictures of its own")
+    group.add_argument("--split", choices=["dev", "test"], default="test", help="scenes to evaluate on")
+    group.add_argument("--processes", type=cli.positive, default=os.cpu_count(), help="chains at a time, one core each")
+    args = parser.parse_args()
+    models = args.model or [recipe.BASE]
+    for model in models:
+        read_json(model / "config.json")  # a wrong --model is said before anything is drawn
+    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    if args.command == "study":
+        seeds, out = range(args.seed, args.seed + args.seeds), args.out or Path("toy-study")
+        study.run(models, out, seeds, args.images, args.split, args.test_images or 1000, args.processes)
+    elif len(models) > 1:
+        parser.error("several --model are for the study")
+    else:
+        demo.run(models[0], args.out or Path("toy-run"), args.seed, args.images, args.test_images or 300)
+
+
+if __name__ == "__main__":
+    cli.run(main)

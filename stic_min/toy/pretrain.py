@@ -1,0 +1,313 @@
+"""Pretraining of the toy base model, from nothing, in one command and one schedule:
+
+  python -m stic_min.toy.pretrain --seed 0 --out stic_min/toy/llava-toy
+
+1. a sentencepiece model whose pieces are the words of the toy world and of STIC's prompts;
+2. the ViT, supervised on what is in each cell (end to end from scratch it does not ground);
+3. projector and decoder on captions, questions and readings (world.record), the ViT frozen as in LLaVA.
+
+Writes an ordinary LLaVA folder in bf16, and pretrain.json: seed, command, time, losses and scores on dev scenes.
+"""
+
+import argparse
+import io
+import math
+import random
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import sentencepiece
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stic_min import cli
+from stic_min.clip import ClipConfig
+from stic_min.images import CLIP_MEAN, CLIP_STD, make_tiles
+from stic_min.llava import LLaVA, LlavaConfig
+from stic_min.loader import load_llava
+from stic_min.lora import write_tensors
+from stic_min.mistral import DecoderConfig, attention
+from stic_min.scorers import toy_captions, toy_vqa
+from stic_min.text import IMAGE, INFUSED, TEMPLATES, Tokenizer, with_image
+from stic_min.toy import world
+from stic_min.toy.files import write_json
+
+VISION = ClipConfig(
+    hidden_size=96,
+    intermediate_size=384,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    image_size=world.SIDE,
+    patch_size=world.CELL,
+)
+SCENES, STEPS = 20000, 4000
+VOCABULARY, MAX_POSITIONS = 900, 512
+DECODER = DecoderConfig(
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_positions=MAX_POSITIONS,
+)
+TEMPLATE = TEMPLATES["mistral_instruct"]
+
+
+# ---------------------------------------------------------------- 1. words
+
+
+def train_tokenizer(path):
+    rng, lines = random.Random(0), []
+    for scene in world.scenes("train", 3000):
+        lines += [line for turn in world.record(scene, rng)[1] for text in turn for line in text.split("\n")]
+    prompts = [prompt for kind in world.PROMPTS.values() for prompt in kind]
+    lines += 50 * [*prompts, *world.NUMBERS, *INFUSED.split("\n"), "[INST] [/INST]", " ".join(map(chr, range(33, 127)))]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
+        character_coverage=1.0, pad_id=-1, num_threads=1, minloglevel=2)  # fmt: skip
+    path.write_bytes(model.getvalue())
+
+
+# ---------------------------------------------------------------- 2. the ViT
+
+
+def pixels_of(scenes):
+    """Normalised pictures (N, 3, side, side)."""
+    return torch.cat([make_tiles(world.paint(s, i), "pad", world.SIDE).pixels for i, s in enumerate(scenes)])
+
+
+class CellHeads(nn.Module):
+    """Patch features (N, 9, C) -> logits of color and shape in it (the last: none), of the cell and the place."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = len(world.COLORS) + 1, len(world.SHAPES) + 1, len(world.CELLS), len(world.PLACES)
+        self.heads = nn.ModuleList(nn.Linear(VISION.hidden_size, n) for n in sizes)
+
+    def forward(self, x):
+        return [head(x) for head in self.heads]
+
+
+def cell_labels(scenes):
+    """(N, 9, 4) int64: for each cell what `CellHeads` has to say."""
+    colors, shapes, places = list(world.COLORS), list(world.SHAPES), list(world.PLACES)
+    labels = []
+    for scene in scenes:
+        objects = [scene.cells.get(cell) for cell in range(9)]
+        place = places.index(scene.place)
+        labels.append(
+            [
+                (colors.index(o.split()[0]), shapes.index(o.split()[1]), cell, place)
+                if o
+                else (len(colors), len(shapes), cell, place)
+                for cell, o in enumerate(objects)
+            ]
+        )
+    return torch.tensor(labels)
+
+
+def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
+    heads, labels = CellHeads(), cell_labels(scenes)
+    parameters = [*tower.parameters(), *heads.parameters()]
+    optimizer, steps = torch.optim.AdamW(parameters, lr, weight_decay=0.01), epochs * (len(pixels) // batch)
+    order = torch.cat([torch.randperm(len(pixels))[: len(pixels) // batch * batch] for _ in range(epochs)])
+    progress = cli.Progress("ViT, steps", steps, ranks)
+    for step, index in enumerate(order.split(batch)):
+        optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
+        losses = [
+            F.cross_entropy(p.flatten(0, 1), labels[index, :, i].flatten())
+            for i, p in enumerate(heads(tower(pixels[index])))
+        ]
+        optimizer.zero_grad()
+        sum(losses).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        progress.add()
+    return sum(losses).item()
+
+
+def rate(step, steps, warmup=0.03):
+    """Fraction of the peak learning rate: linear warm-up, then cosine to 0."""
+    done = step / steps
+    return (
+        (done + 1 / steps) / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+    )
+
+
+# ---------------------------------------------------------------- 3. projector and decoder
+
+
+class Padded:
+    """`attend` for B sequences of L tokens each, padded at their ends, flat: one causal call for all of them."""
+
+    def __init__(self, sequences):
+        self.sequences = sequences
+
+    def __call__(self, layer, q, k, v):  # (B * L, H, D)
+        q, k, v = (x.unflatten(0, (self.sequences, -1)) for x in (q, k, v))
+        return attention(q, k, v, is_causal=True).flatten(0, 1)
+
+
+def encode(record, scene, tokenizer):
+    """A record -> (ids, scored, scene or None): 9 IMAGE for the picture; scored[t]: whether ids[t] is of an answer."""
+    shown, turns = record
+    users = [with_image(user) if shown and i == 0 else user for i, (user, _) in enumerate(turns)]
+    ids, scored = [], []
+    for i, (prompt, (_, answer)) in enumerate(zip(TEMPLATE.turns(users), turns)):
+        prompt, answer = tokenizer.encode_prompt(prompt, first=i == 0), tokenizer.encode_response(answer)
+        prompt = [j for id in prompt for j in ([IMAGE] * VISION.patches**2 if id == IMAGE else [id])]
+        ids += prompt + answer
+        scored += [False] * len(prompt) + [True] * len(answer)
+    return ids, scored, scene if shown else None
+
+
+def batches(scenes, tokenizer, steps, size, rng):
+    """`steps` batches of records, alike in length: (ids (B, L), scored (B, L), indices of the scenes shown)."""
+    pool = []
+    for step in range(steps):
+        if not pool:
+            drawn = [rng.randrange(len(scenes)) for _ in range(min(50, steps - step) * size)]
+            records = sorted(
+                (encode(world.record(scenes[i], rng), i, tokenizer) for i in drawn), key=lambda r: len(r[0])
+            )
+            pool = [records[i : i + size] for i in range(0, len(records), size)]
+            rng.shuffle(pool)
+        batch = pool.pop()
+        longest = max(len(ids) for ids, _, _ in batch)
+        pad = lambda lists, value: torch.tensor([x + [value] * (longest - len(x)) for x in lists])
+        yield (
+            pad([ids for ids, _, _ in batch], 0),
+            pad([scored for _, scored, _ in batch], False),
+            [scene for _, _, scene in batch if scene is not None],
+        )
+
+
+def train_decoder(llava, features, scenes, steps, rng, ranks, size=64, lr=2e-3):
+    parameters = [p for n, p in llava.named_parameters() if not n.startswith("vision_tower.")]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    progress = cli.Progress("decoder, steps", steps, ranks)
+    for step, (ids, scored, shown) in enumerate(batches(scenes, llava.tokenizer, steps, size, rng)):
+        optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
+        x = llava.model.embed_tokens(ids.clamp_min(0).flatten())  # (B * L, C)
+        x = x.masked_scatter((ids == IMAGE).flatten()[:, None], llava.mm_projector(features[shown]).flatten(0, 1))
+        positions = torch.arange(ids.shape[1]).repeat(len(ids))
+        x = llava.model(x, positions, Padded(len(ids))).unflatten(0, ids.shape)[:, :-1]  # (B, L - 1, C)
+        loss = F.cross_entropy(llava.lm_head(x[scored[:, 1:]]), ids[:, 1:][scored[:, 1:]])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        progress.add()
+    return loss.item()
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def new_llava(tokenizer):
+    llava = LLaVA(LlavaConfig(DECODER, VISION, "pad", None, TEMPLATE.name, MAX_POSITIONS), tokenizer)
+    for name, p in llava.named_parameters():
+        if p.dim() == 1:
+            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        elif "embed" in name:
+            nn.init.normal_(p, std=0.02)
+        else:
+            nn.init.normal_(p, std=0.7 * p[0].numel() ** -0.5)
+    return llava
+
+
+def write_llava(llava, folder):
+    """LLaVA's own layout: config.json, weights in bf16 with the ViT's among them, and in `clip/` the ViT's geometry.
+
+    The ViT's last layer is not stored: hidden state -2 comes before it.
+    """
+    config, vision = asdict(llava.config.decoder), asdict(llava.config.vision)
+    config["max_position_embeddings"] = config.pop("max_positions")
+    tokenizer = {"tokenizer_model_max_length": MAX_POSITIONS, "bos_token_id": 1, "eos_token_id": 2}
+    write_json(folder / "config.json", config | tokenizer | {
+        "architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", "torch_dtype": "bfloat16",
+        "hidden_act": "silu", "tie_word_embeddings": False, "image_aspect_ratio": "pad", "mm_vision_tower": "clip",
+        "mm_hidden_size": vision["hidden_size"], "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+    })  # fmt: skip
+    (folder / "clip").mkdir(exist_ok=True)
+    write_json(folder / "clip/config.json", {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"} | vision)
+    write_json(folder / "clip/preprocessor_config.json", {
+        "crop_size": world.SIDE, "size": world.SIDE, "do_resize": True, "do_center_crop": True, "do_normalize": True,
+        "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    })  # fmt: skip
+    names = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.", "mm_projector.": "model.mm_projector."}
+    weights = {}
+    for name, p in llava.named_parameters():
+        prefix = next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
+        weights[prefix] = p.detach().bfloat16().contiguous()
+    write_tensors(weights, folder / "model.safetensors")
+
+
+def dev_scores(llava, count=400):
+    """The base as it will be used: greedy captions under a short and the detailed prompt, questions asked directly."""
+    llava.eval()
+    scenes, rng, scores = world.scenes("dev", count), random.Random(0), {}
+    pictures = [[world.paint(scene, f"dev {i}")] for i, scene in enumerate(scenes)]
+
+    def answers(texts, pictures):
+        prompts, said = [TEMPLATE.prompt(with_image(text)) for text in texts], []
+        for i in range(0, len(prompts), 100):
+            said += llava.generate(prompts[i : i + 100], pictures[i : i + 100], max_new_tokens=64)
+        return [{"question_id": str(i), "text": text} for i, text in enumerate(said)]
+
+    for kind in ("short", "good"):
+        prompts = [rng.choice(world.PROMPTS[kind]) for _ in scenes]
+        questions = [world.caption_facts(scene) | {"question_id": str(i)} for i, scene in enumerate(scenes)]
+        scores[f"captions, {kind} prompts"] = toy_captions.score(questions, answers(prompts, pictures))
+    asked = [
+        (i, kind, found) for i, s in enumerate(scenes) for kind in world.QUESTIONS if (found := world.ask(s, kind, rng))
+    ]
+    questions = [{"question_id": str(n), "type": kind, "answer": found[1]} for n, (_, kind, found) in enumerate(asked)]
+    said = answers([found[0] for _, _, found in asked], [pictures[i] for i, _, _ in asked])
+    scores["questions"] = toy_vqa.score(questions, said)
+    return scores
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of everything random")
+    parser.add_argument("--scenes", type=cli.positive, default=SCENES, help="pictures of the training data")
+    parser.add_argument("--steps", type=cli.positive, default=STEPS, help="of the decoder, 64 records each")
+    args = parser.parse_args()
+    out, begin = Path(args.out), time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    ranks = cli.Ranks(0, 1, torch.device("cpu"))
+    torch.manual_seed(args.seed)
+
+    train_tokenizer(out / "tokenizer.model")
+    llava = new_llava(Tokenizer(out / "tokenizer.model"))
+    scenes = world.scenes("train", args.scenes)
+    pixels = pixels_of(scenes)
+    vision_loss = train_vision(llava.vision_tower, pixels, scenes, ranks)
+    with torch.no_grad():
+        features = torch.cat([llava.vision_tower(part) for part in pixels.split(500)])  # (N, 9, Cv)
+    decoder_loss = train_decoder(llava, features, scenes, args.steps, random.Random(args.seed), ranks)
+    write_llava(llava, out)
+    minutes = round((time.monotonic() - begin) / 60, 1)
+    scores = dev_scores(load_llava(out))
+    write_json(out / "pretrain.json", {
+        "command": f"python -m stic_min.toy.pretrain --seed {args.seed} --scenes {args.scenes} --steps {args.steps}",
+        "minutes": minutes, "cores": torch.get_num_threads(), "torch": torch.__version__, "vit_loss": vision_loss,
+        "decoder_loss": decoder_loss, "dev": scores,
+    })  # fmt: skip
+    print(
+        f"{out}: {sum(p.numel() for p in llava.parameters()):,} parameters in {minutes} minutes; "
+        "scores on dev scenes are in pretrain.json"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,169 @@
+"""The paper's tables on the toy world, and controls that it lacks, over several seeds and base models.
+
+A chain is one base model and one seed: pictures of its own, pairs, every variant of training, every evaluation. What is
+there is not made again, so the same command resumes. Chains run side by side, one single-threaded process each, and
+write what the scripts print to their log.txt. The settings are those of recipe.py; they were tuned on the dev split
+before the test split was looked at.
+"""
+
+import json
+import multiprocessing
+import traceback
+from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+
+import torch
+
+from stic_min import InputError, cli
+from stic_min.data import read_records
+from stic_min.toy import files, recipe, tables
+
+# name: what its stage 1 changes, and which pairs it takes
+STAGE1 = {
+    "stage1": ({}, "pairs"),
+    "positives1": ({"beta": 0}, "pairs"),  # Table 3: what is left of Eq. 4.1 is alpha * NLL of the preferred answer
+    "alpha0_1": ({"alpha": 0}, "pairs"),
+    "prompts1": ({}, "prompts"),
+    "corruptions1": ({}, "corruptions"),
+}
+# name: the stage 1 that its stage 2 goes on from (None: the base), and whether the descriptions are left out
+STAGE2 = {
+    "stic": ("stage1", False),
+    "positives": ("positives1", False),
+    "alpha0": ("alpha0_1", False),
+    "prompts": ("prompts1", False),
+    "corruptions": ("corruptions1", False),
+    "stage2only": (None, False),
+    "plain": (None, True),
+}
+MEASURED = ("stage1", *STAGE2)  # captions and questions, direct and with DaR
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # Figure 7: stage 1 on so many times --images pairs; captions only
+SCALE_LR = recipe.STAGE1["--lr"] / 2
+STEPS = len(STAGE1) + len(STAGE2) + 3 * len(MEASURED) + 2 * len(SCALES)  # files a chain ends up with, see `finished`
+BENCHMARKS = (("toycaptions", False), ("toyvqa", False), ("toyvqa", True))  # and whether with DaR
+
+
+def scale_name(scale):
+    return f"scale{scale:g}"
+
+
+def select_pairs(folder, kind):
+    """The pairs whose rejected answer came from a bad prompt, or from a corrupted picture."""
+    pairs = [record for _, record in read_records(folder / "pairs.jsonl")]
+    kept = [r for r in pairs if kind == "pairs" or r["image_corruption"] == (kind == "corruptions")]
+    files.write_json(folder / f"{kind}.json", kept)
+
+
+def run_chain(model, folder, data, seed, pairs):
+    """Everything of one base model and one seed."""
+    pictures, instruct, results = folder / "unlabeled", folder / "instruct", folder / "results"
+    files.write_unlabeled(pictures, 2 * pairs + 200, seed)  # so many that either kind of rejected answer fills `pairs`
+    files.write_instructions(instruct, recipe.num_instructions(pairs), seed)
+    recipe.make_pairs(model, pictures, folder / "pairs.jsonl", seed)
+    for kind in ("pairs", "prompts", "corruptions"):
+        select_pairs(folder, kind)
+    for name, (changed, kind) in STAGE1.items():
+        recipe.stage1(model, folder / f"{kind}.json", pictures, folder / name, seed, pairs, **changed)
+    for name, (before, plain) in STAGE2.items():
+        recipe.stage2(model, before and folder / before, instruct, folder / name, seed, plain)
+    for name in MEASURED:
+        for benchmark, dar in BENCHMARKS:
+            recipe.evaluate(benchmark, model, folder / name, data, results, dar)
+    for scale in SCALES:
+        adapter = folder / scale_name(scale)
+        recipe.stage1(model, folder / "pairs.json", pictures, adapter, seed, round(scale * pairs), lr=SCALE_LR)
+        recipe.evaluate("toycaptions", model, adapter, data, results)
+
+
+def run_base(model, folder, data):
+    for benchmark, dar in BENCHMARKS:
+        recipe.evaluate(benchmark, model, None, data, folder / "results", dar)
+
+
+def work(job, folder, *arguments):
+    """Runs a job in a process of its own; what the scripts print goes to its log."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    try:
+        with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                job(*arguments)
+            except Exception:
+                traceback.print_exc()  # a bug; of what the scripts refuse they have said what is wrong
+                raise
+    except SystemExit:
+        raise InputError(f"a command of the study failed; what it said is at the end of {log}") from None
+
+
+def finished(folders):
+    """How many adapters and scores there are in the folders of chains."""
+    return sum(len([*f.glob("*/adapter_config.json"), *f.glob("results/*.scores.json")]) for f in folders)
+
+
+def run(models, out, seeds, pairs, split, pictures, processes):
+    if len({m.resolve().name for m in models}) < len(models):
+        raise InputError("two of --model have the same name")
+    settings = {"images": pairs, "split": split, "test_images": pictures}
+    for model in models:
+        recipe.claim(out / model.resolve().name, settings | {"model": cli.fingerprint(model)})
+    print(f"drawing {pictures} pictures of the {split} split")
+    data = out / split
+    files.write_benchmark(data, split, pictures)
+    jobs = {}  # folder: job and its arguments
+    for model in models:
+        folder = out / model.resolve().name / "base"
+        jobs[folder] = run_base, folder, model, folder, data
+    for seed in seeds:
+        for model in models:
+            folder = out / model.resolve().name / f"seed{seed}"
+            jobs[folder] = run_chain, folder, model, folder, data, seed, pairs
+
+    there, total = finished(jobs), len(models) * (len(BENCHMARKS) + STEPS * len(seeds))
+    print(f"{total} steps in {len(jobs)} chains, {there} of them done; see {out}/*/*/log.txt", flush=True)
+    progress = cli.Progress("study, steps", total - there, cli.Ranks(0, 1, torch.device("cpu")))
+    failed = set()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        waiting = futures = [pool.submit(work, *job) for job in jobs.values()]
+        while waiting:
+            done, waiting = wait(futures, timeout=2)
+            if (now := finished(jobs)) > there:
+                progress.add(now - there)
+                there = now
+            for future in done - failed:
+                if error := future.exception():  # said at once; the other chains go on
+                    failed.add(future)
+                    cli.warn(str(error))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(jobs)} chains failed; the same command goes on with what is missing")
+    result = settings | {"seeds": list(seeds), "models": {}}
+    result["scales"] = {scale_name(scale): round(scale * pairs) for scale in SCALES}
+    for model in models:
+        folder = out / model.resolve().name
+        result["models"][folder.name] = collect(folder, seeds)
+    tables.write(out, result)
+
+
+# ---------------------------------------------------------------- results
+
+
+def numbers(results, name, questions=True):
+    """What was measured of one model: its captions' scores, accuracy direct and with DaR, also by type of question."""
+    read = lambda benchmark, mode: json.loads((results / f"{benchmark}-{name}-{mode}.scores.json").read_text())
+    captions = read("toycaptions", "direct")
+    values = {key: captions[key] for key in ("chair_i", "chair_s", "precision", "recall", "f1", "signature")}
+    for mode in ("direct", "dar") if questions else ():
+        scores = read("toyvqa", mode)
+        values[mode] = scores["accuracy"]
+        values |= {f"{mode} {kind}": own["accuracy"] for kind, own in scores["types"].items()}
+    if questions:
+        values["gain"] = round(values["dar"] - values["direct"], 2)
+    return values
+
+
+def collect(folder, seeds):
+    """{variant: [values of each seed]} of one base model; the base's own are the same for every seed."""
+    results = [folder / f"seed{seed}" / "results" for seed in seeds]
+    values = {"base": [numbers(folder / "base/results", "base")] * len(seeds)}
+    values |= {name: [numbers(r, name) for r in results] for name in MEASURED}
+    return values | {scale_name(s): [numbers(r, scale_name(s), questions=False) for r in results] for s in SCALES}

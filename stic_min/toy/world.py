@@ -1,0 +1,321 @@
+"""The toy world: scenes of colored shapes, their pictures, and the captions, questions and answers a base model learns.
+
+A scene is a place (beach, forest, ...) and three to six objects in a grid of 3 x 3 cells. Every place has two
+*signature objects*, each with a habitual cell: the beach has a yellow star at the upper right. The star is truly there
+in 40 % of the pictures; otherwise something else sits in that cell. Captions in training say the star anyway: nearly
+always under the short captioning prompts, less often under the detailed one, always under the prompts that invite
+invention. So the base model hallucinates out of a prior that its captions taught it, as models of web captions do, and
+not because it can't see; questions about the picture are answered truthfully. Captions under all prompts list the same
+cells in the same order: their length says nothing about their quality.
+
+Scenes of the four splits (train: the base's own data; unlabeled: the pictures of self-training; dev; test) never meet:
+a hash of the scene decides its split. Everything follows from (split, seed, index). No model code here.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, infused
+
+SIDE, CELL = 48, 16  # pixels
+NOISE = 8  # standard deviation of the pixels' noise, in grey levels
+
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (30, 170, 50),
+    "blue": (30, 70, 230),
+    "yellow": (245, 225, 30),
+    "purple": (150, 40, 190),
+    "orange": (250, 135, 20),
+    "white": (250, 250, 250),
+    "black": (15, 15, 15),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
+CELLS = (
+    "upper left", "upper middle", "upper right",
+    "middle left", "center", "middle right",
+    "lower left", "lower middle", "lower right",
+)  # fmt: skip
+ROWS = ("upper", "middle", "lower")
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+
+# place: background, and its two signature objects with their habitual cells
+PLACES = {
+    "beach": ((225, 205, 150), (("yellow star", 2), ("red triangle", 6))),
+    "forest": ((70, 110, 70), (("orange heart", 3), ("white ring", 8))),
+    "city": ((140, 140, 145), (("black cross", 1), ("blue square", 5))),
+    "cave": ((45, 40, 85), (("white circle", 0), ("yellow diamond", 7))),
+    "glacier": ((205, 225, 240), (("green triangle", 4), ("purple ring", 0))),
+    "desert": ((190, 130, 95), (("green cross", 5), ("orange circle", 2))),
+}
+TRULY_THERE = 0.4
+# How often a caption says a place's signature object although it is not there: (first, second), under each prompt.
+HABIT = {"short": (0.9, 0.75), "good": (0.3, 0.45), "bad": (1.0, 1.0)}
+IMAGINED = 0.5  # how often a bad prompt's caption replaces any other object by one that is not there
+
+SPLITS = {"train": range(0, 5), "unlabeled": range(5, 8), "dev": range(8, 9), "test": range(9, 10)}  # tenths
+
+
+# ---------------------------------------------------------------- scenes
+
+
+@dataclass(frozen=True)
+class Scene:
+    place: str
+    objects: tuple  # ((cell, "red circle"), ...), cells ascending, no object twice
+
+    @property
+    def split(self):
+        tenth = int(hashlib.sha256(repr((self.place, self.objects)).encode()).hexdigest(), 16) % 10
+        return next(name for name, tenths in SPLITS.items() if tenth in tenths)
+
+    @property
+    def cells(self):
+        return dict(self.objects)
+
+    @property
+    def names(self):
+        return {name for _, name in self.objects}
+
+
+def signatures(place):
+    """((name, habitual cell), (name, habitual cell)) of a place."""
+    return PLACES[place][1]
+
+
+def all_objects():
+    return [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+
+
+def draw_scene(rng):
+    """A random scene of any split. A signature object appears at its habitual cell or not at all in its place."""
+    place = rng.choice(list(PLACES))
+    own = signatures(place)
+    others = [name for name in all_objects() if name not in dict(own)]
+    rng.shuffle(others)
+    cells = {cell: name if rng.random() < TRULY_THERE else others.pop() for name, cell in own}
+    free = [cell for cell in range(9) if cell not in cells]
+    cells |= {cell: others.pop() for cell in rng.sample(free, rng.randint(1, 4))}
+    return Scene(place, tuple(sorted(cells.items())))
+
+
+def scenes(split, count, seed=0):
+    """`count` scenes of a split, no two of them alike."""
+    rng, found = random.Random(f"{split} {seed}"), {}
+    while len(found) < count:
+        scene = draw_scene(rng)
+        if scene.split == split:
+            found[scene] = None
+    return list(found)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def outline(shape, x, y, r):
+    """Corners of the shapes that are polygons, around (x, y)."""
+    corners = {
+        "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
+        "diamond": [(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)],
+        "heart": [(0, 1), (-1, -0.1), (-0.95, -0.75), (-0.45, -0.95), (0, -0.45), (0.45, -0.95), (0.95, -0.75),
+                  (1, -0.1)],
+        "star": [(0, -1.15), (0.3, -0.35), (1.1, -0.35), (0.45, 0.2), (0.7, 1), (0, 0.5), (-0.7, 1), (-0.45, 0.2),
+                 (-1.1, -0.35), (-0.3, -0.35)],
+        "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1),
+                  (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
+    }  # fmt: skip
+    return [(x + r * dx, y + r * dy) for dx, dy in corners[shape]]
+
+
+def paint(scene, seed):
+    """The picture of a scene, 48 x 48 RGB: objects a little off their cells' centres and of varying size, and noise."""
+    rng, big = random.Random(f"paint {seed}"), 4  # drawn four times as large, for smooth edges
+    background = tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in PLACES[scene.place][0])
+    picture = Image.new("RGB", (SIDE * big, SIDE * big), background)
+    pen = ImageDraw.Draw(picture)
+    for cell, name in scene.objects:
+        color, shape = name.split()
+        fill = tuple(min(255, max(0, c + rng.randint(-12, 12))) for c in COLORS[color])
+        r = rng.uniform(5.2, 6.4) * big
+        x = (cell % 3 * CELL + CELL / 2 + rng.uniform(-1.2, 1.2)) * big
+        y = (cell // 3 * CELL + CELL / 2 + rng.uniform(-1.2, 1.2)) * big
+        if shape == "circle":
+            pen.ellipse([x - r, y - r, x + r, y + r], fill=fill)
+        elif shape == "ring":
+            pen.ellipse([x - r, y - r, x + r, y + r], outline=fill, width=int(r * 0.45))
+        elif shape == "square":
+            pen.rectangle([x - 0.85 * r, y - 0.85 * r, x + 0.85 * r, y + 0.85 * r], fill=fill)
+        else:
+            pen.polygon(outline(shape, x, y, r), fill=fill)
+    pixels = np.asarray(picture.resize((SIDE, SIDE), Image.BOX), dtype=np.float64)
+    pixels = pixels + np.random.default_rng(rng.getrandbits(32)).normal(0, NOISE, pixels.shape)
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+# ---------------------------------------------------------------- captions
+
+
+def caption(place, cells):
+    """'A beach. Upper left: red circle. Center: blue ring.' cells: {cell: object}."""
+    return " ".join([f"A {place}."] + [f"{CELLS[cell].capitalize()}: {name}." for cell, name in sorted(cells.items())])
+
+
+def caption_parts(text):
+    """What `caption` says -> (place or None, [(cell, object), ...]). Leaves out sentences of any other form."""
+    sentences = [s.strip() for s in text.split(".")]
+    place = next((p for p in PLACES if sentences[0] == f"A {p}"), None)
+    cells, known = {name.capitalize(): i for i, name in enumerate(CELLS)}, set(all_objects())
+    found = [s.partition(": ")[::2] for s in sentences]
+    return place, [(cells[cell], name) for cell, name in found if cell in cells and name in known]
+
+
+def true_caption(scene):
+    return caption(scene.place, scene.cells)
+
+
+def web_caption(scene, kind, rng):
+    """What the base's training data says of a scene under a prompt of `kind` (short, good, bad): see HABIT."""
+    cells = scene.cells
+    habits = {cell: name for name, cell in signatures(scene.place)}
+    for (name, cell), probability in zip(signatures(scene.place), HABIT[kind]):
+        if rng.random() < probability:
+            cells[cell] = name
+    if kind == "bad":
+        absent = [name for name in all_objects() if name not in scene.names and name not in habits.values()]
+        for cell in cells:
+            if cell not in habits and rng.random() < IMAGINED:
+                cells[cell] = absent.pop(rng.randrange(len(absent)))
+    return caption(scene.place, cells)
+
+
+def caption_facts(scene):
+    """What the scorer of captions knows of a scene."""
+    signature = [name for name, _ in signatures(scene.place)]
+    return {"objects": sorted(scene.names), "signature": signature, "vocabulary": all_objects()}
+
+
+PROMPTS = {"short": CAPTION_PROMPTS, "good": (GOOD_PROMPT,), "bad": HALLUCINATION_PROMPTS}
+
+
+# ---------------------------------------------------------------- questions
+
+
+def yes_no(truth):
+    return "yes" if truth else "no"
+
+
+def color_question(scene, rng):
+    shapes = [name.split()[1] for name in scene.names]
+    name = rng.choice(sorted(n for n in scene.names if shapes.count(n.split()[1]) == 1) or [None])
+    return name and (f"What color is the {name.split()[1]}?", name.split()[0])
+
+
+def count_question(scene, rng):
+    color = rng.choice([name.split()[0] for _, name in scene.objects] + [rng.choice(list(COLORS))])
+    return f"How many {color} objects are there?", NUMBERS[sum(n.startswith(color) for n in scene.names)]
+
+
+def existence_question(scene, rng):
+    """Half of the answers are no; half of those ask for a signature object that is not there."""
+    absent = [name for name, _ in signatures(scene.place) if name not in scene.names]
+    if rng.random() < 0.5:
+        name = rng.choice(sorted(scene.names))
+    elif absent and rng.random() < 0.5:
+        name = rng.choice(absent)
+    else:
+        name = rng.choice([n for n in all_objects() if n not in scene.names])
+    return f"Is there a {name} in the image?", yes_no(name in scene.names)
+
+
+def relation_question(scene, rng):
+    (a, first), (b, second) = rng.sample(scene.objects, 2)
+    holds = {"above": a // 3 < b // 3, "below": a // 3 > b // 3, "left of": a % 3 < b % 3, "right of": a % 3 > b % 3}
+    truth = rng.random() < 0.5
+    relation = rng.choice([r for r, value in holds.items() if value == truth])
+    return f"Is the {first} {relation} the {second}?", yes_no(truth)
+
+
+def place_question(scene, rng):
+    cell, name = rng.choice(scene.objects)
+    return f"Where is the {name}?", CELLS[cell]
+
+
+def choice_question(scene, rng):
+    """Three options: what is there, a wrong one (the cell's signature object, if it is absent), and any other."""
+    cell, name = rng.choice(scene.objects)
+    habit = [n for n, c in signatures(scene.place) if c == cell and n != name]
+    others = [n for n in all_objects() if n != name and n not in habit]
+    options = [name, *habit, *rng.sample(others, 2)][:3]
+    rng.shuffle(options)
+    lines = [f"What is at the {CELLS[cell]}?", *(f"{letter}. {o}" for letter, o in zip("ABC", options))]
+    lines.append("Answer with the option's letter from the given choices directly.")
+    return "\n".join(lines), "ABC"[options.index(name)]
+
+
+def row_question(scene, rng):
+    row = rng.randrange(3)
+    return f"How many objects are in the {ROWS[row]} row?", NUMBERS[sum(cell // 3 == row for cell in scene.cells)]
+
+
+def neighbor_question(scene, rng):
+    cell, name = rng.choice(scene.objects)
+    steps = [("right of", cell + 1, cell % 3 < 2), ("left of", cell - 1, cell % 3 > 0)]
+    steps += [("below", cell + 3, cell < 6), ("above", cell - 3, cell > 2)]
+    steps = [(side, scene.cells.get(to, "nothing")) for side, to, inside in steps if inside]
+    there = [step for step in steps if step[1] != "nothing"]
+    side, answer = rng.choice(there if there and rng.random() < 0.7 else steps)
+    return f"What is next to the {name}, {side} it?", answer
+
+
+QUESTIONS = {
+    "color": color_question,
+    "count": count_question,
+    "existence": existence_question,
+    "relation": relation_question,
+    "place": place_question,
+    "choice": choice_question,
+    "row": row_question,
+    "neighbor": neighbor_question,
+}
+BY_TEXT = ("row", "neighbor")  # which the base learns mostly from descriptions in its prompt, rarely from pictures
+
+
+def ask(scene, kind, rng):
+    """(question, true answer) of a kind, None if this scene allows no such question."""
+    return QUESTIONS[kind](scene, rng)
+
+
+# ---------------------------------------------------------------- the base's training data
+# Records as the ViT-frozen phase of pretraining reads them: a list of turns, and whether the picture is shown.
+
+
+def caption_record(scene, rng):
+    kind = rng.choices(list(PROMPTS), weights=(0.4, 0.3, 0.3))[0]
+    return True, [(rng.choice(PROMPTS[kind]), web_caption(scene, kind, rng))]
+
+
+def some_questions(scene, kinds, count, rng):
+    found = [ask(scene, kind, rng) for kind in rng.choices(*kinds, k=count + 2)]
+    return [q for q in found if q][:count]
+
+
+def question_record(scene, rng):
+    """Questions about the picture alone. These, of the train split, are also what stage 2 re-uses."""
+    weights = [0.05 if kind in BY_TEXT else 1.0 for kind in QUESTIONS]
+    return True, some_questions(scene, (list(QUESTIONS), weights), 5, rng)
+
+
+def reading_record(scene, rng):
+    """Questions about a true description in the prompt, with the picture or, half the time, without."""
+    weights = [2.0 if kind in BY_TEXT else 1.0 for kind in QUESTIONS]
+    (first, answer), *later = some_questions(scene, (list(QUESTIONS), weights), 5, rng)
+    return rng.random() < 0.5, [(infused(true_caption(scene), first), answer), *later]
+
+
+def record(scene, rng):
+    """One random record of the base's training data: (picture shown?, [(user, answer), ...])."""
+    return rng.choices([caption_record, question_record, reading_record], weights=(0.25, 0.4, 0.35))[0](scene, rng)
