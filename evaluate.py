@@ -63,18 +63,19 @@ def fit(llava, description, text, pictures, args):
     return description if over <= 0 else None
 
 
-def answer(llava, names, texts, pictures, args):
+def answer(llava, names, texts, images, pictures, args):
     """texts (without <image>) about pictures[i] -> (answers, descriptions). With --dar the model describes first.
 
+    images[i] is the name of pictures[i]: questions about the same picture share its description.
     PAPER vs RELEASED (E, see README.md): the release describes without <image>, so blind. Ours sees the picture.
     """
     descriptions, users = [None] * len(texts), list(texts)
     if args.dar:
-        seen = [i for i, own in enumerate(pictures) if own]  # without a picture there is nothing to describe
-        prompts = [with_image(DESCRIBE_PROMPT, len(pictures[i])) for i in seen]
-        shown = [pictures[i] for i in seen]
-        for i, description in zip(seen, ask(llava, [names[i] for i in seen], prompts, shown, args, "describe")):
-            descriptions[i] = fit(llava, description, texts[i], pictures[i], args)
+        shown = {image: own for image, own in zip(images, pictures) if own}  # no picture: nothing to describe
+        prompts = [with_image(DESCRIBE_PROMPT, len(own)) for own in shown.values()]
+        described = dict(zip(shown, ask(llava, list(shown), prompts, list(shown.values()), args, "describe")))
+        for i in (i for i, own in enumerate(pictures) if own):
+            descriptions[i] = fit(llava, described[images[i]], texts[i], pictures[i], args)
             if descriptions[i] is not None:
                 users[i] = infused(descriptions[i], texts[i])
     users = [with_image(text, len(own)) for text, own in zip(users, pictures)]
@@ -111,7 +112,8 @@ def run_benchmark(args):
             except InputError as error:
                 cli.warn(f"question {question['question_id']} counts as wrong: {error}")
         names = [question["question_id"] for question in batch]
-        answers, descriptions = answer(llava, names, [q["text"] for q in batch], pictures, args)
+        texts, images = [q["text"] for q in batch], [q["image"] for q in batch]
+        answers, descriptions = answer(llava, names, texts, images, pictures, args)
         for question, text, description in zip(batch, answers, descriptions):
             # The recorded prompt is free of the description: scorers read it.
             prompt = with_image(question["text"]) if question["image"] else question["text"]
@@ -150,7 +152,7 @@ def run_ask(args):
     question = without_marks(args.question)
     if (over := excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
-    [text], [description] = answer(llava, ["question"], [question], [pictures], args)
+    [text], [description] = answer(llava, ["question"], [question], ["picture"], [pictures], args)
     if description is not None:
         print(f"Description: {description}\n")
     print(text)

@@ -333,14 +333,15 @@ def test_stage1_by_hand(runs, tmp_path):
     assert_trained_like(policy, tmp_path / "out")
 
 
-@pytest.mark.parametrize("one_line", [False, True])
-def test_stage2_by_hand(runs, tmp_path, one_line):
+@pytest.mark.parametrize("how", ["", "one_line", "plain"])
+def test_stage2_by_hand(runs, tmp_path, how):
     """-log p of all answers of a batch, by their tokens."""
-    out = tmp_path / "out" if one_line else runs.one / "stage2"
-    if one_line:
-        call(*runs.commands["stage2"], "--one-line", "--out", out)
+    out = tmp_path / "out" if how else runs.one / "stage2"
+    if how:
+        call(*runs.commands["stage2"], f"--{how.replace('_', '-')}", "--out", out)
     llava = load_llava(runs.model, adapter=runs.one / "stage1", image_mode="pad")
-    described, _ = data.read_infused(runs.tiny / "instructions.json", runs.one / "descriptions.jsonl", one_line)
+    files = runs.tiny / "instructions.json", runs.one / "descriptions.jsonl"
+    described, _ = data.read_infused(*files, **{how: True} if how else {})
     items = [data.instruction_item(i, llava, runs.tiny / "images", 2048) for i in described]
     expected = []
 

@@ -85,6 +85,10 @@ def test_descriptions_join(tmp_path):
     assert counts.startswith("3 described of 5") and [i.id for i in instructions] == ["1", "3", "1#2"]
     for instruction, text in zip(instructions, ("D a.jpg\nQ1", "D b.jpg\nQ3", "second\nQ4")):
         assert instruction.turns[0][0] == f"<image>\nImage description: {text}"
+    instructions, counts = read_infused(tmp_path, *ids, plain=True)  # the same records, nothing put in front
+    assert counts.startswith("4 described of 5") and [i.id for i in instructions] == ["1#2", "c.jpg", "1", "0"]
+    assert [i.turns[0] for i in instructions[:3]] == [
+        ("<image>\nQ4", "A4"), ("<image>\nQ5", "A5"), ("<image>\nQ1", "A1")]  # fmt: skip
 
 
 def test_descriptions_that_do_not_fit(tmp_path):

@@ -71,7 +71,7 @@ def test_the_question_is_asked_even_if_no_description_fits(llava, picture, monke
         return sample(llava, asked, *rest, **options)
 
     monkeypatch.setattr(sampler, "sample", record)
-    [text], [description] = evaluate.answer(llava, ["q"], [question], [[picture]], arguments())
+    [text], [description] = evaluate.answer(llava, ["q"], [question], ["p"], [[picture]], arguments())
     template = TEMPLATES[llava.config.template]
     assert prompts == [template.prompt(with_image(user)) for user in (DESCRIBE_PROMPT, question)]
     assert text and description is None
@@ -80,7 +80,19 @@ def test_the_question_is_asked_even_if_no_description_fits(llava, picture, monke
 def test_what_is_not_there_is_not_described(llava, picture, monkeypatch):
     asked = []
     monkeypatch.setattr(evaluate, "ask", lambda llava, names, texts, *_: asked.append((names, texts)) or texts)
-    answers, descriptions = evaluate.answer(llava, ["a", "b"], [QUESTION, "Why?"], [[], [picture]], arguments())
-    assert asked[0] == (["b"], [with_image(DESCRIBE_PROMPT)])
+    pictures = [None, "p"], [[], [picture]]
+    answers, descriptions = evaluate.answer(llava, ["a", "b"], [QUESTION, "Why?"], *pictures, arguments())
+    assert asked[0] == (["p"], [with_image(DESCRIBE_PROMPT)])
     described = with_image(infused(with_image(DESCRIBE_PROMPT), "Why?"))  # the stand-in describes by its prompt
     assert answers == [QUESTION, described] and descriptions == [None, with_image(DESCRIBE_PROMPT)]
+
+
+def test_one_description_a_picture(llava, picture):
+    """Questions about the same picture share its description, also where it is sampled, whatever the batch."""
+    other, args = picture.rotate(90), arguments()
+    args.temperature = 0.7
+    asked = [("a", QUESTION, "p", [picture]), ("b", "Why?", "p", [picture]), ("c", QUESTION, "o", [other])]
+    _, together = evaluate.answer(llava, *map(list, zip(*asked)), args)
+    assert together[0] == together[1] != together[2]
+    alone = [evaluate.answer(llava, *([part] for part in question), args)[1][0] for question in asked]
+    assert alone == together

@@ -213,14 +213,18 @@ def test_tables_by_hand():
 # ---------------------------------------------------------------- pretraining
 
 
-def test_pretraining_writes_an_ordinary_checkpoint(tmp_path):
+def test_pretraining_writes_an_ordinary_checkpoint(tmp_path, monkeypatch):
     """A few steps from nothing: the folder loads, the same seed gives the same weights, another other ones."""
+    scores = pretrain.dev_scores
+    monkeypatch.setattr(pretrain, "dev_scores", lambda llava: scores(llava, count=5))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        command = [sys.executable, "-m", "stic_min.toy.pretrain", "--out", tmp_path / name, "--seed", seed]
-        command += ["--scenes", 200, "--steps", 3]
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, capture_output=True)
+        flags = "--out", tmp_path / name, "--seed", seed, "--scenes", 200, "--steps", 3
+        monkeypatch.setattr(sys, "argv", ["pretrain", *map(str, flags)])
+        pretrain.main()
     a, b, c = ((tmp_path / name / "model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+    made = json.loads((tmp_path / "c/pretrain.json").read_text())
+    assert "--seed 1" in made["command"] and made["dev"]["questions"]["n"] == 5 * len(world.QUESTIONS)
     llava = load_llava(tmp_path / "a")
     assert sum(p.numel() for p in llava.parameters()) < 1.4e6
     assert (tmp_path / "a/config.json").read_bytes() == (recipe.BASE / "config.json").read_bytes()

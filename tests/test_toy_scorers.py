@@ -52,6 +52,11 @@ def test_mentions(text, found):
     assert toy_captions.mentions(text, VOCABULARY[::-1]) == found
 
 
+@pytest.mark.parametrize("vocabulary", [["ring", "ring box", "a.b"], ["a.b", "ring box", "ring"]])
+def test_mentions_of_names_that_begin_alike(vocabulary):
+    assert toy_captions.mentions("a ring box, a ring; a.b, axb", vocabulary) == ["ring box", "ring", "a.b"]
+
+
 # ---- captions
 
 # id  there                     signature              mentions                           wrong, right, absent said
@@ -131,8 +136,8 @@ def test_without_any_caption_every_rate_is_0():
 
 
 def test_caption_report():
-    head, *lines = toy_captions.report(SCORES | {"mentioned": 1.625}).split("\n")
-    assert head.startswith("toy captions: 5 pictures, 1 without a caption, 1.6")
+    head, *lines = toy_captions.report(SCORES).split("\n")
+    assert head.startswith("toy captions: 5 pictures, 1 without a caption, 1.60 objects")
     numbers = {line.rsplit(maxsplit=1)[0]: line.rsplit(maxsplit=1)[1] for line in lines}
     assert list(numbers.values()) == ["50.00", "40.00", "50.00", "33.33", "40.00", "14.29"]
     assert [name.split()[0].rstrip(",") for name in numbers] == [
@@ -142,8 +147,8 @@ def test_caption_report():
 # ---- questions
 
 @pytest.mark.parametrize("text, answer, right", [
-    ("yes", "yes", True), ("Yes", "yes", True), ("YES.", "yes", True), (" yes \n", "yes", True), ("yes.\n", "yes", True),
-    ("A", "A", True), ("a", "A", True), ("B.", "B", True), ("Upper Left.", "upper left", True),
+    ("yes", "yes", True), ("Yes", "yes", True), ("YES.", "yes", True), (" yes \n", "yes", True),
+    ("yes.\n", "yes", True), ("A", "A", True), ("a", "A", True), ("B.", "B", True), ("Upper Left.", "upper left", True),
     ("no", "yes", False), ("", "yes", False), (".", "yes", False), ("yes..", "yes", False), ("yes!", "yes", False),
     ("yes, it is", "yes", False), ("The answer is yes", "yes", False), ("yes no", "yes", False), ("ye", "yes", False),
     ("A. red ring", "A", False), ("(A)", "A", False), ("2", "two", False), ("upper  left", "upper left", False),
@@ -165,18 +170,21 @@ QUESTIONS = [
 REPLIES = answers(t="Zero", q="center", p="Center.", s="two")
 
 
+VQA_SCORES = {
+    "accuracy": 50.0,  # p, s, t of 6 questions, not the mean of the types
+    "types": {
+        "color": {"n": 1, "accuracy": 0.0},
+        "count": {"n": 2, "accuracy": 100.0},
+        "place": {"n": 3, "accuracy": 33.33},
+    },
+    "n": 6,
+    "missing": 2,
+}
+
+
 def test_vqa_score():
     scores = toy_vqa.score(QUESTIONS, REPLIES)
-    assert scores == {
-        "accuracy": 50.0,  # p, s, t of 6 questions, not the mean of the types
-        "types": {
-            "color": {"n": 1, "accuracy": 0.0},
-            "count": {"n": 2, "accuracy": 100.0},
-            "place": {"n": 3, "accuracy": 33.33},
-        },
-        "n": 6,
-        "missing": 2,
-    }
+    assert scores == toy_vqa.score(QUESTIONS[::-1], REPLIES[::-1]) == VQA_SCORES
     assert list(scores["types"]) == ["color", "count", "place"]
     nothing = toy_vqa.score(QUESTIONS, [])
     assert (nothing["accuracy"], nothing["missing"]) == (0.0, 6)
@@ -184,7 +192,7 @@ def test_vqa_score():
 
 
 def test_vqa_report():
-    lines = toy_vqa.report(toy_vqa.score(QUESTIONS, REPLIES)).split("\n")
+    lines = toy_vqa.report(VQA_SCORES).split("\n")
     assert lines[0].startswith("toy questions: 6, 2 without an answer")
     assert [line.split() for line in lines[1:]] == [
         ["all", "50.00", "n=6"], ["color", "0.00", "n=1"], ["count", "100.00", "n=2"], ["place", "33.33", "n=3"],
@@ -244,37 +252,44 @@ ONE = {key: value for key, value in CAPTIONS[0].items() if key != "vocabulary"}
 lacking = lambda record, key: {k: v for k, v in record.items() if k != key}
 
 
+NO_LIST, MISSING = ": is not a list with something in it", "is missing or no"
+
+
 @pytest.mark.parametrize("scorer, name, content, complaint", [
     *[(scorer, name, content, complaint)
       for scorer, name in ((toy_captions, "captions.json"), (toy_vqa, "questions.json"))
       for content, complaint in (
-          (None, "cannot be read (No such file"), (b"", "not the toy world's"), (b'[{"question_id": ', "not the toy"),
-          (b"\xff", "not the toy world's"), (b"null", "not the toy world's"), (b"3", "not the toy world's"),
-          (b'"text"', "not the toy world's"), (b"[null]", "not the toy world's"), (b"[{}]", "not the toy world's"))],
-    (toy_captions, "captions.json", [], "not the toy world's captions"),
-    (toy_captions, "captions.json", {"vocabulary": VOCABULARY}, "not the toy world's captions (KeyError('captions'))"),
-    (toy_captions, "captions.json", {"captions": [ONE]}, "not the toy world's captions (KeyError('vocabulary'))"),
-    (toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": None}, "not the toy world's captions"),
-    (toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": {"a": ONE}}, "not the toy world's captions"),
+          (None, ": cannot be read (No such file"), (b"", ": is not JSON"), (b'[{"question_id": ', ": is not JSON"),
+          (b"\xff", ": is not JSON"), (b"[" * 200_000, ": is not JSON"))],
+    *[(toy_captions, "captions.json", content, ": has no 'captions'") for content in ([], 3, "text", [ONE], {})],
+    *[(toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": value}, NO_LIST)
+      for value in (None, [], {"a": ONE}, "text")],
     *[(toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": [ONE, lacking(ONE, key)]},
-       f"not the toy world's captions (KeyError('{key}'))") for key in ONE],
-    (toy_vqa, "questions.json", {"a": QUESTIONS[0]}, "not the toy world's questions"),
-    *[(toy_vqa, "questions.json", [QUESTIONS[0], lacking(QUESTIONS[1], key)],
-       f"not the toy world's questions (KeyError('{key}'))") for key in QUESTIONS[0]],
+       f", entry 1: '{key}' {MISSING}") for key in ONE],
+    *[(toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": [ONE | {key: None}]},
+       f", entry 0: '{key}' {MISSING}") for key in ONE],
+    *[(toy_captions, "captions.json", {"captions": [ONE]} | own, ": 'vocabulary' is not a list of names")
+      for own in ({}, {"vocabulary": None}, {"vocabulary": []}, {"vocabulary": [""]}, {"vocabulary": "red ring"})],
+    *[(toy_vqa, "questions.json", content, NO_LIST) for content in ({}, [], {"a": QUESTIONS[0]}, 3, "text")],
+    *[(toy_vqa, "questions.json", [entry], f", entry 0: 'question_id' {MISSING} str") for entry in (None, {}, [], 1)],
+    *[(toy_vqa, "questions.json", [QUESTIONS[0], lacking(QUESTIONS[1], key)], f", entry 1: '{key}' {MISSING} str")
+      for key in QUESTIONS[0]],
+    *[(toy_vqa, "questions.json", [QUESTIONS[0] | {key: 1}], f", entry 0: '{key}' {MISSING} str")
+      for key in QUESTIONS[0]],
 ])  # fmt: skip
 def test_load_names_a_missing_or_broken_file(tmp_path, scorer, name, content, complaint):
     if content is not None:
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(InputError) as error:
         scorer.load(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / name}: {complaint}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / name}{complaint}") and "\n" not in str(error.value)
 
 
 # ---- the command
 
 @pytest.mark.parametrize("benchmark, write, said, scores", [
     ("toycaptions", write_captions, SAID, SCORES),
-    ("toyvqa", write_questions, REPLIES, toy_vqa.score(QUESTIONS, REPLIES)),
+    ("toyvqa", write_questions, REPLIES, VQA_SCORES),
 ])  # fmt: skip
 def test_score_command(tmp_path, monkeypatch, benchmark, write, said, scores):
     monkeypatch.delenv("RANK", raising=False)

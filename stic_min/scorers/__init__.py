@@ -1,6 +1,32 @@
 """The benchmarks' protocols, one file each: prompts, parsing and scores. No model code is imported here."""
 
+import json
+from pathlib import Path
+
 from stic_min import InputError
+
+
+def read_entries(path, form, key=None):
+    """The JSON list in a data file (or at its `key`) -> (its entries, the whole content), checked against `form`.
+
+    form: {field: type} that every entry has to have; other fields are left out. Raises InputError naming the file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = content[key] if key else content
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error})") from None
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: has no {key!r}") from None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: is not a list with something in it")
+    for number, entry in enumerate(entries):
+        for field, kind in form.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+                raise InputError(f"{path}, entry {number}: {field!r} is missing or no {kind.__name__}")
+    return [{field: entry[field] for field in form} for entry in entries], content
 
 
 def match_answers(name, questions, answers):

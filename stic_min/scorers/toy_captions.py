@@ -2,16 +2,15 @@
 
 Data: `captions.json` as `python -m stic_min.toy` writes it: {"vocabulary": names of all objects there are,
 "captions": [{"question_id", "image", "text": the captioning prompt, "objects": what is in the picture, "signature":
-what captions of such places tend to mention}]}. CHAIR_i and CHAIR_s are those of Rohrbach et al. (2018), arXiv 1809.02156, with exact
-names in place of COCO's synonyms. An object in the wrong cell counts as mentioned.
+what captions of such places tend to mention}]}. CHAIR_i and CHAIR_s are those of Rohrbach et al. (2018), arXiv
+1809.02156, with exact names in place of COCO's synonyms. An object in the wrong cell counts as mentioned.
 """
 
-import json
 import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.scorers import match_answers
+from stic_min.scorers import match_answers, read_entries
 
 RATES = {
     "chair_i": "CHAIR_i, mentions of objects that are not there",
@@ -25,16 +24,13 @@ RATES = {
 
 def load(data):
     """The captions to make: a dict each with `question_id`, `image` (relative to `data`), `text`, `objects`,
-    `signature` and `vocabulary`. Raises InputError naming the file if it is missing or of another form."""
-    path = Path(data) / "captions.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        fields = ("question_id", "image", "text", "objects", "signature")
-        return [{f: c[f] for f in fields} | {"vocabulary": content["vocabulary"]} for c in content["captions"]]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the toy world's captions ({error!r})") from None
+    `signature` and `vocabulary`. Raises InputError as `read_entries`, also for a vocabulary that is none."""
+    path, form = Path(data) / "captions.json", {"question_id": str, "image": str, "text": str}
+    captions, content = read_entries(path, form | {"objects": list, "signature": list}, key="captions")
+    vocabulary = content.get("vocabulary")
+    if not isinstance(vocabulary, list) or not vocabulary or not all(isinstance(v, str) and v for v in vocabulary):
+        raise InputError(f"{path}: 'vocabulary' is not a list of names")
+    return [caption | {"vocabulary": vocabulary} for caption in captions]
 
 
 def mentions(text, vocabulary):

@@ -4,24 +4,16 @@ Data: `questions.json` as `python -m stic_min.toy` writes it: [{"question_id", "
 An answer is right if it is the true one to the letter, case, outer blanks and a full stop at the end aside.
 """
 
-import json
 from pathlib import Path
 
-from stic_min import InputError
-from stic_min.scorers import match_answers
+from stic_min.scorers import match_answers, read_entries
 
 
 def load(data):
     """The questions: a dict each with `question_id`, `image` (relative to `data`), `type`, `text` and `answer`.
-    Raises InputError naming the file if it is missing or of another form."""
-    path = Path(data) / "questions.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return [{f: q[f] for f in ("question_id", "image", "type", "text", "answer")} for q in content]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the toy world's questions ({error!r})") from None
+    Raises InputError as `read_entries`."""
+    form = dict.fromkeys(("question_id", "image", "type", "text", "answer"), str)
+    return read_entries(Path(data) / "questions.json", form)[0]
 
 
 def is_right(text, answer):

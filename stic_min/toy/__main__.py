@@ -26,7 +26,7 @@ def main():
     parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo")
     parser.add_argument("--model", metavar="DIR", nargs="+", type=Path,
                         help="base model, the study takes several (default: the one that comes with the project)")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of pictures and all that follows; of a study, the first")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of pictures and all the rest; a study's first")
     parser.add_argument("--images", type=cli.positive, default=1000,
                         help="unlabeled pictures, a pair each; half as many instructions")
     parser.add_argument("--test-images", type=cli.positive, metavar="N",

@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+from stic_min import InputError
 from stic_min.text import CAPTION_PROMPTS, with_image
 from stic_min.toy import world
 
@@ -14,12 +15,11 @@ def write_json(path, value):
 
 
 def write_pictures(folder, split, scenes):
-    """One PNG a scene in `folder`; returns their names. Picture i of a split is the same in every folder."""
+    """One PNG a scene in `folder`; returns their names. Written anew each time: one that a kill cut off is mended."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{split}_{i:05}.png" for i in range(len(scenes))]
     for name, scene in zip(names, scenes):
-        if not (folder / name).exists():
-            world.paint(scene, name).save(folder / name)
+        world.paint(scene, name).save(folder / name)
     return names
 
 
@@ -29,9 +29,11 @@ def write_unlabeled(folder, count, seed):
 
 
 def write_instructions(folder, count, seed):
-    """`instructions.json` and its pictures: conversations about pictures out of the base's own training data."""
+    """`instructions.json` and `images/`: conversations about scenes of the base's own training data, painted anew."""
+    if count > world.TRAINED_ON:
+        raise InputError(f"{count} instructions: the base model was trained on {world.TRAINED_ON} scenes")
     folder, rng = Path(folder), random.Random(f"instructions {seed}")
-    scenes = world.scenes("train", count, seed)
+    scenes = rng.sample(world.scenes("train", world.TRAINED_ON), count)
     names = write_pictures(folder / "images", f"train{seed}", scenes)
     records = []
     for name, scene in zip(names, scenes):
@@ -46,7 +48,7 @@ def write_instructions(folder, count, seed):
     write_json(folder / "instructions.json", records)
 
 
-def write_benchmark(folder, split, count, questions=3):
+def write_benchmark(folder, split, count, questions=2):
     """`captions.json`, `questions.json` and `images/` of a split: one caption and some questions for each picture.
 
     The short captioning prompts take turns, and so do the types of questions.
@@ -54,7 +56,7 @@ def write_benchmark(folder, split, count, questions=3):
     folder, rng = Path(folder), random.Random(split)
     scenes = world.scenes(split, count)
     names = write_pictures(folder / "images", split, scenes)
-    captions, asked, kinds = [], [], []
+    captions, asked = [], []
     for i, (name, scene) in enumerate(zip(names, scenes)):
         image, stem = f"images/{name}", name.removesuffix(".png")
         captions.append({
@@ -62,13 +64,10 @@ def write_benchmark(folder, split, count, questions=3):
             "objects": sorted(scene.names), "signature": [n for n, _ in world.signatures(scene.place)],
         })  # fmt: skip
         for number in range(questions):
-            kinds = kinds or list(world.QUESTIONS)
-            kind = next((k for k in kinds if (found := world.ask(scene, k, rng))), None)
-            if kind is None:  # only colors are left, and no shape of this scene is alone
-                continue
-            kinds.remove(kind)
+            kind = list(world.QUESTIONS)[len(asked) % len(world.QUESTIONS)]
+            text, answer = world.ask(scene, kind, rng)
             asked.append(
-                {"question_id": f"{stem}_{number}", "image": image, "type": kind, "text": found[0], "answer": found[1]}
+                {"question_id": f"{stem}_{number}", "image": image, "type": kind, "text": text, "answer": answer}
             )
     write_json(folder / "captions.json", {"vocabulary": world.all_objects(), "captions": captions})
     write_json(folder / "questions.json", asked)

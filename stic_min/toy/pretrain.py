@@ -42,7 +42,7 @@ VISION = ClipConfig(
     image_size=world.SIDE,
     patch_size=world.CELL,
 )
-SCENES, STEPS = 20000, 4000
+STEPS = 5500
 VOCABULARY, MAX_POSITIONS = 900, 512
 DECODER = DecoderConfig(
     hidden_size=128,
@@ -69,8 +69,16 @@ def train_tokenizer(path):
     lines += 50 * [*prompts, *world.NUMBERS, *INFUSED.split("\n"), "[INST] [/INST]", " ".join(map(chr, range(33, 127)))]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
-        character_coverage=1.0, pad_id=-1, num_threads=1, minloglevel=2)  # fmt: skip
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        character_coverage=1.0,
+        user_defined_symbols=["\u2581[INST]", "\u2581[/INST]"],  # \u2581: sentencepiece's blank
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
     path.write_bytes(model.getvalue())
 
 
@@ -83,7 +91,7 @@ def pixels_of(scenes):
 
 
 class CellHeads(nn.Module):
-    """Patch features (N, 9, C) -> logits of color and shape in it (the last: none), of the cell and the place."""
+    """Patch features (N, 9, C) -> logits (N, 9, n) of color and shape (the last: none), of the cell and the place."""
 
     def __init__(self):
         super().__init__()
@@ -99,21 +107,17 @@ def cell_labels(scenes):
     colors, shapes, places = list(world.COLORS), list(world.SHAPES), list(world.PLACES)
     labels = []
     for scene in scenes:
-        objects = [scene.cells.get(cell) for cell in range(9)]
-        place = places.index(scene.place)
-        labels.append(
-            [
-                (colors.index(o.split()[0]), shapes.index(o.split()[1]), cell, place)
-                if o
-                else (len(colors), len(shapes), cell, place)
-                for cell, o in enumerate(objects)
-            ]
-        )
-    return torch.tensor(labels)
+        for cell in range(9):
+            color, shape = scene.cells.get(cell, "none none").split()
+            color = colors.index(color) if color in colors else len(colors)
+            shape = shapes.index(shape) if shape in shapes else len(shapes)
+            labels.append((color, shape, cell, places.index(scene.place)))
+    return torch.tensor(labels).view(len(scenes), 9, 4)
 
 
 def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
-    heads, labels = CellHeads(), cell_labels(scenes)
+    """The tower learns to say what is in each cell. pixels (N, 3, side, side); returns the last loss."""
+    heads, labels, batch = CellHeads(), cell_labels(scenes), min(batch, len(pixels))
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer, steps = torch.optim.AdamW(parameters, lr, weight_decay=0.01), epochs * (len(pixels) // batch)
     order = torch.cat([torch.randperm(len(pixels))[: len(pixels) // batch * batch] for _ in range(epochs)])
@@ -135,9 +139,9 @@ def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
 def rate(step, steps, warmup=0.03):
     """Fraction of the peak learning rate: linear warm-up, then cosine to 0."""
     done = step / steps
-    return (
-        (done + 1 / steps) / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-    )
+    if done < warmup:
+        return (step + 1) / steps / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
 
 
 # ---------------------------------------------------------------- 3. projector and decoder
@@ -173,9 +177,8 @@ def batches(scenes, tokenizer, steps, size, rng):
     for step in range(steps):
         if not pool:
             drawn = [rng.randrange(len(scenes)) for _ in range(min(50, steps - step) * size)]
-            records = sorted(
-                (encode(world.record(scenes[i], rng), i, tokenizer) for i in drawn), key=lambda r: len(r[0])
-            )
+            records = [encode(world.record(scenes[i], rng, step / steps), i, tokenizer) for i in drawn]
+            records.sort(key=lambda record: len(record[0]))
             pool = [records[i : i + size] for i in range(0, len(records), size)]
             rng.shuffle(pool)
         batch = pool.pop()
@@ -188,7 +191,8 @@ def batches(scenes, tokenizer, steps, size, rng):
         )
 
 
-def train_decoder(llava, features, scenes, steps, rng, ranks, size=64, lr=2e-3):
+def train_decoder(llava, features, scenes, steps, rng, ranks, size=32, lr=2e-3):
+    """Projector and decoder learn to answer. features (N, 9, Cv): the ViT's, of each scene; returns the last loss."""
     parameters = [p for n, p in llava.named_parameters() if not n.startswith("vision_tower.")]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
     progress = cli.Progress("decoder, steps", steps, ranks)
@@ -211,14 +215,22 @@ def train_decoder(llava, features, scenes, steps, rng, ranks, size=64, lr=2e-3):
 
 
 def new_llava(tokenizer):
+    """Random weights, so scaled that every part of the decoder's residual stream starts at a like size."""
     llava = LLaVA(LlavaConfig(DECODER, VISION, "pad", None, TEMPLATE.name, MAX_POSITIONS), tokenizer)
     for name, p in llava.named_parameters():
-        if p.dim() == 1:
-            nn.init.constant_(p, 1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif "embed" in name:
-            nn.init.normal_(p, std=0.02)
-        else:
-            nn.init.normal_(p, std=0.7 * p[0].numel() ** -0.5)
+        std = p[0].numel() ** -0.5 if p.dim() > 1 else 0.0  # biases and the class embedding start at 0
+        if "norm" in name and name.endswith("weight"):
+            nn.init.ones_(p)
+            continue
+        if name.startswith("vision_tower."):
+            std = min(std, 0.02) if "embedding" in name else 0.7 * std
+        elif "embed_tokens" in name:
+            std = 0.5
+        elif "mm_projector.0" in name:
+            std *= 0.15  # the ViT's features are large
+        elif "o_proj" in name or "down_proj" in name:
+            std *= 0.35  # what each of the 8 sublayers adds
+        nn.init.normal_(p, std=std)
     return llava
 
 
@@ -266,12 +278,9 @@ def dev_scores(llava, count=400):
         prompts = [rng.choice(world.PROMPTS[kind]) for _ in scenes]
         questions = [world.caption_facts(scene) | {"question_id": str(i)} for i, scene in enumerate(scenes)]
         scores[f"captions, {kind} prompts"] = toy_captions.score(questions, answers(prompts, pictures))
-    asked = [
-        (i, kind, found) for i, s in enumerate(scenes) for kind in world.QUESTIONS if (found := world.ask(s, kind, rng))
-    ]
-    questions = [{"question_id": str(n), "type": kind, "answer": found[1]} for n, (_, kind, found) in enumerate(asked)]
-    said = answers([found[0] for _, _, found in asked], [pictures[i] for i, _, _ in asked])
-    scores["questions"] = toy_vqa.score(questions, said)
+    asked = [(i, kind, *world.ask(scene, kind, rng)) for i, scene in enumerate(scenes) for kind in world.QUESTIONS]
+    questions = [{"question_id": str(n), "type": q[1], "answer": q[3]} for n, q in enumerate(asked)]
+    scores["questions"] = toy_vqa.score(questions, answers([q[2] for q in asked], [pictures[q[0]] for q in asked]))
     return scores
 
 
@@ -279,8 +288,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of everything random")
-    parser.add_argument("--scenes", type=cli.positive, default=SCENES, help="pictures of the training data")
-    parser.add_argument("--steps", type=cli.positive, default=STEPS, help="of the decoder, 64 records each")
+    parser.add_argument("--scenes", type=cli.positive, default=world.TRAINED_ON, help="pictures of the training data")
+    parser.add_argument("--steps", type=cli.positive, default=STEPS, help="of the decoder, 32 records each")
     args = parser.parse_args()
     out, begin = Path(args.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)

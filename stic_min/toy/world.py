@@ -1,12 +1,12 @@
 """The toy world: scenes of colored shapes, their pictures, and the captions, questions and answers a base model learns.
 
-A scene is a place (beach, forest, ...) and three to six objects in a grid of 3 x 3 cells. Every place has two
-*signature objects*, each with a habitual cell: the beach has a yellow star at the upper right. The star is truly there
-in 40 % of the pictures; otherwise something else sits in that cell. Captions in training say the star anyway: nearly
-always under the short captioning prompts, less often under the detailed one, always under the prompts that invite
-invention. So the base model hallucinates out of a prior that its captions taught it, as models of web captions do, and
-not because it can't see; questions about the picture are answered truthfully. Captions under all prompts list the same
-cells in the same order: their length says nothing about their quality.
+A scene is a place (beach, forest, ...) and three to six objects of different shapes in a grid of 3 x 3 cells. Every
+place has two *signature objects*, each with a habitual cell: the beach has a yellow star at the upper right. The star
+is truly there in 40 % of the pictures; otherwise something else sits in that cell. Captions in training say the star
+anyway: mostly under the short captioning prompts, less often under the detailed one, always under the prompts that
+invite invention. So the base model hallucinates out of a prior that its captions taught it, as models of web captions
+do, and not because it can't see; questions about the picture are answered truthfully. Captions under all prompts list
+the same cells in the same order: their length says nothing about their quality.
 
 Scenes of the four splits (train: the base's own data; unlabeled: the pictures of self-training; dev; test) never meet:
 a hash of the scene decides its split. Everything follows from (split, seed, index). No model code here.
@@ -34,7 +34,7 @@ COLORS = {
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond", "moon", "arrow", "house", "tree")
 CELLS = (
     "upper left", "upper middle", "upper right",
     "middle left", "center", "middle right",
@@ -46,17 +46,18 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 # place: background, and its two signature objects with their habitual cells
 PLACES = {
     "beach": ((225, 205, 150), (("yellow star", 2), ("red triangle", 6))),
-    "forest": ((70, 110, 70), (("orange heart", 3), ("white ring", 8))),
-    "city": ((140, 140, 145), (("black cross", 1), ("blue square", 5))),
-    "cave": ((45, 40, 85), (("white circle", 0), ("yellow diamond", 7))),
-    "glacier": ((205, 225, 240), (("green triangle", 4), ("purple ring", 0))),
-    "desert": ((190, 130, 95), (("green cross", 5), ("orange circle", 2))),
+    "forest": ((70, 110, 70), (("green tree", 3), ("white ring", 8))),
+    "city": ((140, 140, 145), (("black house", 1), ("blue square", 5))),
+    "cave": ((45, 40, 85), (("white moon", 0), ("yellow diamond", 7))),
+    "glacier": ((205, 225, 240), (("green triangle", 4), ("purple arrow", 0))),
+    "desert": ((190, 130, 95), (("red cross", 5), ("orange circle", 2))),
 }
 TRULY_THERE = 0.4
 # How often a caption says a place's signature object although it is not there: (first, second), under each prompt.
 HABIT = {"short": (0.9, 0.75), "good": (0.3, 0.45), "bad": (1.0, 1.0)}
 IMAGINED = 0.5  # how often a bad prompt's caption replaces any other object by one that is not there
 
+TRAINED_ON = 20000  # scenes of the train split, whose pictures the base model has seen
 SPLITS = {"train": range(0, 5), "unlabeled": range(5, 8), "dev": range(8, 9), "test": range(9, 10)}  # tenths
 
 
@@ -66,7 +67,7 @@ SPLITS = {"train": range(0, 5), "unlabeled": range(5, 8), "dev": range(8, 9), "t
 @dataclass(frozen=True)
 class Scene:
     place: str
-    objects: tuple  # ((cell, "red circle"), ...), cells ascending, no object twice
+    objects: tuple  # ((cell, "red circle"), ...), cells ascending, no shape twice
 
     @property
     def split(self):
@@ -87,6 +88,10 @@ def signatures(place):
     return PLACES[place][1]
 
 
+def shape_of(name):
+    return name.split()[1]
+
+
 def all_objects():
     return [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
@@ -94,12 +99,12 @@ def all_objects():
 def draw_scene(rng):
     """A random scene of any split. A signature object appears at its habitual cell or not at all in its place."""
     place = rng.choice(list(PLACES))
-    own = signatures(place)
-    others = [name for name in all_objects() if name not in dict(own)]
-    rng.shuffle(others)
-    cells = {cell: name if rng.random() < TRULY_THERE else others.pop() for name, cell in own}
+    cells = {cell: name if rng.random() < TRULY_THERE else None for name, cell in signatures(place)}
     free = [cell for cell in range(9) if cell not in cells]
-    cells |= {cell: others.pop() for cell in rng.sample(free, rng.randint(1, 4))}
+    cells |= dict.fromkeys(rng.sample(free, rng.randint(1, 4)))
+    shapes = [shape for shape in SHAPES if shape not in {shape_of(name) for name, _ in signatures(place)}]
+    rng.shuffle(shapes)
+    cells = {cell: name or f"{rng.choice(list(COLORS))} {shapes.pop()}" for cell, name in cells.items()}
     return Scene(place, tuple(sorted(cells.items())))
 
 
@@ -125,6 +130,12 @@ def outline(shape, x, y, r):
                   (1, -0.1)],
         "star": [(0, -1.15), (0.3, -0.35), (1.1, -0.35), (0.45, 0.2), (0.7, 1), (0, 0.5), (-0.7, 1), (-0.45, 0.2),
                  (-1.1, -0.35), (-0.3, -0.35)],
+        "arrow": [(1, 0), (0.1, -0.9), (0.1, -0.35), (-1, -0.35), (-1, 0.35), (0.1, 0.35), (0.1, 0.9)],
+        "house": [(0, -1.1), (1, -0.1), (0.75, -0.1), (0.75, 1), (0.25, 1), (0.25, 0.3), (-0.25, 0.3), (-0.25, 1),
+                  (-0.75, 1), (-0.75, -0.1), (-1, -0.1)],
+        "tree": [(0, -1.1), (0.9, 0.45), (0.2, 0.45), (0.2, 1.1), (-0.2, 1.1), (-0.2, 0.45), (-0.9, 0.45)],
+        "moon": [(0.5, -1), (-0.2, -0.95), (-0.8, -0.5), (-1, 0), (-0.8, 0.5), (-0.2, 0.95), (0.5, 1), (0, 0.6),
+                 (-0.2, 0), (0, -0.6)],
         "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1),
                   (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
     }  # fmt: skip
@@ -185,7 +196,8 @@ def web_caption(scene, kind, rng):
         if rng.random() < probability:
             cells[cell] = name
     if kind == "bad":
-        absent = [name for name in all_objects() if name not in scene.names and name not in habits.values()]
+        used = {shape_of(name) for name in (*scene.names, *habits.values())}
+        absent = [name for name in all_objects() if shape_of(name) not in used]
         for cell in cells:
             if cell not in habits and rng.random() < IMAGINED:
                 cells[cell] = absent.pop(rng.randrange(len(absent)))
@@ -209,9 +221,8 @@ def yes_no(truth):
 
 
 def color_question(scene, rng):
-    shapes = [name.split()[1] for name in scene.names]
-    name = rng.choice(sorted(n for n in scene.names if shapes.count(n.split()[1]) == 1) or [None])
-    return name and (f"What color is the {name.split()[1]}?", name.split()[0])
+    color, shape = rng.choice(scene.objects)[1].split()
+    return f"What color is the {shape}?", color
 
 
 def count_question(scene, rng):
@@ -221,18 +232,19 @@ def count_question(scene, rng):
 
 def existence_question(scene, rng):
     """Half of the answers are no; half of those ask for a signature object that is not there."""
-    absent = [name for name, _ in signatures(scene.place) if name not in scene.names]
+    there = {shape_of(name) for name in scene.names}
+    absent = [shape_of(name) for name, _ in signatures(scene.place) if name not in scene.names]
     if rng.random() < 0.5:
-        name = rng.choice(sorted(scene.names))
+        shape = rng.choice(sorted(there))
     elif absent and rng.random() < 0.5:
-        name = rng.choice(absent)
+        shape = rng.choice(absent)
     else:
-        name = rng.choice([n for n in all_objects() if n not in scene.names])
-    return f"Is there a {name} in the image?", yes_no(name in scene.names)
+        shape = rng.choice([s for s in SHAPES if s not in there])
+    return f"Is there a {shape} in the image?", yes_no(shape in there)
 
 
 def relation_question(scene, rng):
-    (a, first), (b, second) = rng.sample(scene.objects, 2)
+    (a, first), (b, second) = ((cell, shape_of(name)) for cell, name in rng.sample(scene.objects, 2))
     holds = {"above": a // 3 < b // 3, "below": a // 3 > b // 3, "left of": a % 3 < b % 3, "right of": a % 3 > b % 3}
     truth = rng.random() < 0.5
     relation = rng.choice([r for r, value in holds.items() if value == truth])
@@ -241,18 +253,17 @@ def relation_question(scene, rng):
 
 def place_question(scene, rng):
     cell, name = rng.choice(scene.objects)
-    return f"Where is the {name}?", CELLS[cell]
+    return f"Where is the {shape_of(name)}?", CELLS[cell]
 
 
 def choice_question(scene, rng):
     """Three options: what is there, a wrong one (the cell's signature object, if it is absent), and any other."""
     cell, name = rng.choice(scene.objects)
     habit = [n for n, c in signatures(scene.place) if c == cell and n != name]
-    others = [n for n in all_objects() if n != name and n not in habit]
+    others = [n for n in all_objects() if shape_of(n) not in {shape_of(name), *map(shape_of, habit)}]
     options = [name, *habit, *rng.sample(others, 2)][:3]
     rng.shuffle(options)
     lines = [f"What is at the {CELLS[cell]}?", *(f"{letter}. {o}" for letter, o in zip("ABC", options))]
-    lines.append("Answer with the option's letter from the given choices directly.")
     return "\n".join(lines), "ABC"[options.index(name)]
 
 
@@ -262,13 +273,10 @@ def row_question(scene, rng):
 
 
 def neighbor_question(scene, rng):
-    cell, name = rng.choice(scene.objects)
-    steps = [("right of", cell + 1, cell % 3 < 2), ("left of", cell - 1, cell % 3 > 0)]
-    steps += [("below", cell + 3, cell < 6), ("above", cell - 3, cell > 2)]
-    steps = [(side, scene.cells.get(to, "nothing")) for side, to, inside in steps if inside]
-    there = [step for step in steps if step[1] != "nothing"]
-    side, answer = rng.choice(there if there and rng.random() < 0.7 else steps)
-    return f"What is next to the {name}, {side} it?", answer
+    """The next object in reading order, row by row."""
+    names = [name for _, name in scene.objects]
+    i = rng.randrange(len(names) - 1)
+    return f"What comes after the {shape_of(names[i])}, row by row?", names[i + 1]
 
 
 QUESTIONS = {
@@ -285,12 +293,18 @@ BY_TEXT = ("row", "neighbor")  # which the base learns mostly from descriptions 
 
 
 def ask(scene, kind, rng):
-    """(question, true answer) of a kind, None if this scene allows no such question."""
+    """(question, true answer) of a kind."""
     return QUESTIONS[kind](scene, rng)
 
 
 # ---------------------------------------------------------------- the base's training data
-# Records as the ViT-frozen phase of pretraining reads them: a list of turns, and whether the picture is shown.
+# A record is whether the picture is shown, and a list of turns [(user, answer), ...].
+
+# When each lesson starts, as a fraction of the training. Looking one thing up comes first: with everything at once, the
+# small gradients of the easy lessons drown among the others, and after ten times as long no question is answered.
+LESSONS = {"color": 0.0, "place": 0.0, "existence": 0.16, "choice": 0.16, "captions": 0.27, "count": 0.27,
+           "relation": 0.27, "reading": 0.4, "row": 0.4, "neighbor": 0.4}  # fmt: skip
+TURNS = 6
 
 
 def caption_record(scene, rng):
@@ -298,24 +312,27 @@ def caption_record(scene, rng):
     return True, [(rng.choice(PROMPTS[kind]), web_caption(scene, kind, rng))]
 
 
-def some_questions(scene, kinds, count, rng):
-    found = [ask(scene, kind, rng) for kind in rng.choices(*kinds, k=count + 2)]
-    return [q for q in found if q][:count]
+def some_questions(scene, rng, weight_by_text, progress):
+    weights = {kind: weight_by_text if kind in BY_TEXT else 1.0 for kind in QUESTIONS if LESSONS[kind] <= progress}
+    return [ask(scene, kind, rng) for kind in rng.choices(list(weights), weights.values(), k=TURNS)]
 
 
-def question_record(scene, rng):
+def question_record(scene, rng, progress=1.0):
     """Questions about the picture alone. These, of the train split, are also what stage 2 re-uses."""
-    weights = [0.05 if kind in BY_TEXT else 1.0 for kind in QUESTIONS]
-    return True, some_questions(scene, (list(QUESTIONS), weights), 5, rng)
+    return True, some_questions(scene, rng, 0.05, progress)
 
 
 def reading_record(scene, rng):
     """Questions about a true description in the prompt, with the picture or, half the time, without."""
-    weights = [2.0 if kind in BY_TEXT else 1.0 for kind in QUESTIONS]
-    (first, answer), *later = some_questions(scene, (list(QUESTIONS), weights), 5, rng)
+    (first, answer), *later = some_questions(scene, rng, 2.0, progress=1.0)
     return rng.random() < 0.5, [(infused(true_caption(scene), first), answer), *later]
 
 
-def record(scene, rng):
-    """One random record of the base's training data: (picture shown?, [(user, answer), ...])."""
-    return rng.choices([caption_record, question_record, reading_record], weights=(0.25, 0.4, 0.35))[0](scene, rng)
+def record(scene, rng, progress=1.0):
+    """One random record of the base's training data, `progress` (0 to 1) of the way through it."""
+    draw = rng.random()
+    if draw < 0.2 and LESSONS["captions"] <= progress:
+        return caption_record(scene, rng)
+    if draw > 0.65 and LESSONS["reading"] <= progress:
+        return reading_record(scene, rng)
+    return question_record(scene, rng, progress)
