@@ -1,7 +1,5 @@
 """The whole recipe once, on the toy world: draws pictures, runs the four scripts, and ends in a table and a page."""
 
-import json
-
 from stic_min import cli
 from stic_min.data import read_records
 from stic_min.scorers import toy_captions
@@ -22,58 +20,52 @@ def measure(model, adapter, data, results):
     return [captions["chair_i"], captions["f1"], direct["accuracy"], dar["accuracy"]]
 
 
-HEADER = [
-    "in %",
-    "hallucinated objects (CHAIR_i)",
-    "objects, F1",
-    "questions, direct",
-    "questions, describe and respond",
-]
+HEADER = ["in %", "hallucinated objects (CHAIR_i)", "objects, F1", "questions, direct", "questions, DaR"]
 
 
 def run(model, out, seed, images, test_images):
-    recipe.claim(out, {"model": cli.fingerprint(model), "seed": seed, "images": images})
+    settings = {"model": cli.fingerprint(model), "seed": seed, "images": images, "test_images": test_images}
+    recipe.claim(out, settings)
     instructions = recipe.num_instructions(images)
     unlabeled, instruct, data, results = out / "unlabeled", out / "instruct", out / "dev", out / "results"
     stage1, stic = out / "stage1", out / "stic"
-    print(
-        f"drawing {images} unlabeled pictures, {instructions} with instructions, {test_images} to evaluate on"
-    )
+    print(f"drawing {images} unlabeled pictures, {instructions} with instructions, {test_images} to evaluate on")
     files.write_unlabeled(unlabeled, images, seed)
     files.write_instructions(instruct, instructions, seed)
     files.write_benchmark(data, "dev", test_images)
 
-    # Algorithm 1, then Algorithm 2; nothing is run again that is there already.
+    # Algorithm 1, then Algorithm 2; what is there is not made again.
     recipe.make_pairs(model, unlabeled, out / "pairs.jsonl", seed)
     recipe.stage1(model, out / "pairs.jsonl", unlabeled, stage1, seed)
     recipe.stage2(model, stage1, instruct, stic, seed)
-    rows = [
-        [name, *measure(model, adapter, data, results)]
-        for name, adapter in (("base", None), ("stage 1", stage1), ("STIC", stic))
-    ]
+    models = {"base": None, "stage 1": stage1, "STIC": stic}
+    rows = [[name, *measure(model, adapter, data, results)] for name, adapter in models.items()]
+    files.write_json(out / "table.json", [dict(zip(HEADER, row)) for row in rows])
 
-    said = {
-        name: {r["question_id"]: r["text"] for _, r in read_records(results / f"toycaptions-{file}-direct.jsonl")}
-        for name, file in (("base", "base"), ("after STIC", stic.name))
-    }
-    # Half of the pictures are ones where the base says something that is not there: that is what there is to see.
-    questions = toy_captions.load(data)
-    wrong = lambda q: set(toy_captions.mentions(said["base"][q["question_id"]], q["vocabulary"])) - set(q["objects"])
-    chosen = [q for q in questions if wrong(q)][: ON_THE_SHEET // 2] + [q for q in questions if not wrong(q)][
-        : ON_THE_SHEET // 2
-    ]
     cells = [[name, *(f"{value:.1f}" for value in values)] for name, *values in rows]
-    caption = f"{test_images} pictures of the dev split, {images} unlabeled pictures, seed {seed}"
-    sheet.write_sheet(
-        out / "sheet.html", "STIC on the toy world", INTRO, sheet.table(HEADER, cells, caption), data, chosen, said
-    )
-    (out / "table.json").write_text(json.dumps([dict(zip(HEADER, row)) for row in rows], indent=1) + "\n")
+    caption = f"{test_images} pictures of the dev split, {images} unlabeled pictures, seed {seed}. DaR: the model "
+    caption += "describes the picture, then responds with its own description in the prompt."
+    captions = {"base": read_captions(results, "base"), "after STIC": read_captions(results, stic.name)}
+    questions = toy_captions.load(data)
+    page, summary = out / "sheet.html", sheet.table(HEADER, cells, caption)
+    chosen = select(questions, captions["base"])
+    sheet.write_sheet(page, "STIC on the toy world", INTRO, summary, data, chosen, captions)
 
-    print("\n" + " | ".join(["in %   ", *HEADER[1:]]))
+    print("\n" + " | ".join([f"{HEADER[0]:<7}", *HEADER[1:]]))
     for name, *values in cells:
         print(" | ".join([f"{name:<7}", *(f"{value:>{len(head)}}" for value, head in zip(values, HEADER[1:]))]))
-    print(
-        f"\nTo look at: {recipe.short(out / 'sheet.html')}. To ask it yourself:\n"
-        f"python evaluate.py ask --model {recipe.short(model)} --adapter {recipe.short(stic)} "
-        f'--image {recipe.short(data / questions[0]["image"])} "Where is the {questions[0]["objects"][0]}?"'
-    )
+    first = questions[0]
+    print(f"\nTo look at: {recipe.short(page)}. To ask it yourself:\n"
+          f"python evaluate.py ask --model {recipe.short(model)} --adapter {recipe.short(stic)} "
+          f"--image {recipe.short(data / first['image'])} \"Where is the {first['objects'][0].split()[1]}?\"")
+
+
+def read_captions(results, name):
+    return {r["question_id"]: r["text"] for _, r in read_records(results / f"toycaptions-{name}-direct.jsonl")}
+
+
+def select(questions, captions):
+    """Pictures for the sheet: as many of which the caption names something that is not there as of the others."""
+    wrong = lambda q: set(toy_captions.mentions(captions[q["question_id"]], q["vocabulary"])) - set(q["objects"])
+    half = ON_THE_SHEET // 2
+    return [q for q in questions if wrong(q)][:half] + [q for q in questions if not wrong(q)][:half]

@@ -114,8 +114,8 @@ def run(models, out, seeds, pairs, split, pictures, processes):
     for model in models:
         folder = out / model.resolve().name / "base"
         jobs[folder] = run_base, folder, model, folder, data
-    for seed in seeds:
-        for model in models:
+    for model in models:
+        for seed in seeds:
             folder = out / model.resolve().name / f"seed{seed}"
             jobs[folder] = run_chain, folder, model, folder, data, seed, pairs
 

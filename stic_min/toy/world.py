@@ -175,15 +175,6 @@ def caption(place, cells):
     return " ".join([f"A {place}."] + [f"{CELLS[cell].capitalize()}: {name}." for cell, name in sorted(cells.items())])
 
 
-def caption_parts(text):
-    """What `caption` says -> (place or None, [(cell, object), ...]). Leaves out sentences of any other form."""
-    sentences = [s.strip() for s in text.split(".")]
-    place = next((p for p in PLACES if sentences[0] == f"A {p}"), None)
-    cells, known = {name.capitalize(): i for i, name in enumerate(CELLS)}, set(all_objects())
-    found = [s.partition(": ")[::2] for s in sentences]
-    return place, [(cells[cell], name) for cell, name in found if cell in cells and name in known]
-
-
 def true_caption(scene):
     return caption(scene.place, scene.cells)
 
