@@ -52,9 +52,15 @@ def short(path):
 def script(name, *words):
     """Runs one of the four scripts in this process by its own entry point, behind a line with the command.
 
-    An error ends the process as it would there.
+    A dictionary among the words stands for flags: None and False leave one out, True gives it without a value. An
+    error ends the process as it would there.
     """
-    arguments = [short(w) if isinstance(w, Path) else str(w) for w in words]
+    arguments = []
+    for word in words:
+        for flag, value in word.items() if isinstance(word, dict) else [(word, True)]:
+            if value is not None and value is not False:
+                arguments += [flag] if value is True else [flag, value]
+    arguments = [short(a) if isinstance(a, Path) else str(a) for a in arguments]
     print(f"\n$ python {name} {shlex.join(arguments)}", flush=True)
     before, sys.argv = sys.argv, [name, *arguments]
     try:
@@ -63,72 +69,31 @@ def script(name, *words):
         sys.argv = before
 
 
-def flat(flags):
-    return [word for pair in flags.items() for word in pair]
-
-
-# ---------------------------------------------------------------- the steps
+# ---------------------------------------------------------------- the steps, each done once
 
 
 def make_pairs(model, images, out, seed):
-    script("generate_pairs.py", "--model", model, "--images", images, "--out", out, "--seed", seed, *flat(PAIRS))
+    script("generate_pairs.py", {"--model": model, "--images": images, "--out": out, "--seed": seed} | PAIRS)
 
 
 def stage1(model, pairs, images, out, seed, limit=None, **changed):
     """`changed`: flags other than STAGE1's, `alpha=0`."""
     if (out / "adapter_config.json").exists():
         return
-    flags = STAGE1 | {f"--{name.replace('_', '-')}": value for name, value in changed.items()}
-    extra = ["--limit", limit] if limit else []
-    script(
-        "train_stage1.py",
-        "--model",
-        model,
-        "--pairs",
-        pairs,
-        "--images",
-        images,
-        "--out",
-        out,
-        "--seed",
-        seed,
-        *extra,
-        *flat(flags),
-    )
+    changed = {f"--{name}": value for name, value in changed.items()}
+    inputs = {"--model": model, "--pairs": pairs, "--images": images, "--out": out, "--seed": seed, "--limit": limit}
+    script("train_stage1.py", inputs | STAGE1 | changed)
 
 
 def stage2(model, adapter, instruct, out, seed, plain=False):
     """Describes the pictures of the instructions and trains on them; `plain` leaves the descriptions out."""
     if (out / "adapter_config.json").exists():
         return
-    descriptions = out.with_name(f"{out.name}-descriptions.jsonl")
-    common = ["--model", model, *(["--adapter", adapter] if adapter else []), "--images", instruct / "images"]
-    script(
-        "generate_pairs.py",
-        "--describe",
-        instruct / "instructions.json",
-        *common,
-        "--out",
-        descriptions,
-        "--seed",
-        seed,
-        *flat(PAIRS),
-    )
-    flags = STAGE2 if adapter else LORA | STAGE2
-    script(
-        "train_stage2.py",
-        *common,
-        "--instructions",
-        instruct / "instructions.json",
-        "--descriptions",
-        descriptions,
-        "--out",
-        out,
-        "--seed",
-        seed,
-        *(["--plain"] if plain else []),
-        *flat(flags),
-    )
+    instructions, descriptions = instruct / "instructions.json", out.with_name(f"{out.name}-descriptions.jsonl")
+    inputs = {"--model": model, "--adapter": adapter, "--images": instruct / "images", "--seed": seed}
+    script("generate_pairs.py", {"--describe": instructions} | inputs | {"--out": descriptions} | PAIRS)
+    inputs |= {"--instructions": instructions, "--descriptions": descriptions, "--out": out, "--plain": plain}
+    script("train_stage2.py", inputs | ({} if adapter else LORA) | STAGE2)
 
 
 def evaluate(benchmark, model, adapter, data, out, dar=False):
@@ -136,18 +101,6 @@ def evaluate(benchmark, model, adapter, data, out, dar=False):
     mode = "dar" if dar else "direct"
     file = out / f"{benchmark}-{adapter.name if adapter else 'base'}-{mode}.scores.json"
     if not file.exists():
-        extra = ["--adapter", adapter] if adapter else []
-        script(
-            "evaluate.py",
-            benchmark,
-            "--model",
-            model,
-            *extra,
-            "--data",
-            data,
-            "--out",
-            out,
-            *(["--dar"] if dar else []),
-            *flat(SAMPLING),
-        )
+        inputs = {"--model": model, "--adapter": adapter, "--data": data, "--out": out, "--dar": dar}
+        script("evaluate.py", benchmark, inputs | SAMPLING)
     return json.loads(file.read_text())

@@ -11,7 +11,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } table { border-collapse: collapse; width: 100%; margin: 1em 0 2em; }
 th, td { text-align: left; vertical-align: top; padding: .6em .8em; border-top: 1px solid #ddd; }
-td.n, th.n { text-align: right; white-space: nowrap; } caption { text-align: left; color: #555; padding-bottom: .4em; }
+td.n, th.n { text-align: right; } caption { text-align: left; color: #555; padding-bottom: .4em; }
 img { width: 144px; height: 144px; image-rendering: pixelated; display: block; }
 .wrong { background: #ffd5d0; color: #a00; text-decoration: line-through; } .right { background: #dcf2dc; color: #063; }
 .missed { color: #777; font-size: .9em; }
