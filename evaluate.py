@@ -124,7 +124,9 @@ def run_benchmark(args):
     records = output.finish(list(questions))
     if ranks.first:
         scores = scorer.score(list(questions.values()), records)
-        path.with_suffix(".scores.json").write_text(json.dumps(settings | scores, indent=2) + "\n")
+        beside = path.with_suffix(".scores.json.new")
+        beside.write_text(json.dumps(settings | scores, indent=2) + "\n")
+        beside.replace(path.with_suffix(".scores.json"))
         print(f"{path}\n{scorer.report(scores)}")
 
 

@@ -29,6 +29,8 @@ def main():
     cli.add_limit_flag(parser)
     training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
     args = parser.parse_args()
+    if args.plain and args.one_line:
+        parser.error("--one-line is how descriptions are put, --plain leaves them out")
     training.check_out(args.out)
     ranks = cli.start_ranks(args.device, backend=None)
 
@@ -42,7 +44,8 @@ def main():
     training.check_picture_matters(llava, items[0])
 
     own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
-    settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, plain=args.plain, **own)
+    own |= {"plain": True} if args.plain else {}
+    settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, **own)
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         tokens_in_batch = sum(items[i].scored for i in run.batches[step])  # the global batch

@@ -28,18 +28,24 @@ def load(data):
     path, form = Path(data) / "captions.json", {"question_id": str, "image": str, "text": str}
     captions, content = read_entries(path, form | {"objects": list, "signature": list}, key="captions")
     vocabulary = content.get("vocabulary")
-    if not isinstance(vocabulary, list) or not vocabulary or not all(isinstance(v, str) and v for v in vocabulary):
-        raise InputError(f"{path}: 'vocabulary' is not a list of names")
+    names = isinstance(vocabulary, list) and all(isinstance(v, str) and v and v == v.lower() for v in vocabulary)
+    if not names or not vocabulary:
+        raise InputError(f"{path}: 'vocabulary' is not a list of names in lower case")
     return [caption | {"vocabulary": vocabulary} for caption in captions]
 
 
-def mentions(text, vocabulary):
-    """Every mention of an object of the vocabulary in a caption, in order; case does not matter.
+def pattern(vocabulary):
+    """A regular expression for a mention of an object, in any case.
 
     Of names that overlap, such as "red ring" and "ring", the longer one is taken.
     """
     names = sorted(vocabulary, key=len, reverse=True)
-    return re.findall(r"\b(?:" + "|".join(map(re.escape, names)) + r")\b", text.lower())
+    return re.compile(r"\b(?:" + "|".join(map(re.escape, names)) + r")\b", re.IGNORECASE)
+
+
+def mentions(text, vocabulary):
+    """Every mention of an object of the vocabulary (lower case) in a caption, in order."""
+    return [name.lower() for name in pattern(vocabulary).findall(text)]
 
 
 def score(questions, answers):

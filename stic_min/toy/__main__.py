@@ -24,30 +24,31 @@ def main():
         prog="python -m stic_min.toy", description=__doc__, formatter_class=cli.HelpFormatter
     )
     parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo")
-    parser.add_argument("--model", metavar="DIR", nargs="+", type=Path,
-                        help="base model, the study takes several (default: the one that comes with the project)")
+    parser.add_argument("--model", metavar="DIR", action="append", type=Path,
+                        help="base model (default: the project's own); for a study it may be given again")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of pictures and all the rest; a study's first")
     parser.add_argument("--images", type=cli.positive, default=1000,
-                        help="unlabeled pictures, a pair each; half as many instructions")
+                        help="pairs that stage 1 trains on, a picture each; half as many instructions")
     parser.add_argument("--test-images", type=cli.positive, metavar="N",
                         help="pictures to evaluate on (default: 300, in the study 1000)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="(default: toy-run, or toy-study)")
     group = parser.add_argument_group("study")
-    group.add_argument("--seeds", type=cli.positive, default=5, help="how many, each with pictures of its own")
-    group.add_argument("--split", choices=["dev", "test"], default="test", help="scenes to evaluate on")
-    group.add_argument("--processes", type=cli.positive, default=os.cpu_count(), help="chains at a time, one core each")
+    group.add_argument("--seeds", type=cli.positive, help="how many, each with pictures of its own (default: 5)")
+    group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
+    group.add_argument("--processes", type=cli.positive, help="chains at a time, a core each (default: all cores)")
     args = parser.parse_args()
     models = args.model or [recipe.BASE]
+    if args.command == "demo" and (len(models) > 1 or args.seeds or args.split or args.processes):
+        parser.error("several --model, --seeds, --split and --processes are for the study")
     for model in models:
         read_json(model / "config.json")  # a wrong --model is said before anything is drawn
     torch.set_num_threads(1)  # at this size a second thread costs more than it brings
-    if args.command == "study":
-        seeds, out = range(args.seed, args.seed + args.seeds), args.out or Path("toy-study")
-        study.run(models, out, seeds, args.images, args.split, args.test_images or 1000, args.processes)
-    elif len(models) > 1:
-        parser.error("several --model are for the study")
-    else:
+    if args.command == "demo":
         demo.run(models[0], args.out or Path("toy-run"), args.seed, args.images, args.test_images or 300)
+    else:
+        seeds, out = range(args.seed, args.seed + (args.seeds or 5)), args.out or Path("toy-study")
+        pictures, processes = args.test_images or 1000, args.processes or os.cpu_count()
+        study.run(models, out, seeds, args.images, args.split or "test", pictures, processes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The whole recipe once, on the toy world: draws pictures, runs the four scripts, and ends in a table and a page."""
 
-from stic_min import cli
 from stic_min.data import read_records
 from stic_min.scorers import toy_captions
 from stic_min.toy import files, recipe, sheet
@@ -10,7 +9,8 @@ ON_THE_SHEET = 24
 INTRO = """What the base model, and the same model after STIC, say of pictures that neither was trained on, asked with
 one of the short captioning prompts. <span class="right">Green</span>: the object is in the picture.
 <span class="wrong">Red</span>: it is not. The base model learned from captions that mention a place's usual objects (a
-beach has a yellow star) whether they are there or not; nobody told STIC which captions were wrong."""
+beach has a yellow star) whether they are there or not; nobody told STIC which captions were wrong. The first half of
+the pictures are ones where the base is wrong, which it is in most, the second half ones where it is right."""
 
 
 def measure(model, adapter, data, results):
@@ -24,9 +24,8 @@ HEADER = ["in %", "hallucinated objects (CHAIR_i)", "objects, F1", "questions, d
 
 
 def run(model, out, seed, images, test_images):
-    settings = {"model": cli.fingerprint(model), "seed": seed, "images": images, "test_images": test_images}
-    recipe.claim(out, settings)
     instructions = recipe.num_instructions(images)
+    recipe.claim(out, {"seed": seed, "images": images, "test_images": test_images}, model)
     unlabeled, instruct, data, results = out / "unlabeled", out / "instruct", out / "dev", out / "results"
     stage1, stic = out / "stage1", out / "stic"
     print(f"drawing {images} unlabeled pictures, {instructions} with instructions, {test_images} to evaluate on")
@@ -54,10 +53,10 @@ def run(model, out, seed, images, test_images):
     print("\n" + " | ".join([f"{HEADER[0]:<7}", *HEADER[1:]]))
     for name, *values in cells:
         print(" | ".join([f"{name:<7}", *(f"{value:>{len(head)}}" for value, head in zip(values, HEADER[1:]))]))
-    first = questions[0]
-    print(f"\nTo look at: {recipe.short(page)}. To ask it yourself:\n"
-          f"python evaluate.py ask --model {recipe.short(model)} --adapter {recipe.short(stic)} "
-          f"--image {recipe.short(data / first['image'])} \"Where is the {first['objects'][0].split()[1]}?\"")
+    shape = questions[0]["objects"][0].split()[1]
+    script, picture = recipe.short(recipe.ROOT / "evaluate.py"), recipe.short(data / questions[0]["image"])
+    print(f"\nTo look at: {recipe.short(page)}. To ask it yourself:\npython {script} ask --model {recipe.short(model)} "
+          f'--adapter {recipe.short(stic)} --image {picture} "Where is the {shape}?"')
 
 
 def read_captions(results, name):

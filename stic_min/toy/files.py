@@ -5,13 +5,19 @@ import json
 import random
 from pathlib import Path
 
-from stic_min import InputError
 from stic_min.text import CAPTION_PROMPTS, with_image
 from stic_min.toy import world
 
 
+def write_text(path, text):
+    """Beside, then renamed: a kill leaves no half of a file."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def write_json(path, value):
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_pictures(folder, split, scenes):
@@ -29,9 +35,8 @@ def write_unlabeled(folder, count, seed):
 
 
 def write_instructions(folder, count, seed):
-    """`instructions.json` and `images/`: conversations about scenes of the base's own training data, painted anew."""
-    if count > world.TRAINED_ON:
-        raise InputError(f"{count} instructions: the base model was trained on {world.TRAINED_ON} scenes")
+    """`instructions.json` and `images/`: conversations like those the base learned from, about scenes it learned from,
+    painted anew."""
     folder, rng = Path(folder), random.Random(f"instructions {seed}")
     scenes = rng.sample(world.scenes("train", world.TRAINED_ON), count)
     names = write_pictures(folder / "images", f"train{seed}", scenes)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stic_min import cli
+from stic_min import InputError, cli
 from stic_min.clip import ClipConfig
 from stic_min.images import CLIP_MEAN, CLIP_STD, make_tiles
 from stic_min.llava import LLaVA, LlavaConfig
@@ -287,11 +287,13 @@ def dev_scores(llava, count=400):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of everything random")
+    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights, their order and the records")
     parser.add_argument("--scenes", type=cli.positive, default=world.TRAINED_ON, help="pictures of the training data")
     parser.add_argument("--steps", type=cli.positive, default=STEPS, help="of the decoder, 32 records each")
     args = parser.parse_args()
     out, begin = Path(args.out), time.monotonic()
+    if (out / "config.json").exists():
+        raise InputError(f"{out} holds a model; name another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
     ranks = cli.Ranks(0, 1, torch.device("cpu"))
     torch.manual_seed(args.seed)
@@ -308,7 +310,8 @@ def main():
     minutes = round((time.monotonic() - begin) / 60, 1)
     scores = dev_scores(load_llava(out))
     write_json(out / "pretrain.json", {
-        "command": f"python -m stic_min.toy.pretrain --seed {args.seed} --scenes {args.scenes} --steps {args.steps}",
+        "command": f"python -m stic_min.toy.pretrain --out {out.name} --seed {args.seed} --scenes {args.scenes} "
+                   f"--steps {args.steps}", "seed": args.seed,
         "minutes": minutes, "cores": torch.get_num_threads(), "torch": torch.__version__, "vit_loss": vision_loss,
         "decoder_loss": decoder_loss, "dev": scores,
     })  # fmt: skip

@@ -1,15 +1,14 @@
 """The recipe on the toy world: the four scripts with the flags that suit a model of 1.3 M parameters."""
 
-import json
 import os
 import runpy
 import shlex
 import sys
 from pathlib import Path
 
-from stic_min import InputError
+from stic_min import InputError, cli
 from stic_min.loader import read_json
-from stic_min.toy import files
+from stic_min.toy import files, world
 
 ROOT = Path(__file__).resolve().parents[2]  # where the four scripts are
 BASE = Path(__file__).parent / "llava-toy"  # the base model that comes with the project
@@ -17,20 +16,33 @@ BASE = Path(__file__).parent / "llava-toy"  # the base model that comes with the
 # Tuned on the dev split. What differs from the paper's values, and why: the model is 6,000 times smaller and knows a
 # few hundred words, so the learning rates are larger and the batches and LoRA smaller; pairs are sampled warmer so
 # that they differ; alpha is larger because captions are shorter.
-SAMPLING = {"--max-new-tokens": 64, "--batch-size": 100}
+SAMPLING = {"--max-new-tokens": 64, "--batch-size": 100, "--device": "cpu"}
 PAIRS = SAMPLING | {"--temperature": 0.4}
 LORA = {"--lora-r": 32, "--lora-alpha": 64, "--projector-lr": 3e-4}
-STAGE1 = LORA | {"--lr": 3e-4, "--beta": 0.2, "--alpha": 0.05, "--batch-size": 16, "--micro-batch": 16}
-STAGE2 = {"--projector-lr": 3e-4, "--lr": 3e-4, "--batch-size": 32, "--micro-batch": 32, "--lora-dropout": 0}
+STAGE1 = LORA | {"--lr": 3e-4, "--beta": 0.2, "--alpha": 0.05, "--batch-size": 16, "--micro-batch": 16,
+                 "--device": "cpu"}  # fmt: skip
+STAGE2 = {"--lr": 3e-4, "--projector-lr": 3e-4, "--lora-dropout": 0, "--batch-size": 32, "--micro-batch": 32,
+          "--device": "cpu"}  # fmt: skip
 
 
 def num_instructions(pairs):
-    """The paper has 6,000 pairs and 5,000 instructions; here half as many instructions are enough."""
+    """The paper has 6,000 pairs and 5,000 instructions; here half as many instructions are enough.
+
+    Raises InputError for more than there are scenes that the base model was trained on.
+    """
+    if pairs // 2 > world.TRAINED_ON:
+        raise InputError(f"--images {pairs}: {2 * world.TRAINED_ON} are the most, two for each scene of the base's own")
     return max(1, pairs // 2)
 
 
-def claim(out, settings):
-    """Makes the folder `out` for a run of `settings`. Raises InputError if it holds one of others."""
+def claim(out, settings, model):
+    """Makes the folder `out` for a run of `settings`. Raises InputError if it holds one of others.
+
+    The model and all of the project's code are among them: what is in `out` is not made again, so after a change it
+    would be the old code's.
+    """
+    code = sorted([*ROOT.glob("*.py"), *(ROOT / "stic_min").rglob("*.py")])
+    settings = settings | {"model": cli.fingerprint(model), "code": cli.fingerprint(*code)}
     file = out / "settings.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, it has to name a folder")
@@ -61,7 +73,7 @@ def script(name, *words):
             if value is not None and value is not False:
                 arguments += [flag] if value is True else [flag, value]
     arguments = [short(a) if isinstance(a, Path) else str(a) for a in arguments]
-    print(f"\n$ python {name} {shlex.join(arguments)}", flush=True)
+    print(f"\n$ python {short(ROOT / name)} {shlex.join(arguments)}", flush=True)
     before, sys.argv = sys.argv, [name, *arguments]
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -103,4 +115,4 @@ def evaluate(benchmark, model, adapter, data, out, dar=False):
     if not file.exists():
         inputs = {"--model": model, "--adapter": adapter, "--data": data, "--out": out, "--dar": dar}
         script("evaluate.py", benchmark, inputs | SAMPLING)
-    return json.loads(file.read_text())
+    return read_json(file)

@@ -2,10 +2,9 @@
 
 import base64
 import html
-import re
 from pathlib import Path
 
-from stic_min.scorers.toy_captions import mentions
+from stic_min.scorers.toy_captions import mentions, pattern
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
@@ -22,9 +21,8 @@ img { width: 144px; height: 144px; image-rendering: pixelated; display: block; }
 def marked(text, question):
     """A caption as HTML: objects that are there on green, others struck through on red; below it what it leaves out."""
     there, found = set(question["objects"]), mentions(text, question["vocabulary"])
-    names = "|".join(map(re.escape, sorted(question["vocabulary"], key=len, reverse=True)))
     mark = lambda m: f'<span class="{"right" if m[0].lower() in there else "wrong"}">{m[0]}</span>'
-    body = re.sub(rf"\b(?:{names})\b", mark, html.escape(text), flags=re.IGNORECASE)
+    body = pattern(question["vocabulary"]).sub(mark, html.escape(text))
     missed = sorted(there - set(found))
     return body + (f'<div class="missed">not mentioned: {", ".join(missed)}</div>' if missed else "")
 

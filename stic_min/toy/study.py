@@ -8,8 +8,9 @@ before the test split was looked at.
 
 import json
 import multiprocessing
+import multiprocessing.connection
+import sys
 import traceback
-from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 
 import torch
@@ -47,23 +48,30 @@ def scale_name(scale):
     return f"scale{scale:g}"
 
 
-def select_pairs(folder, kind):
+def scaled(scale, pairs):
+    return max(1, round(scale * pairs))
+
+
+def select_pairs(folder, kind, pairs):
     """The pairs whose rejected answer came from a bad prompt, or from a corrupted picture."""
-    pairs = [record for _, record in read_records(folder / "pairs.jsonl")]
-    kept = [r for r in pairs if kind == "pairs" or r["image_corruption"] == (kind == "corruptions")]
-    files.write_json(folder / f"{kind}.json", kept)
+    records = [record for _, record in read_records(folder / "pairs.jsonl")]
+    kept = [record for record in records if record["image_corruption"] == (kind == "corruptions")]
+    if len(kept) < pairs:
+        raise InputError(f"{folder}: {len(kept)} pairs of {len(records)} are from {kind}, {pairs} are needed")
+    files.write_text(folder / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def run_chain(model, folder, data, seed, pairs):
     """Everything of one base model and one seed."""
     pictures, instruct, results = folder / "unlabeled", folder / "instruct", folder / "results"
-    files.write_unlabeled(pictures, 2 * pairs + 200, seed)  # so many that either kind of rejected answer fills `pairs`
+    # So many that either kind of rejected answer alone fills `pairs`: each is half of them, give or take chance.
+    files.write_unlabeled(pictures, 2 * pairs + max(200, int(6 * pairs**0.5)), seed)
     files.write_instructions(instruct, recipe.num_instructions(pairs), seed)
     recipe.make_pairs(model, pictures, folder / "pairs.jsonl", seed)
-    for kind in ("pairs", "prompts", "corruptions"):
-        select_pairs(folder, kind)
+    for kind in ("prompts", "corruptions"):
+        select_pairs(folder, kind, pairs)
     for name, (changed, kind) in STAGE1.items():
-        recipe.stage1(model, folder / f"{kind}.json", pictures, folder / name, seed, pairs, **changed)
+        recipe.stage1(model, folder / f"{kind}.jsonl", pictures, folder / name, seed, pairs, **changed)
     for name, (before, plain) in STAGE2.items():
         recipe.stage2(model, before and folder / before, instruct, folder / name, seed, plain)
     for name in MEASURED:
@@ -71,7 +79,7 @@ def run_chain(model, folder, data, seed, pairs):
             recipe.evaluate(benchmark, model, folder / name, data, results, dar)
     for scale in SCALES:
         adapter = folder / scale_name(scale)
-        recipe.stage1(model, folder / "pairs.json", pictures, adapter, seed, round(scale * pairs), lr=SCALE_LR)
+        recipe.stage1(model, folder / "pairs.jsonl", pictures, adapter, seed, scaled(scale, pairs), lr=SCALE_LR)
         recipe.evaluate("toycaptions", model, adapter, data, results)
 
 
@@ -80,20 +88,19 @@ def run_base(model, folder, data):
         recipe.evaluate(benchmark, model, None, data, folder / "results", dar)
 
 
-def work(job, folder, *arguments):
-    """Runs a job in a process of its own; what the scripts print goes to its log."""
+def work(log, job, *arguments):
+    """Runs a job in a process of its own; what the scripts print goes to `log`."""
     torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "log.txt"
-    try:
-        with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
-            try:
-                job(*arguments)
-            except Exception:
-                traceback.print_exc()  # a bug; of what the scripts refuse they have said what is wrong
-                raise
-    except SystemExit:
-        raise InputError(f"a command of the study failed; what it said is at the end of {log}") from None
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            job(*arguments)
+        except InputError as error:
+            print(f"error: {error}")
+            sys.exit(1)
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def finished(folders):
@@ -101,43 +108,55 @@ def finished(folders):
     return sum(len([*f.glob("*/adapter_config.json"), *f.glob("results/*.scores.json")]) for f in folders)
 
 
+def run_jobs(jobs, total, processes):
+    """Runs all jobs, `processes` at a time. Returns the folders of those that failed; Ctrl-C ends all of them."""
+    context, there = multiprocessing.get_context("spawn"), finished(jobs)
+    progress = cli.Progress("study, steps", total - there, cli.Ranks(0, 1, torch.device("cpu")))
+    waiting, running, failed = list(jobs), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                folder = waiting.pop(0)
+                running[folder] = context.Process(target=work, args=(folder / "log.txt", *jobs[folder]), daemon=True)
+                running[folder].start()
+            multiprocessing.connection.wait([process.sentinel for process in running.values()], timeout=2)
+            if (now := finished(jobs)) > there:
+                progress.add(now - there)
+                there = now
+            for folder in [folder for folder, process in running.items() if not process.is_alive()]:
+                if running.pop(folder).exitcode:  # said at once; the other chains go on
+                    failed.append(folder)
+                    cli.warn(f"a chain of the study failed; what it said is at the end of {folder / 'log.txt'}")
+    finally:
+        for process in running.values():
+            process.terminate()
+    return failed
+
+
 def run(models, out, seeds, pairs, split, pictures, processes):
     if len({m.resolve().name for m in models}) < len(models):
         raise InputError("two of --model have the same name")
     settings = {"images": pairs, "split": split, "test_images": pictures}
     for model in models:
-        recipe.claim(out / model.resolve().name, settings | {"model": cli.fingerprint(model)})
+        recipe.claim(out / model.resolve().name, settings, model)
     print(f"drawing {pictures} pictures of the {split} split")
     data = out / split
     files.write_benchmark(data, split, pictures)
     jobs = {}  # folder: job and its arguments
     for model in models:
         folder = out / model.resolve().name / "base"
-        jobs[folder] = run_base, folder, model, folder, data
+        jobs[folder] = run_base, model, folder, data
     for model in models:
         for seed in seeds:
             folder = out / model.resolve().name / f"seed{seed}"
-            jobs[folder] = run_chain, folder, model, folder, data, seed, pairs
-
-    there, total = finished(jobs), len(models) * (len(BENCHMARKS) + STEPS * len(seeds))
-    print(f"{total} steps in {len(jobs)} chains, {there} of them done; see {out}/*/*/log.txt", flush=True)
-    progress = cli.Progress("study, steps", total - there, cli.Ranks(0, 1, torch.device("cpu")))
-    failed = set()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting = futures = [pool.submit(work, *job) for job in jobs.values()]
-        while waiting:
-            done, waiting = wait(futures, timeout=2)
-            if (now := finished(jobs)) > there:
-                progress.add(now - there)
-                there = now
-            for future in done - failed:
-                if error := future.exception():  # said at once; the other chains go on
-                    failed.add(future)
-                    cli.warn(str(error))
+            jobs[folder] = run_chain, model, folder, data, seed, pairs
+    total = len(models) * (len(BENCHMARKS) + STEPS * len(seeds))
+    print(f"{total} steps in {len(jobs)} chains, {finished(jobs)} of them done; see {out}/*/*/log.txt", flush=True)
+    failed = run_jobs(jobs, total, processes)
     if failed:
         raise InputError(f"{len(failed)} of {len(jobs)} chains failed; the same command goes on with what is missing")
     result = settings | {"seeds": list(seeds), "models": {}}
-    result["scales"] = {scale_name(scale): round(scale * pairs) for scale in SCALES}
+    result["scales"] = {scale_name(scale): scaled(scale, pairs) for scale in SCALES}
     for model in models:
         folder = out / model.resolve().name
         result["models"][folder.name] = collect(folder, seeds)

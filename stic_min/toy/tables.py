@@ -4,10 +4,10 @@ A figure is a mean over seeds ± its sample standard deviation (none where all s
 between two models of the same seed, and its sign is counted over the seeds.
 """
 
-import json
+from html import escape
 from statistics import mean, stdev
 
-from stic_min.toy import world
+from stic_min.toy.files import write_json, write_text
 
 ROWS = {
     "base": "base",
@@ -72,18 +72,17 @@ def claims_table(models):
         cells = []
         for variants in models.values():
             differences = [x[value_a] - y[value_b] for x, y in zip(variants[a], variants[b])]
-            agree = sum(d * sign > 0 for d in differences)
-            cells += [spread(differences, signed=True), f"{agree} of {len(differences)}"]
+            agree = f"{sum(d * sign > 0 for d in differences)} of {len(differences)}"
+            cells += [spread(differences, signed=True), "one base" if a == b == "base" else agree]
         rows.append([kind, text, "−" if sign < 0 else "+", *cells])
     return markdown(["", "claim", "sign", *(cell for name in models for cell in (name, "seeds that agree"))], rows)
 
 
 def types_table(variants):
     columns = [("base", "direct"), ("base", "dar"), ("stic", "direct"), ("stic", "dar"), ("plain", "direct")]
-    rows = [
-        [kind, *(spread([v[f"{mode} {kind}"] for v in variants[name]]) for name, mode in columns)]
-        for kind in sorted(world.QUESTIONS)
-    ]
+    kinds = [key.removeprefix("direct ") for key in variants["base"][0] if key.startswith("direct ")]
+    cells = lambda kind: (spread([v[f"{mode} {kind}"] for v in variants[name]]) for name, mode in columns)
+    rows = [[kind, *cells(kind)] for kind in kinds]
     return markdown(["question", "base", "base, DaR", "STIC", "STIC, DaR", "continued SFT"], rows)
 
 
@@ -92,7 +91,7 @@ def scale_table(scales, variants):
         [f"{n:,}", *(spread([v[key] for v in variants[name]]) for key in ("f1", "chair_i", "signature"))]
         for name, n in scales.items()
     ]
-    return markdown(["pairs", "F1", "CHAIR_i ↓", "absent signature objects ↓"], rows)
+    return markdown(["pairs, at half the learning rate", "F1", "CHAIR_i ↓", "absent signature objects ↓"], rows)
 
 
 # ---------------------------------------------------------------- plots, as SVG
@@ -103,7 +102,7 @@ FONT = 'font-family="system-ui, sans-serif" font-size="13"'
 
 def text(x, y, words, anchor="middle", **more):
     more = " ".join(f'{k.replace("_", "-")}="{v}"' for k, v in more.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {FONT} {more}>{words}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {FONT} {more}>{escape(words)}</text>'
 
 
 def frame(width, height, title, parts):
@@ -115,85 +114,74 @@ def frame(width, height, title, parts):
     )
 
 
-def axis(low, high, step, left, right, y_of, unit="%"):
+def axis(low, high, left, right, y_of):
+    """Lines and numbers at every 5 %."""
     parts = []
-    for i in range(round((high - low) / step) + 1):
-        value = low + i * step
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y_of(value):.1f}" y2="{y_of(value):.1f}" stroke="#ddd"/>')
-        parts.append(
-            text(
-                left - 8,
-                y_of(value) + 4,
-                f"{value:g}{unit if i == round((high - low) / step) else ''}",
-                "end",
-                fill="#555",
-            )
-        )
+    for value in range(low, high + 1, 5):
+        y = y_of(value)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        parts.append(text(left - 8, y + 4, f"{value}{'%' if value == high else ''}", "end", fill="#555"))
     return parts
+
+
+def scale(values, top, bottom):
+    """Bounds in whole fives around the values, and the function that puts a value on the page."""
+    low, high = int(min(values) // 5 * 5) - 5, int(-(-max(values) // 5) * 5)
+    return low, high, lambda value: bottom - (value - low) / (high - low) * (bottom - top)
 
 
 def scale_plot(result):
     """Figure 7: F1 of the captions against the number of pairs, a dot a seed and a line through the means."""
-    scales, width, height, left, right, top, bottom = result["scales"], 640, 380, 60, 470, 45, 320
-    all_values = [v["f1"] for variants in result["models"].values() for name in scales for v in variants[name]]
-    all_values += [variants["base"][0]["f1"] for variants in result["models"].values()]
-    low, high = min(all_values) // 5 * 5, 100
+    scales, models, left, right = result["scales"], result["models"], 60, 600
+    top = 60 + 20 * len(models)
+    bottom = top + 260
+    rows = [v["f1"] for variants in models.values() for name in ("base", *scales) for v in variants[name]]
+    low, high, y_of = scale(rows, top, bottom)
     x_of = lambda i: left + 30 + i * (right - left - 60) / (len(scales) - 1)
-    y_of = lambda v: bottom - (v - low) / (high - low) * (bottom - top)
-    parts = axis(low, high, 5, left, right, y_of)
+    parts = axis(low, high, left, right, y_of)
     parts += [text(x_of(i), bottom + 22, f"{n:,}") for i, n in enumerate(scales.values())]
-    parts.append(text((left + right) / 2, bottom + 46, "preference pairs in stage 1"))
-    for (model, variants), color in zip(result["models"].items(), COLORS):
+    below = "preference pairs in stage 1 (at half the learning rate of the tables)"
+    parts.append(text((left + right) / 2, bottom + 46, below))
+    for number, (model, variants) in enumerate(models.items()):
+        color, y = COLORS[number % len(COLORS)], 48 + 20 * number
+        parts.append(f'<line x1="{left}" x2="{left + 30}" y1="{y}" y2="{y}" stroke="{color}" stroke-width="2.5"/>')
+        parts.append(text(left + 38, y + 4, f"after stage 1 on {model}; dashed: before", "start"))
         means = [mean(v["f1"] for v in variants[name]) for name in scales]
         points = " ".join(f"{x_of(i):.1f},{y_of(m):.1f}" for i, m in enumerate(means))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-        parts += [
-            f'<circle cx="{x_of(i):.1f}" cy="{y_of(v["f1"]):.1f}" r="3" fill="{color}" fill-opacity="0.5"/>'
-            for i, name in enumerate(scales)
-            for v in variants[name]
-        ]
+        for i, name in enumerate(scales):
+            parts += [f'<circle cx="{x_of(i):.1f}" cy="{y_of(v["f1"]):.1f}" r="3" fill="{color}" fill-opacity="0.5"/>'
+                      for v in variants[name]]  # fmt: skip
         base = y_of(variants["base"][0]["f1"])
-        parts.append(
-            f'<line x1="{left}" x2="{right}" y1="{base:.1f}" y2="{base:.1f}" stroke="{color}" stroke-dasharray="5 4"/>'
-        )
-        parts.append(text(right + 8, y_of(means[-1]) + 4, f"stage 1 on {model}", "start", fill=color))
-        parts.append(text(right + 8, base + 4, f"{model} itself", "start", fill=color))
-    return frame(width, height, "Objects in captions, F1: more pairs, better captions", parts)
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{base:.1f}" y2="{base:.1f}" stroke="{color}" '
+                     'stroke-dasharray="5 4"/>')  # fmt: skip
+    return frame(right + 40, bottom + 60, "Objects in captions, F1: more pairs, better captions", parts)
 
 
 def stages_plot(result):
     """Figure 6 and Table 2: accuracy on questions of base, stage 1 and STIC, direct and with DaR; a dot a seed."""
-    names, modes = ("base", "stage1", "stic"), (("direct", "direct"), ("dar", "describe, then respond"))
-    models, width, height, top, bottom, left = result["models"], 120 + 300 * len(result["models"]), 380, 75, 310, 60
-    values = [v[mode] for variants in models.values() for name in names for v in variants[name] for mode, _ in modes]
-    low, high = min(values) // 5 * 5 - 5, -(-max(values) // 5) * 5
-    y_of = lambda v: bottom - (v - low) / (high - low) * (bottom - top)
-    parts = axis(low, high, 5, left, width - 30, y_of)
-    for k, (_, label) in enumerate(modes):
-        parts.append(f'<rect x="{left + 10 + 110 * k}" y="38" width="14" height="14" fill="{COLORS[k]}"/>')
-        parts.append(text(left + 30 + 110 * k, 50, label, "start"))
+    labels, modes = {"base": "base", "stage1": "stage 1", "stic": "STIC"}, {"direct": "direct", "dar": "with DaR"}
+    models, top, bottom, left = result["models"], 80, 320, 60
+    width = left + 30 + 310 * len(models)
+    values = [v[mode] for variants in models.values() for name in labels for v in variants[name] for mode in modes]
+    low, high, y_of = scale(values, top, bottom)
+    parts = axis(low, high, left, width - 20, y_of)
+    for k, label in enumerate(modes.values()):
+        parts.append(f'<rect x="{left + 10 + 90 * k}" y="38" width="14" height="14" fill="{COLORS[k]}"/>')
+        parts.append(text(left + 30 + 90 * k, 50, label, "start"))
     for m, (model, variants) in enumerate(models.items()):
-        for i, name in enumerate(names):
-            for k, (mode, _) in enumerate(modes):
-                x, own = left + 30 + 300 * m + 90 * i + 32 * k, [v[mode] for v in variants[name]]
+        for i, (name, label) in enumerate(labels.items()):
+            center = left + 60 + 310 * m + 95 * i
+            for k, mode in enumerate(modes):
+                own, x = [v[mode] for v in variants[name]], center - 36 + 38 * k
                 y = y_of(mean(own))
-                parts.append(
-                    f'<rect x="{x}" y="{y:.1f}" width="28" height="{bottom - y:.1f}" fill="{COLORS[k]}" '
-                    'fill-opacity="0.75"/>'
-                )
-                parts += [f'<circle cx="{x + 14}" cy="{y_of(v):.1f}" r="2.5" fill="#222"/>' for v in own]
-                parts.append(
-                    text(x + 14, min(y, *(y_of(v) for v in own)) - 6, f"{mean(own):.1f}", font_size_adjust="none")
-                )
-            parts.append(
-                text(
-                    left + 60 + 300 * m + 90 * i,
-                    bottom + 20,
-                    {"base": "base", "stage1": "stage 1", "stic": "STIC"}[name],
-                )
-            )
-        parts.append(text(left + 150 + 300 * m, bottom + 44, model, fill="#555"))
-    return frame(width, height, "Questions answered right (axis does not start at 0)", parts)
+                parts.append(f'<rect x="{x}" y="{y:.1f}" width="34" height="{bottom - y:.1f}" fill="{COLORS[k]}" '
+                             'fill-opacity="0.75"/>')  # fmt: skip
+                parts += [f'<circle cx="{x + 17}" cy="{y_of(v):.1f}" r="2.5" fill="#222"/>' for v in own]
+                parts.append(text(x + 17, y_of(max(own)) - 7, f"{mean(own):.1f}"))
+            parts.append(text(center, bottom + 20, label))
+        parts.append(text(left + 155 + 310 * m, bottom + 42, model, fill="#555"))
+    return frame(width, bottom + 60, "Questions answered right (the axis does not start at 0)", parts)
 
 
 def write(out, result):
@@ -207,8 +195,8 @@ def write(out, result):
         parts += [f"**{name}**", main_table(variants), types_table(variants), scale_table(result["scales"], variants)]
     parts += ["**Paired differences**", claims_table(result["models"])]
     report = "\n\n".join(parts) + "\n"
-    (out / "study.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "study.md").write_text(report)
-    (out / "pairs.svg").write_text(scale_plot(result))
-    (out / "stages.svg").write_text(stages_plot(result))
+    write_json(out / "study.json", result)
+    write_text(out / "study.md", report)
+    write_text(out / "pairs.svg", scale_plot(result))
+    write_text(out / "stages.svg", stages_plot(result))
     print(f"{report}\nwrote study.json, study.md, pairs.svg and stages.svg to {out}")

@@ -309,7 +309,7 @@ def some_questions(scene, rng, weight_by_text, progress):
 
 
 def question_record(scene, rng, progress=1.0):
-    """Questions about the picture alone. These, of the train split, are also what stage 2 re-uses."""
+    """Questions about the picture alone; stage 2 trains on such records too."""
     return True, some_questions(scene, rng, 0.05, progress)
 
 
