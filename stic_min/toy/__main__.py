@@ -27,15 +27,17 @@ def main():
     parser.add_argument("--model", metavar="DIR", action="append", type=Path,
                         help="base model (default: the project's own); for a study it may be given again")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of pictures and all the rest; a study's first")
-    parser.add_argument("--images", type=cli.positive, default=1000,
+    parser.add_argument("--images", type=cli.positive, default=1000, metavar="N",
                         help="pairs that stage 1 trains on, a picture each; half as many instructions")
     parser.add_argument("--test-images", type=cli.positive, metavar="N",
                         help="pictures to evaluate on (default: 300, in the study 1000)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="(default: toy-run, or toy-study)")
     group = parser.add_argument_group("study")
-    group.add_argument("--seeds", type=cli.positive, help="how many, each with pictures of its own (default: 5)")
+    group.add_argument("--seeds", type=cli.positive, metavar="N",
+                       help="how many, each with pictures of its own (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
-    group.add_argument("--processes", type=cli.positive, help="chains at a time, a core each (default: all cores)")
+    group.add_argument("--processes", type=cli.positive, metavar="N",
+                       help="chains at a time, a core each (default: all cores)")
     args = parser.parse_args()
     models = args.model or [recipe.BASE]
     if args.command == "demo" and (len(models) > 1 or args.seeds or args.split or args.processes):

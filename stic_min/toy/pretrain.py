@@ -3,8 +3,8 @@
   python -m stic_min.toy.pretrain --seed 0 --out stic_min/toy/llava-toy
 
 1. a sentencepiece model whose pieces are the words of the toy world and of STIC's prompts;
-2. the ViT, supervised on what is in each cell (end to end from scratch it does not ground);
-3. projector and decoder on captions, questions and readings (world.record), the ViT frozen as in LLaVA.
+2. the ViT, supervised on what is in each cell;
+3. projector and decoder on captions, questions and readings (world.record), the ViT frozen, as in LLaVA.
 
 Writes an ordinary LLaVA folder in bf16, and pretrain.json: seed, command, time, losses and scores on dev scenes.
 """
