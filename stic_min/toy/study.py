@@ -98,6 +98,8 @@ def work(log, job, *arguments):
         except InputError as error:
             print(f"error: {error}")
             sys.exit(1)
+        except KeyboardInterrupt:
+            sys.exit(130)
         except Exception:
             traceback.print_exc()
             sys.exit(1)
