@@ -72,12 +72,16 @@ def demo(tmp_path_factory):
 
 
 def test_demo_lowers_hallucination(demo):
-    """300 pairs already do: a change to the loss or to the pairs that breaks this is felt here."""
+    """300 pairs already do: a change to the loss or to the pairs that breaks this is felt here.
+
+    Three seeds lowered CHAIR_i by 14 to 15 points; by 7 where the rejected answer was one more good one, and the other
+    way with the loss's sign turned.
+    """
     _, out = demo
     base, stage1, stic = json.loads((out / "table.json").read_text())
     key = next(k for k in base if "CHAIR_i" in k)
-    assert stage1[key] < base[key] - 5
-    assert stic[key] < base[key] - 5
+    assert stage1[key] < base[key] - 11
+    assert stic[key] < base[key] - 11
 
 
 def test_demo_prints_commands_that_run(demo):
