@@ -291,9 +291,9 @@ def ask(scene, kind, rng):
 # ---------------------------------------------------------------- the base's training data
 # A record is whether the picture is shown, and a list of turns [(user, answer), ...].
 
-# When each lesson starts, as a fraction of the training. Looking one thing up comes first: with everything at once, 47 %
-# of the color questions were answered after 1,200 steps, and of the others no more than by guessing; with color and
-# place alone to learn, 98 % after 500.
+# When each lesson starts, as a fraction of the training. Looking one thing up comes first: with everything at once,
+# 47 % of the color questions were answered after 1,200 steps, and of the others no more than by guessing; with color
+# and place alone to learn, 98 % after 500.
 LESSONS = {"color": 0.0, "place": 0.0, "existence": 0.16, "choice": 0.16, "captions": 0.27, "count": 0.27,
            "relation": 0.27, "reading": 0.4, "row": 0.4, "neighbor": 0.4}  # fmt: skip
 TURNS = 6
