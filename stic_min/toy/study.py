@@ -2,8 +2,8 @@
 
 A chain is one base model and one seed: pictures of its own, pairs, every variant of training, every evaluation. What is
 there is not made again, so the same command resumes. Chains run side by side, one single-threaded process each, and
-write what the scripts print to their log.txt. The settings are those of recipe.py; they were tuned on the dev split
-before the test split was looked at.
+write what the scripts print to their log.txt. The settings are those of recipe.py; they and the world were fixed,
+on the dev split, before the test split was looked at.
 """
 
 import json
