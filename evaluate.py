@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from stic_min import InputError, cli, sampler
-from stic_min.data import Output, read_records, subset
+from stic_min.files import Output, read_records, subset
 from stic_min.images import image_path, open_image
 from stic_min.loader import load_llava
 from stic_min.scorers import scienceqa, toy_captions, toy_vqa

@@ -16,7 +16,8 @@ import random
 from pathlib import Path
 
 from stic_min import InputError, cli, sampler
-from stic_min.data import Output, image_records, parse_instruction, subset
+from stic_min.data import image_records, parse_instruction
+from stic_min.files import Output, subset
 from stic_min.images import corrupt, image_path, list_images, open_image
 from stic_min.loader import load_llava
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image

@@ -13,7 +13,8 @@ import math
 import torch
 
 from stic_min import InputError, cli, lora, training
-from stic_min.data import pair_item, read_pairs, subset
+from stic_min.data import pair_item, read_pairs
+from stic_min.files import subset
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 
 

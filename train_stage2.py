@@ -13,7 +13,8 @@ again resumes a run that was stopped.
 import argparse
 
 from stic_min import cli, training
-from stic_min.data import instruction_item, read_infused, subset
+from stic_min.data import instruction_item, read_infused
+from stic_min.files import subset
 from stic_min.loss import sft_loss
 
 

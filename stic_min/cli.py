@@ -90,7 +90,7 @@ def model_options(args, ranks):
 
 
 def run_settings(args, llava):
-    """What an output file was made with, for `data.Output`. Folders count by what is in them, not by their name."""
+    """What an output file was made with, for `files.Output`. Folders count by what is in them, not by their name."""
     return {
         "model": Path(args.model).resolve().name,
         "adapter": args.adapter and Path(args.adapter).resolve().name,

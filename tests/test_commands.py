@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 import generate_pairs
 from stic_min import InputError, data, lora, sampler, training
+from stic_min.files import subset
 from stic_min.images import corrupt, open_image
 from stic_min.llava import collate
 from stic_min.loader import load_llava
@@ -245,7 +246,7 @@ def test_some_pictures_only(runs, tmp_path):
     assert lines(tmp_path / "named.jsonl") == [whole["scene_06.png"], whole["scene_02.png"]]
     call(*runs.commands["pairs"], "--out", tmp_path / "few.jsonl", "--limit", 3)
     names = [pair["image"] for pair in lines(tmp_path / "few.jsonl")]
-    assert names == data.subset(sorted(whole), 3, seed=0) and lines(tmp_path / "few.jsonl") == [whole[n] for n in names]
+    assert names == subset(sorted(whole), 3, seed=0) and lines(tmp_path / "few.jsonl") == [whole[n] for n in names]
 
 
 def test_top_p_is_used(runs, tmp_path):

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from stic_min import InputError, data
+from stic_min import InputError, data, files
 from stic_min.cli import Ranks
 from stic_min.llava import collate
 from stic_min.loader import load_llava
 from stic_min.text import IMAGE
 from stic_min.training import micro_batches, rate
 
-names = lambda path: [record["image"] for _, record in data.read_records(path)]
+names = lambda path: [record["image"] for _, record in files.read_records(path)]
 talk = lambda *turns: [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
 
 
@@ -208,15 +208,15 @@ def test_rate():
 
 def test_subset():
     items = [f"{i:03}" for i in range(100)]
-    chosen = data.subset(items, 10, seed=1)
-    assert len(set(chosen)) == 10 and chosen == sorted(chosen) and set(chosen) <= set(data.subset(items, 20, seed=1))
-    assert chosen == data.subset(items, 10, seed=1) != data.subset(items, 10, seed=2)
-    assert data.subset(items, None, 1) == data.subset(items, 100, 1) == data.subset(items, 101, 1) == items
+    chosen = files.subset(items, 10, seed=1)
+    assert len(set(chosen)) == 10 and chosen == sorted(chosen) and set(chosen) <= set(files.subset(items, 20, seed=1))
+    assert chosen == files.subset(items, 10, seed=1) != files.subset(items, 10, seed=2)
+    assert files.subset(items, None, 1) == files.subset(items, 100, 1) == files.subset(items, 101, 1) == items
 
 
 def output(path, rank=0, world=1, **settings):
     ranks = SimpleNamespace(rank=rank, world=world, first=rank == 0, barrier=lambda: None)  # here one after another
-    return data.Output(path, "image", {"model": "M", "seed": 0} | settings, ranks)
+    return files.Output(path, "image", {"model": "M", "seed": 0} | settings, ranks)
 
 
 def test_output_after_a_kill(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from stic_min import InputError
-from stic_min.data import read_records
+from stic_min.files import read_records
 from stic_min.loader import load_llava
 from stic_min.toy import pretrain, recipe, study, tables, world
 

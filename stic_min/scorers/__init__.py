@@ -1,9 +1,40 @@
-"""The benchmarks' protocols, one file each: prompts, parsing and scores. No model code is imported here."""
+"""The benchmarks' protocols, one file each: prompts, parsing and scores. No model code is imported here.
+
+Every module has
+  load(data)          the official files in the folder `data` -> questions, a dict each: question_id; image, a path
+                      relative to `data`, or None; text, all that follows <image>; prompt, what is recorded, where that
+                      is not <image> and text; and what scoring needs
+  score(questions, answers, ...)   answers are records {"question_id", "prompt", "text"}. Returns numbers: `score` in
+                      percent with its 95 % `interval` and `n`, and `groups`, the same for parts of the questions
+  report(scores)      the numbers as lines of text
+and where it applies
+  RULES, score(..., rule=)         two official scorers differ; the first rule is the default
+  read_answers(path), official(questions, answers)   answers as the benchmark's own tools exchange them, in and out
+  judge(...), read_judged(paths), judged_files(judged)   what a judge model is asked; its verdicts as they are published
+"""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
+
 from stic_min import InputError
+
+# ---------------------------------------------------------------- files in
+
+
+def read_json(path, kind=dict):
+    """The JSON value in a file. Raises InputError naming it if it is missing, not JSON, or no `kind`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: is not a JSON {'object' if kind is dict else 'list'}")
+    return value
 
 
 def read_entries(path, form, key=None):
@@ -11,15 +42,10 @@ def read_entries(path, form, key=None):
 
     form: {field: type} that every entry has to have; other fields are left out. Raises InputError naming the file.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        entries = content[key] if key else content
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is not JSON ({error})") from None
-    except (KeyError, TypeError):
-        raise InputError(f"{path}: has no {key!r}") from None
+    content = read_json(path, dict if key else list)
+    if key and key not in content:
+        raise InputError(f"{path}: has no {key!r}")
+    entries = content[key] if key else content
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: is not a list with something in it")
     for number, entry in enumerate(entries):
@@ -29,20 +55,62 @@ def read_entries(path, form, key=None):
     return [{field: entry[field] for field in form} for entry in entries], content
 
 
-def match_answers(name, questions, answers):
-    """{question id: record} of an answers file, checked against its questions.
+def match_answers(name, questions, answers, complete=False):
+    """{question id as text: record} of an answers file, checked against its questions.
 
-    Raises InputError: no questions, a repeated id, an answer to no question, a record without text.
+    Raises InputError: no questions, a repeated id, an answer to no question, a record without text; if `complete`,
+    a question without an answer.
     """
-    ids, records = {q["question_id"] for q in questions}, {}
+    ids, records = {str(q["question_id"]) for q in questions}, {}
     if not questions or len(ids) != len(questions):
         raise InputError(f"{name}: " + ("a question id is repeated" if questions else "no questions"))
     for record in answers:
         qid = str(record.get("question_id"))
         if qid not in ids or qid in records:
-            fault = "repeated" if qid in ids else "no question's id"
+            fault = "repeated" if qid in ids else "no question's id (an answers file for another split?)"
             raise InputError(f"{name} answers: {qid!r} is {fault}")
         if not isinstance(record.get("text"), str):
             raise InputError(f"{name} answers: {qid!r} has no 'text'")
         records[qid] = record
+    if complete and len(records) < len(ids):
+        without = [q["question_id"] for q in questions if str(q["question_id"]) not in records]
+        raise InputError(f"{name}: {len(without)} of {len(ids)} questions have no answer, the first is {without[0]!r}")
     return records
+
+
+# ---------------------------------------------------------------- figures with their 95 % intervals
+
+
+def share(hits):
+    """[bool] -> {"score", "interval", "n", "correct"}, in percent; Wilson's interval, which never leaves [0, 100]."""
+    n, correct, z = len(hits), sum(map(bool, hits)), 1.959963984540054
+    p, middle = correct / n, (correct + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(n * p * (1 - p) + z * z / 4)
+    return {"score": 100 * p, "interval": [100 * max(middle - half, 0), 100 * min(middle + half, 1)],
+            "n": n, "correct": correct}  # fmt: skip
+
+
+def bootstrap(rows, statistic=None, samples=2000):
+    """Percentile interval of `statistic` over items drawn anew with replacement, the same for the same rows.
+
+    rows: (n,) or (n, k) numbers, one row an item. statistic: (m, n, k) -> (m,); by default the mean of (m, n).
+    Returns [low, high].
+    """
+    rows, generator = np.asarray(rows, dtype=np.float64), np.random.default_rng(0)
+    statistic, values = statistic or (lambda drawn: drawn.mean(1)), []
+    for start in range(0, samples, 100):  # 100 at a time: 5,000 questions 2,000 times over would take gigabytes
+        drawn = generator.integers(0, len(rows), (min(100, samples - start), len(rows)))
+        values.append(statistic(rows[drawn]))
+    return np.percentile(np.concatenate(values), [2.5, 97.5]).tolist()
+
+
+def mean(values):
+    """[number in 0..1] -> {"score", "interval", "n"}, in percent, with a bootstrap interval."""
+    return {"score": 100 * sum(values) / len(values), "interval": bootstrap(100 * np.asarray(values, float)),
+            "n": len(values)}  # fmt: skip
+
+
+def figure(scores):
+    """`71.6 [69.6, 73.6]` of an entry with `score` and `interval`."""
+    low, high = scores["interval"]
+    return f"{scores['score']:.1f} [{low:.1f}, {high:.1f}]"

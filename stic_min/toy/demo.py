@@ -1,6 +1,6 @@
 """The whole recipe once, on the toy world: draws pictures, runs the four scripts, and ends in a table and a page."""
 
-from stic_min.data import read_records
+from stic_min.files import read_records
 from stic_min.scorers import toy_captions
 from stic_min.toy import files, recipe, sheet
 

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import torch
 
 from stic_min import InputError, cli
-from stic_min.data import read_records
+from stic_min.files import read_records
 from stic_min.toy import files, recipe, tables
 
 # name: what its stage 1 changes, and which pairs it takes

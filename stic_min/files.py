@@ -1,0 +1,147 @@
+"""JSON lines in and out: reading what others wrote, and output files that survive a kill. No model code."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+from stic_min import InputError
+
+# ---------------------------------------------------------------- files in
+
+
+def read_records(path):
+    """A JSON list or JSON lines of objects -> [(where, object)], `where` names file and record for messages."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    if text.lstrip().startswith("["):
+        try:
+            records = [(f"{path}, record {i}", value) for i, value in enumerate(json.loads(text))]
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+    else:
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    records.append((f"{path}, line {number}", json.loads(line)))
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number}: not JSON ({error})") from None
+    for where, value in records:
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: not a JSON object")
+    if not records:
+        raise InputError(f"{path}: empty")
+    return records
+
+
+def field(record, key, where):
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: no {key}")
+    check_text(value, f"{where}: {key}")
+    return value
+
+
+def check_text(text, where):
+    """JSON can hold halves of surrogate pairs, which neither sentencepiece nor a UTF-8 file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} {ascii(text)[:60]} is not valid Unicode") from None
+
+
+def subset(items, limit, seed):
+    """A random subset of `limit` items in their order (None: all). A smaller limit gives a part of a larger one's."""
+    chosen = list(range(len(items)))
+    random.Random(seed).shuffle(chosen)
+    return [items[i] for i in sorted(chosen[:limit])]
+
+
+# ---------------------------------------------------------------- files out
+
+
+class Output:
+    """JSON lines that survive a kill at any moment; a restart skips what is there.
+
+    Every rank appends whole lines to a file of its own (the only rank to `path` itself); `finish` puts them together in
+    the order of `keys`, written beside and renamed. `settings` goes into each record, and a file made with others is
+    refused rather than mixed.
+    """
+
+    def __init__(self, path, key, settings, ranks):
+        self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
+        if self.path.is_dir():
+            raise InputError(f"--out {path} is a folder, it has to name a file")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for file in [self.path, *self.parts()]:  # on every rank, so that all of them end if one is not ours
+            self.read(file)
+        ranks.barrier()
+        if ranks.first:
+            self.merge([])  # what an earlier run, of any number of ranks, left behind
+        ranks.barrier()
+        self.done = {record[key]: record for record in self.read(self.path)}
+        self.own = self.path if ranks.world == 1 else self.part(ranks.rank)
+
+    def part(self, rank):
+        return self.path.with_name(f"{self.path.name}.part{rank}")
+
+    def parts(self):
+        pattern = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        return sorted(p for p in self.path.parent.iterdir() if pattern.fullmatch(p.name))
+
+    def read(self, path):
+        """Records of one file; a last line that a kill cut off is dropped."""
+        if not path.is_file():
+            return []
+        lines = path.read_bytes().split(b"\n")[:-1]
+        records = []
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                found = {name: record.get(name) for name in self.settings} | {self.key: record[self.key]}
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise InputError(f"{path}, line {number}: not a line that this command writes") from None
+            for name, value in self.settings.items():
+                if found[name] != value:
+                    raise InputError(
+                        f"{path} was made with {name} {found[name]!r}, this run has {value!r}; "
+                        "name another --out, or delete it"
+                    )
+            records.append(record)
+        return records
+
+    def append(self, record):
+        record = record | self.settings
+        with open(self.own, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.done[record[self.key]] = record
+
+    def merge(self, keys):
+        """Puts `path` and all part files together in `path`, records of `keys` first and in their order."""
+        parts = self.parts()
+        records = {r[self.key]: r for path in [self.path, *parts] for r in self.read(path)}
+        wanted = set(keys)
+        ordered = [records[k] for k in keys if k in records]
+        ordered += [r for k, r in records.items() if k not in wanted]
+        if ordered or self.path.is_file():
+            beside = self.path.with_name(self.path.name + ".new")
+            with open(beside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+        for part in parts:
+            part.unlink()
+        return records
+
+    def finish(self, keys):
+        """After the last record of every rank. Returns the records of `keys`, on the first rank only."""
+        self.ranks.barrier()
+        records = self.merge(keys) if self.ranks.first else {}
+        return [records[k] for k in keys if k in records]
