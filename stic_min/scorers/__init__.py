@@ -67,7 +67,7 @@ def match_answers(name, questions, answers, complete=False):
     for record in answers:
         qid = str(record.get("question_id"))
         if qid not in ids or qid in records:
-            fault = "repeated" if qid in ids else "no question's id (an answers file for another split?)"
+            fault = "repeated" if qid in ids else "no question's id"
             raise InputError(f"{name} answers: {qid!r} is {fault}")
         if not isinstance(record.get("text"), str):
             raise InputError(f"{name} answers: {qid!r} has no 'text'")
