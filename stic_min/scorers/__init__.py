@@ -42,8 +42,8 @@ def read_entries(path, form, key=None):
 
     form: {field: type} that every entry has to have; other fields are left out. Raises InputError naming the file.
     """
-    content = read_json(path, dict if key else list)
-    if key and key not in content:
+    content = read_json(path, object)
+    if key and (not isinstance(content, dict) or key not in content):
         raise InputError(f"{path}: has no {key!r}")
     entries = content[key] if key else content
     if not isinstance(entries, list) or not entries:
