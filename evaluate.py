@@ -1,148 +1,307 @@
-"""Benchmarks with and without describe-and-respond (DaR), and questions about one picture.
+"""The paper's seven benchmarks, direct and with describe-and-respond (DaR), and questions about one picture.
 
   python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/          direct
   python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/ --dar    describes first
   python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA      no model
+  python evaluate.py table results/                                        the paper's tables, as text and as a page
   python evaluate.py ask --model M --adapter runs/stage2 --image pic.jpg "What is in the picture?"
   torchrun --nproc_per_node=4 evaluate.py scienceqa ...      the questions shared out over four GPUs
 
-Answers are greedy and go to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl, one line each, written at once; the same
-command again skips what is there. The paper's numbers were made with --template vicuna_v1 and anyres.
+Answers are greedy and go to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl, one line each, written at once; descriptions
+to ...-dar.descriptions.jsonl, one a picture; scores to .scores.json. The same command again skips what is there.
+MM-Vet and LLaVA-Bench need a judge model, MathVista and MMBench are better with one: --judge asks it over the network.
+The paper's numbers were made with --preset released (Vicuna's template; on MMBench the describer is blind) and anyres.
 """
 
 import argparse
+import io
 import json
 import os
 from pathlib import Path
 
-from stic_min import InputError, cli, sampler
+from stic_min import InputError, cli, report
 from stic_min.files import Output, read_records, subset
 from stic_min.images import image_path, open_image
-from stic_min.loader import load_llava
-from stic_min.scorers import scienceqa, toy_captions, toy_vqa
-from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, infused, with_image, without_marks
+from stic_min.scorers import (
+    chartqa,
+    llavabench,
+    mathvista,
+    mmbench,
+    mmvet,
+    published,
+    scienceqa,
+    textvqa,
+    toy_captions,
+    toy_vqa,
+)
+from stic_min.scorers.judge import Judge
+from stic_min.text import TEMPLATES, infused, with_image, without_marks
 
-SCORERS = {"scienceqa": scienceqa, "toycaptions": toy_captions, "toyvqa": toy_vqa}
+SCORERS = {
+    "scienceqa": scienceqa,
+    "textvqa": textvqa,
+    "chartqa": chartqa,
+    "llavabench": llavabench,
+    "mmbench": mmbench,
+    "mmvet": mmvet,
+    "mathvista": mathvista,
+    "toycaptions": toy_captions,
+    "toyvqa": toy_vqa,
+}
+DESCRIPTION_TOKENS = 1024
+JUDGED = [name for name, scorer in SCORERS.items() if hasattr(scorer, "judge")]
+RULED = [name for name, scorer in SCORERS.items() if hasattr(scorer, "RULES")]
 
 
-# ---------------------------------------------------------------- answering
+# ---------------------------------------------------------------- questions
 
 
-def ask(llava, names, texts, pictures, args, purpose):
-    """One sample for each user text (with its <image> marks) about its pictures -> list[str]. Seeds go by name."""
-    samples = sampler.sample(
-        llava,
-        [TEMPLATES[llava.config.template].prompt(text) for text in texts],
-        pictures,
-        [sampler.row_seed(args.seed, purpose, name) for name in names],
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
+def questions_of(args, benchmark):
+    """The benchmark's questions, or --limit of them: whole groups, where a question comes in several orders."""
+    scorer = SCORERS[benchmark]
+    suffix = {"suffix": args.suffix} if benchmark == "chartqa" and "suffix" in args else {}
+    questions = scorer.load(args.data, **suffix)
+    if args.command == benchmark and not any(q["image"] for q in questions):
+        raise InputError(f"{args.data}: not a question in it has a picture")
+    group = lambda q: q.get("group", q[key_of(scorer)])
+    chosen = set(subset(list(dict.fromkeys(map(group, questions))), args.limit, args.seed))
+    return [q for q in questions if group(q) in chosen]
+
+
+def key_of(scorer):
+    return getattr(scorer, "KEY", "question_id")  # of a question and of its line in the answers file
+
+
+def recorded(question):
+    """The prompt in the answers file. Never the description: scorers read it."""
+    if "prompt" in question:
+        return question["prompt"]
+    return with_image(question["text"]) if question["image"] else question["text"]
+
+
+def description_of(question, descriptions):
+    """Its picture's, or the one that a blind describer gave for all; None without a picture."""
+    if question["image"] is None:
+        return None
+    return descriptions.get("", descriptions.get(question["image"]))
+
+
+def open_picture(question, scorer, data):
+    """The question's picture in a list, an empty one if it has none. Raises InputError if it can't be read."""
+    if question["image"] is None:
+        return []
+    if "picture" in question:  # in the data file itself
+        opened = io.BytesIO(scorer.picture_bytes(question))
+        return [open_image(opened, f"of question {question['question_id']}")]
+    return [open_image(image_path(data, question["image"]))]
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def start_judge(args, scorer, stem):
+    """The judge that the flags name, with its replies in `stem`.judge.jsonl. Raises InputError without a key."""
+    if not (key := args.judge_key or os.environ.get("OPENAI_API_KEY")):
+        raise InputError("--judge needs the endpoint's key: set OPENAI_API_KEY, or give --judge-key")
+    texts = scorer.OWN_PROMPTS
+    if args.judge_prompts:
+        [(where, official)] = read_records(args.judge_prompts)
+        texts = official.get(scorer.PROMPTS)
+        for field in scorer.OWN_PROMPTS:
+            if not isinstance(texts, dict) or not isinstance(texts.get(field), str):
+                raise InputError(f"{where}: has no text {scorer.PROMPTS}.{field}")
+    return Judge(
+        args.judge_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
+        key,
+        args.judge_model or scorer.OFFICIAL_JUDGE,
+        f"{stem}.judge.jsonl",
+        texts=texts,
+        runs=args.judge_runs or getattr(scorer, "RUNS", 1),
+        timeout=args.judge_timeout,
+        progress=lambda total: cli.Progress("judge", total, cli.Ranks(0, 1, None)),
+        say=cli.warn,
     )
-    return [llava.tokenizer.decode(sample.ids) for sample in samples]
 
 
-def excess(llava, text, pictures, args):
-    """By how many tokens a user text with its pictures is too long, if an answer is to follow (of 128 at least)."""
-    prompt = TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures)))
-    room = llava.config.decoder.max_positions - min(args.max_new_tokens, 128)
-    return llava.prompt_length(prompt, pictures) - min(llava.config.max_length, room)
+def write(path, text):
+    beside = Path(f"{path}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
-def fit(llava, description, text, pictures, args):
-    """`description`, shortened from its end if with `text` it is too long for the model; None if nothing of it fits.
+def judge_of(args, scorer, questions, answers, stem):
+    """What --judged holds or --judge says -> (verdicts, a note on who gave them); (None, None) without either.
 
-    Decoding and encoding again may change the count, so it is cut until it fits.
+    Verdicts by our own wording of the judge's prompt go to files that say so: they don't compare with published ones.
     """
-    ids, whole = llava.tokenizer.encode(description), description
-    while (over := excess(llava, infused(description, text), pictures, args)) > 0 and ids:
-        ids = ids[:-over]
-        description = llava.tokenizer.decode(ids)
-    if description != whole:
-        cli.warn(f"a description is cut from {len(whole)} to {len(description)} characters to fit the model's sequence")
-    return description if over <= 0 else None
+    if args.judged and not hasattr(scorer, "read_judged"):
+        raise InputError("--judged: there are no published verdicts of that benchmark to read")
+    if args.judged:
+        own = any(".own-prompt." in Path(path).name for path in args.judged)
+        return scorer.read_judged(args.judged), {"files": args.judged, "comparable": not own}
+    if not args.judge:
+        return None, None
+    judge = start_judge(args, scorer, stem)
+    rule = {"rule": args.rule} if args.rule and scorer is mmbench else {}  # what goes unmatched depends on it
+    judged = scorer.judge(questions, answers, judge, **rule)
+    if hasattr(scorer, "judged_files"):
+        own = "" if args.judge_prompts else ".own-prompt"
+        for suffix, text in scorer.judged_files(judged).items():
+            write(f"{stem}{own}{suffix}", text)
+    note = {"model": judge.model, "served": sorted(judge.served), "official": scorer.OFFICIAL_JUDGE}
+    return judged, note | {"comparable": bool(args.judge_prompts)}
 
 
-def answer(llava, names, texts, images, pictures, args):
-    """texts (without <image>) about pictures[i] -> (answers, descriptions). With --dar the model describes first.
+def scores_of(args, benchmark, questions, answers, stem):
+    scorer, options = SCORERS[benchmark], {}
+    if benchmark not in JUDGED and (args.judge or args.judged):
+        raise InputError(f"{benchmark} has no judge")
+    if benchmark in JUDGED:
+        options["judged"], note = judge_of(args, scorer, questions, answers, stem)
+    if benchmark in RULED and args.rule:
+        if args.rule not in scorer.RULES:
+            raise InputError(f"--rule {args.rule}: {benchmark} has {' and '.join(scorer.RULES)}")
+        options["rule"] = args.rule
+    scores = scorer.score(questions, answers, **options)
+    return scores | ({"judge": note} if options.get("judged") is not None else {})
 
-    images[i] is the name of pictures[i]: questions about the same picture share its description.
-    PAPER vs RELEASED (E, see README.md): the release describes without <image>, so blind. Ours sees the picture.
-    """
-    descriptions, users = [None] * len(texts), list(texts)
-    if args.dar:
-        shown = {image: own for image, own in zip(images, pictures) if own}  # no picture: nothing to describe
-        prompts = [with_image(DESCRIBE_PROMPT, len(own)) for own in shown.values()]
-        described = dict(zip(shown, ask(llava, list(shown), prompts, list(shown.values()), args, "describe")))
-        for i in (i for i, own in enumerate(pictures) if own):
-            descriptions[i] = fit(llava, described[images[i]], texts[i], pictures[i], args)
-            if descriptions[i] is not None:
-                users[i] = infused(descriptions[i], texts[i])
-    users = [with_image(text, len(own)) for text, own in zip(users, pictures)]
-    return ask(llava, names, users, pictures, args, "answer"), descriptions
+
+def save(stem, settings, args, benchmark, questions, scores, descriptions):
+    """stem.scores.json: the settings, what item 1 was asked, the scores."""
+    first = questions[0]
+    description = description_of(first, descriptions)
+    text = first["text"] if description is None else infused(description, first["text"])
+    prompt = TEMPLATES[settings["template"]].prompt(with_image(text) if first["image"] is not None else text)
+    run = settings | {"benchmark": benchmark, "limit": args.limit, "prompt": prompt}
+    write(f"{stem}.scores.json", json.dumps(run | scores, indent=2, ensure_ascii=False) + "\n")
+
+
+def base_of(model):
+    """Which of the paper's base models a folder's name stands for."""
+    return "v1.5" if "1.5" in Path(model or "").name else "v1.6"
+
+
+def show(benchmark, scores, model):
+    """The scores as text, the published ones below if they can be compared."""
+    lines = [SCORERS[benchmark].report(scores)]
+    note = scores.get("judge")
+    if note and "model" in note:
+        by = ", ".join(note["served"]) or note["model"]
+        lines.append(f"judged by {by} (the official judge is {note['official']})")
+    if note and not note["comparable"]:
+        lines.append("not comparable with published numbers: the judge's prompt was our own wording (--judge-prompts)")
+    elif benchmark in published.BENCHMARKS:
+        rows = published.rows(benchmark, base_of(model))
+        lines += ["published:", *(f"  {label:<44}{value:>6}" for label, value in rows)]
+    print("\n".join(lines))
 
 
 # ---------------------------------------------------------------- commands
 
 
+def new_tokens(benchmark):
+    return getattr(SCORERS[benchmark], "MAX_NEW_TOKENS", 1024)
+
+
+def mode_of(args):
+    return ("blind-dar" if args.blind else "dar") if args.dar else "direct"
+
+
 def run_benchmark(args):
-    ranks, scorer = cli.start_ranks(args.device), SCORERS[args.command]
-    questions = {q["question_id"]: q for q in subset(scorer.load(args.data), args.limit, args.seed)}
+    from stic_min import dar  # here, so that scoring and tables do without the model
+    from stic_min.loader import load_llava
+
+    benchmark, scorer = args.command, SCORERS[args.command]
+    if args.preset == "released":
+        args.template = args.template or "vicuna_v1"
+        args.blind = args.blind or (args.dar and benchmark == "mmbench")  # the one DaR script it has is MMBench's
+    if args.blind and not args.dar:
+        raise InputError("--blind is about the description: it needs --dar")
+    label = Path(args.adapter).resolve().name if args.adapter else "base"
+    stem = Path(args.out) / f"{benchmark}-{label}-{mode_of(args)}"
+    questions = questions_of(args, benchmark)
+    if args.judge:
+        start_judge(args, scorer, stem)  # says now, not after hours, what it lacks
+    ranks = cli.start_ranks(args.device)
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    label = Path(args.adapter).resolve().name if args.adapter else "base"
-    mode = "dar" if args.dar else "direct"
-    settings = {"mode": mode, **cli.run_settings(args, llava)}
-    path = Path(args.out) / f"{args.command}-{label}-{mode}.jsonl"
-    output = Output(path, "question_id", settings, ranks)
-    todo = [q for id, q in questions.items() if id not in output.done]
-    ranks.say(f"{len(questions)} questions, {len(questions) - len(todo)} of them already in {path}")
+    settings = {"mode": mode_of(args), **cli.run_settings(args, llava)}
+    settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
+    read = lambda question: open_picture(question, scorer, args.data)
 
-    todo = todo[ranks.rank :: ranks.world]
-    progress = cli.Progress(f"{args.command} {mode}", len(todo), ranks)
-    for start in range(0, len(todo), args.batch_size):
-        batch, pictures = [], []
-        for question in todo[start : start + args.batch_size]:
-            try:
-                own = [open_image(image_path(args.data, question["image"]))] if question["image"] else []
-                if (over := excess(llava, question["text"], own, args)) > 0:
-                    raise InputError(f"{over} tokens more than the model's sequence holds")
-                pictures.append(own)
-                batch.append(question)
-            except InputError as error:
-                cli.warn(f"question {question['question_id']} counts as wrong: {error}")
-        names = [question["question_id"] for question in batch]
-        texts, images = [q["text"] for q in batch], [q["image"] for q in batch]
-        answers, descriptions = answer(llava, names, texts, images, pictures, args)
-        for question, text, description in zip(batch, answers, descriptions):
-            # The recorded prompt is free of the description: scorers read it.
-            prompt = with_image(question["text"]) if question["image"] else question["text"]
-            record = {"question_id": question["question_id"], "prompt": prompt, "text": text}
-            output.append(record | ({"description": description} if description is not None else {}))
-        progress.add(len(todo[start : start + args.batch_size]))
-
-    records = output.finish(list(questions))
-    if ranks.first:
-        scores = scorer.score(list(questions.values()), records)
-        beside = path.with_suffix(".scores.json.new")
-        beside.write_text(json.dumps(settings | scores, indent=2) + "\n")
-        beside.replace(path.with_suffix(".scores.json"))
-        print(f"{path}\n{scorer.report(scores)}")
+    descriptions = {}
+    if args.dar:
+        limit = DESCRIPTION_TOKENS if args.max_new_tokens == new_tokens(benchmark) else args.max_new_tokens
+        output = Output(f"{stem}.descriptions.jsonl", "image", settings | {"max_new_tokens": limit}, ranks)
+        shown = {"": {"image": None}} if args.blind else {q["image"]: q for q in questions if q["image"] is not None}
+        descriptions = dar.describe_pictures(llava, shown, read, output, args, limit)
+    key = key_of(scorer)
+    entries = {  # what the answers file says of a question before its answer
+        q[key]: {key: q[key], "question_id": q["question_id"], "prompt": recorded(q)} for q in questions
+    }
+    output = Output(f"{stem}.jsonl", key, settings, ranks)
+    behind = {q[key]: description_of(q, descriptions) for q in questions}
+    answers = dar.answer_questions(llava, {q[key]: q for q in questions}, behind, entries, read, output, args)
+    if not ranks.first:
+        return
+    print(output.path)
+    if hasattr(scorer, "official"):
+        suffix, text = scorer.official(questions, answers)
+        write(f"{stem}{suffix}", text)
+        print(f"{stem}{suffix}")
+    if benchmark in ("mmvet", "llavabench") and not args.judge:
+        print(f"no score yet: {benchmark} is graded by a judge model. With a key for one in OPENAI_API_KEY:")
+        print(f"  python evaluate.py score {benchmark} --answers {output.path} --data {args.data} --judge")
+        return
+    scores = scores_of(args, benchmark, questions, answers, stem)
+    save(stem, settings, args, benchmark, questions, scores, descriptions)
+    show(benchmark, scores, args.model)
 
 
 def run_score(args):
     if int(os.environ.get("RANK", 0)):
         return  # no work for several ranks
-    scorer = SCORERS[args.benchmark]
-    questions, answers = scorer.load(args.data), [record for _, record in read_records(args.answers)]
+    if not args.answers and not args.judged:
+        raise InputError("score needs --answers FILE" + (" or --judged FILE" if args.benchmark in JUDGED else ""))
+    benchmark, scorer, answers = args.benchmark, SCORERS[args.benchmark], None
+    questions = questions_of(args, benchmark)
+    if args.answers:
+        read = getattr(scorer, "read_answers", lambda path: [record for _, record in read_records(path)])
+        answers = read(args.answers)
+    stem = Path(args.answers or args.judged[0]).with_suffix("")
     try:
-        scores = scorer.score(questions, answers)
+        scores = scores_of(args, benchmark, questions, answers, stem)
     except InputError as error:
-        raise InputError(f"{args.answers}: {error}") from None
-    print(json.dumps(scores, indent=2) if args.json else scorer.report(scores))
+        raise InputError(f"{args.answers or args.judged[0]}: {error}") from None
+    settings = settings_of(answers)
+    if settings and not args.rule:
+        found = Path(f"{stem}.descriptions.jsonl")
+        found = [r for _, r in read_records(found)] if found.is_file() else []
+        descriptions = {r["image"]: r["description"] for r in found}
+        save(stem, settings, args, benchmark, questions, scores, descriptions)
+    if args.json:
+        print(json.dumps(scores, indent=2))
+    else:
+        show(benchmark, scores, (settings or {}).get("model"))
+
+
+def settings_of(answers):
+    """What an answers file of ours was made with, from its first line; None for one made elsewhere."""
+    if not answers or "fingerprint" not in answers[0]:
+        return None
+    return {k: v for k, v in answers[0].items() if k not in ("key", "question_id", "prompt", "text")}
+
+
+def run_table(args):
+    if int(os.environ.get("RANK", 0)):
+        return  # no work for several ranks
+    report.write(Path(args.dir))
 
 
 def run_ask(args):
+    from stic_min import dar
+    from stic_min.loader import load_llava
+
     if int(os.environ.get("RANK", 0)):
         return  # no work for several ranks
     if args.dar and not args.image:
@@ -151,13 +310,31 @@ def run_ask(args):
     pictures = [open_image(path) for path in args.image]
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    question = without_marks(args.question)
-    if (over := excess(llava, question, pictures, args)) > 0:
+    question, description = without_marks(args.question), None
+    if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
-    [text], [description] = answer(llava, ["question"], [question], ["picture"], [pictures], args)
-    if description is not None:
+    if args.dar:
+        [description] = dar.describe(llava, ["picture"], [pictures], args, args.max_new_tokens)
         print(f"Description: {description}\n")
-    print(text)
+    print(*dar.respond(llava, ["question"], [question], [pictures], [description], args))
+
+
+# ---------------------------------------------------------------- flags
+
+
+def add_judge_flags(parser):
+    group = parser.add_argument_group("judge")
+    group.add_argument("--judge", action="store_true", help="grade with a judge model over the network")
+    group.add_argument("--judge-model", metavar="NAME", help="(default: the benchmark's official judge)")
+    url = "an OpenAI-compatible API (default: OPENAI_BASE_URL, else https://api.openai.com/v1)"
+    group.add_argument("--judge-url", metavar="URL", help=url)
+    key = "its key (default: OPENAI_API_KEY, which other users of the machine can't see)"
+    group.add_argument("--judge-key", metavar="KEY", help=key)
+    prompts = "the official prompts, see README.md; without them scores don't compare with published ones"
+    group.add_argument("--judge-prompts", metavar="FILE", help=prompts)
+    runs = "how often each answer is graded (default: the benchmark's: MM-Vet 5, LLaVA-Bench 3)"
+    group.add_argument("--judge-runs", type=cli.positive, metavar="N", help=runs)
+    group.add_argument("--judge-timeout", type=cli.positive, default=60, metavar="SECONDS", help="of one request")
 
 
 def main():
@@ -166,7 +343,7 @@ def main():
 
     def command(name, summary, run):
         sub = commands.add_parser(name, help=summary, description=summary, formatter_class=cli.HelpFormatter)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, judge=False, judged=None, rule=None)
         return sub
 
     for name, scorer in SCORERS.items():
@@ -174,15 +351,32 @@ def main():
         sub.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files, as published")
         sub.add_argument("--out", required=True, metavar="DIR", help="answers and scores")
         sub.add_argument("--dar", action="store_true", help="describe the picture first, then answer (section 4)")
+        sub.add_argument("--blind", action="store_true", help="with --dar: describe without the picture (as released)")
+        preset = "released: --template vicuna_v1, and on MMBench with --dar also --blind"
+        sub.add_argument("--preset", choices=["paper", "released"], default="paper", help=preset)
         cli.add_model_flags(sub)
         cli.add_limit_flag(sub)
-        cli.add_sampling_flags(sub, temperature=0.0, batch_size=8)
+        cli.add_sampling_flags(sub, temperature=0.0, batch_size=8, max_new_tokens=new_tokens(name))
+        if name == "chartqa":
+            sub.add_argument("--suffix", default=chartqa.SUFFIX, help="the line below each question")
+        if name in JUDGED:
+            add_judge_flags(sub)
 
     sub = command("score", "scores an existing answers file; needs no model", run_score)
     sub.add_argument("benchmark", choices=sorted(SCORERS))
-    sub.add_argument("--answers", required=True, metavar="FILE", help="JSON lines of question_id, prompt, text")
+    sub.add_argument("--answers", metavar="FILE", help="JSON lines of question_id, prompt, text, or the official form")
     sub.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files, as published")
+    judged = "the judge's published grades (MM-Vet), reviews (LLaVA-Bench, one file a run) or extractions (MathVista)"
+    sub.add_argument("--judged", nargs="+", metavar="FILE", help=judged)
+    rules = "; ".join(f"{name}: {', '.join(SCORERS[name].RULES)}" for name in RULED)
+    sub.add_argument("--rule", help=f"where official scorers differ (default: the first). {rules}")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    cli.add_limit_flag(sub)
+    sub.add_argument("--seed", type=cli.seed, default=0, help="of --limit")
+    add_judge_flags(sub)
+
+    sub = command("table", "the paper's tables with the scores in a folder, as text and as a page", run_table)
+    sub.add_argument("dir", metavar="DIR", help="the benchmarks' --out; tables.md and report.html are written to it")
 
     sub = command("ask", "one question about one picture (or several, or none)", run_ask)
     sub.add_argument("question")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from stic_min import InputError
+from stic_min import InputError, first_line
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -61,13 +61,14 @@ def list_images(folder):
     return names
 
 
-def open_image(path):
-    """RGB picture, fully decoded. Raises InputError naming the file if it can't be read."""
+def open_image(source, name=None):
+    """RGB picture, fully decoded, from a path or an open file of this name. Raises InputError naming it."""
+    path = name or source
     try:
-        with Image.open(path) as opened:
+        with Image.open(source) as opened:
             picture = opened.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"can't read image {path}: {error}") from None
+        raise InputError(f"can't read image {path}: {first_line(error) if name else error}") from None
     if max(picture.size) > THINNEST * min(picture.size) or max(picture.size) ** 2 > LARGEST_SQUARE:
         size = f"{picture.width}x{picture.height}"
         raise InputError(f"image {path} is {size}: too long a strip, padded to a square it would take gigabytes")

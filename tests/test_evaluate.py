@@ -1,4 +1,4 @@
-"""Describe-and-respond where the model's sequence is short: the description gives way, the question never does."""
+"""Describe-and-respond: one description a picture, and where the sequence is short it gives way, never the question."""
 
 from argparse import Namespace
 from dataclasses import replace
@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-import evaluate
-from stic_min import sampler
+from stic_min import InputError, dar, sampler
+from stic_min.cli import Ranks
+from stic_min.files import Output
 from stic_min.loader import load_llava
 from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, infused, with_image
 
@@ -39,16 +40,16 @@ def arguments(**more):
 def test_a_long_description_is_cut_to_what_fits(llava, picture, capsys):
     description = "A red house with a brown door under a yellow sun. " * 20
     full, empty = length(llava, infused(description, QUESTION)), length(llava, infused("", QUESTION))
-    assert evaluate.fit(llava, description, QUESTION, [picture], arguments()) == description
+    assert dar.fit(llava, description, QUESTION, [picture], arguments()) == description
     assert capsys.readouterr().err == ""
     for limit in (full - 1, full - 50, empty + 3):
         shorten(llava, limit)
-        kept = evaluate.fit(llava, description, QUESTION, [picture], arguments())
+        kept = dar.fit(llava, description, QUESTION, [picture], arguments())
         assert description.startswith(kept) and len(kept) < len(description)
         assert limit - 4 <= length(llava, infused(kept, QUESTION)) <= limit  # as much as fits, to a word
         assert capsys.readouterr().err.startswith("warning: a description is cut from ")
     shorten(llava, empty - 1)
-    assert evaluate.fit(llava, description, QUESTION, [picture], arguments()) is None
+    assert dar.fit(llava, description, QUESTION, [picture], arguments()) is None
 
 
 def test_room_is_left_for_an_answer(llava, picture):
@@ -56,7 +57,7 @@ def test_room_is_left_for_an_answer(llava, picture):
     config = llava.config
     for positions in (300, 400):
         llava.config = replace(config, max_length=positions, decoder=replace(config.decoder, max_positions=positions))
-        long = evaluate.fit(llava, "one two three " * 100, QUESTION, [picture], arguments())
+        long = dar.fit(llava, "one two three " * 100, QUESTION, [picture], arguments())
         assert positions - 8 - 4 <= length(llava, infused(long, QUESTION)) <= positions - 8
 
 
@@ -71,28 +72,41 @@ def test_the_question_is_asked_even_if_no_description_fits(llava, picture, monke
         return sample(llava, asked, *rest, **options)
 
     monkeypatch.setattr(sampler, "sample", record)
-    [text], [description] = evaluate.answer(llava, ["q"], [question], ["p"], [[picture]], arguments())
-    template = TEMPLATES[llava.config.template]
-    assert prompts == [template.prompt(with_image(user)) for user in (DESCRIBE_PROMPT, question)]
-    assert text and description is None
+    [text] = dar.respond(llava, ["q"], [question], [[picture]], ["A red house."], arguments())
+    assert text and prompts == [TEMPLATES[llava.config.template].prompt(with_image(question))]
 
 
-def test_what_is_not_there_is_not_described(llava, picture, monkeypatch):
+def test_both_calls(llava, picture, monkeypatch):
+    """The describer sees the picture, a blind one nothing; the description stands behind <image>, if there is one."""
     asked = []
-    monkeypatch.setattr(evaluate, "ask", lambda llava, names, texts, *_: asked.append((names, texts)) or texts)
-    pictures = [None, "p"], [[], [picture]]
-    answers, descriptions = evaluate.answer(llava, ["a", "b"], [QUESTION, "Why?"], *pictures, arguments())
-    assert asked[0] == (["p"], [with_image(DESCRIBE_PROMPT)])
-    described = with_image(infused(with_image(DESCRIBE_PROMPT), "Why?"))  # the stand-in describes by its prompt
-    assert answers == [QUESTION, described] and descriptions == [None, with_image(DESCRIBE_PROMPT)]
+    monkeypatch.setattr(dar, "ask", lambda llava, names, texts, pictures, *_: asked.append((texts, pictures)) or texts)
+    dar.describe(llava, ["p", ""], [[picture], []], arguments(), 8)
+    assert asked.pop() == ([with_image(DESCRIBE_PROMPT), DESCRIBE_PROMPT], [[picture], []])
+    dar.respond(llava, ["a", "b"], [QUESTION, "Why?"], [[], [picture]], [None, "A house."], arguments())
+    assert asked.pop()[0] == [QUESTION, "<image>\nImage description:\nA house.\n\nWhy?"]
 
 
-def test_one_description_a_picture(llava, picture):
-    """Questions about the same picture share its description, also where it is sampled, whatever the batch."""
-    other, args = picture.rotate(90), arguments()
-    args.temperature = 0.7
-    asked = [("a", QUESTION, "p", [picture]), ("b", "Why?", "p", [picture]), ("c", QUESTION, "o", [other])]
-    _, together = evaluate.answer(llava, *map(list, zip(*asked)), args)
-    assert together[0] == together[1] != together[2]
-    alone = [evaluate.answer(llava, *([part] for part in question), args)[1][0] for question in asked]
-    assert alone == together
+def test_descriptions_in_their_file(llava, picture, tmp_path, capsys):
+    """One a picture, the same in any batch also where it is sampled; a picture that can't be read has none, and one
+    that is too large for the model's sequence says so; what is there is not made again."""
+    shown = {"p": [picture], "o": [picture.rotate(90)], "broken": None, "": []}
+
+    def read(question):
+        if question is None:
+            raise InputError("no such image")
+        return question
+
+    def describe(name, batch_size, shown):
+        output = Output(tmp_path / f"{name}.jsonl", "image", {}, Ranks(0, 1, None))
+        args = arguments(batch_size=batch_size)
+        args.temperature = 0.7
+        return dar.describe_pictures(llava, shown, read, output, args, 8)
+
+    alone = describe("alone", 1, shown)
+    assert list(alone) == ["p", "o", ""] and len(set(alone.values())) == 3
+    assert describe("together", 4, shown) == alone
+    assert describe("together", 4, {"p": None}) == alone  # read() would fail: it is not called
+    assert "4 pictures to describe, 0 of them" in capsys.readouterr().out
+    shorten(llava, length(llava, DESCRIBE_PROMPT) - 1)
+    assert list(describe("long", 4, shown)) == [""]
+    assert "p is not described" in capsys.readouterr().err

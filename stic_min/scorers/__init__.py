@@ -27,13 +27,22 @@ from stic_min import InputError
 def read_json(path, kind=dict):
     """The JSON value in a file. Raises InputError naming it if it is missing, not JSON, or no `kind`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_repeats)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, kind):
         raise InputError(f"{path}: is not a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def _no_repeats(pairs):
+    """A JSON object; of a repeated key the last value would win in silence. Here keys are question ids."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in value if keys.count(key) > 1)!r} is there twice")
     return value
 
 

@@ -4,6 +4,7 @@ import base64
 import html
 from pathlib import Path
 
+from stic_min.report import page
 from stic_min.scorers.toy_captions import mentions, pattern
 
 STYLE = """
@@ -48,8 +49,6 @@ def write_sheet(path, title, intro, summary, data, questions, captions):
         cells = "".join(f"<td>{marked(captions[n][q['question_id']], q)}</td>" for n in names)
         rows.append(f"<tr><td>{picture(Path(data) / q['image'])}</td>{cells}</tr>")
     Path(path).write_text(
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1><p>{intro}</p>{summary}"
-        f"<table>{''.join(rows)}</table></html>\n",
+        page(title, STYLE, f"<h1>{title}</h1><p>{intro}</p>{summary}<table>{''.join(rows)}</table>"),
         encoding="utf-8",
     )

@@ -7,6 +7,7 @@ between two models of the same seed, and its sign is counted over the seeds.
 from html import escape
 from statistics import mean, stdev
 
+from stic_min.report import markdown
 from stic_min.toy.files import write_json, write_text
 
 ROWS = {
@@ -52,10 +53,6 @@ def spread(values, signed=False):
     form = "{:+.1f}" if signed else "{:.1f}"
     text = form.format(mean(values))
     return text if len(set(values)) == 1 else f"{text} ± {stdev(values):.1f}"
-
-
-def markdown(header, rows):
-    return "\n".join(["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]])
 
 
 def main_table(variants):

@@ -1,0 +1,178 @@
+"""A judge model behind an OpenAI-compatible chat endpoint: asked by urllib, every raw reply kept on disk.
+
+What is asked and how a reply is read is in the benchmarks' files; here is only the way there and back. The endpoint's
+key is used for the request's header and nowhere else: it is struck out of every message and every stored reply.
+"""
+
+import hashlib
+import http.client
+import json
+import queue
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import namedtuple
+from pathlib import Path
+
+from stic_min import InputError, first_line
+
+TRIES = 8
+WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; it doubles from try to try
+WORKERS = 4  # requests under way at the same time
+
+Reply = namedtuple("Reply", "content model")  # what the judge said, and which model says it was
+
+
+class Refused(Exception):
+    """A try that failed in a way that a later one may not. `wait`: seconds the endpoint asks for, or None."""
+
+    def __init__(self, reason, wait=None):
+        super().__init__(reason)
+        self.wait = wait
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another host."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def read_reply(body):
+    """The body of a chat completion -> Reply. Raises ValueError if it is none; no content at all (a filter) is ""."""
+    try:
+        answer = json.loads(body)
+        content, model = answer["choices"][0]["message"].get("content"), answer.get("model")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        raise ValueError("not a chat completion") from None
+    return Reply(content if isinstance(content, str) else "", model if isinstance(model, str) else "unnamed")
+
+
+class Judge:
+    """One judge for one answers file.
+
+    url: of the API, up to and without /chat/completions. path: where raw replies go, one JSON line each, before they
+    are read; a reply that is there already is not asked for again. texts, runs: for the benchmark's `judge` function.
+    progress: number of items -> object with `add()`. say: takes a line about a try that failed.
+    Raises InputError: a URL or key that can't be one, a file that is not ours, and, when asked, a judge that refuses
+    or gives no usable reply in TRIES tries; what it said until then is kept.
+    """
+
+    def __init__(self, url, key, model, path, *, texts, runs, timeout, progress, say):
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"judge URL {url!r} does not start with http:// or https://")
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise InputError("the judge's key is empty or has characters that no key has (set OPENAI_API_KEY)")
+        self.url, self.key, self.model, self.path = url.rstrip("/") + "/chat/completions", key, model, Path(path)
+        self.texts, self.runs, self.timeout, self.progress, self.say = texts, runs, timeout, progress, say
+        self.opener = urllib.request.build_opener(NoRedirect)
+        self.lock, self.served = threading.Lock(), set()
+        self.stored = self.read()
+
+    def read(self):
+        """Usable replies on disk: {(where, request): Reply}; a last line that a kill cut off is taken away."""
+        stored, lines = {}, self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                entry = json.loads(line)
+                place, body = (entry["where"], entry["request"]), entry["body"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.path}, line {number}: not a line that this command writes") from None
+            try:
+                stored[place] = read_reply(body)
+            except ValueError:
+                pass  # a reply that was no use then; asked for again
+        if self.path.is_file():
+            with open(self.path, "r+b") as file:
+                file.truncate(sum(len(line) + 1 for line in lines))
+        return stored
+
+    def clean(self, text):
+        return text.replace(self.key, "***")
+
+    def ask(self, where, messages, *, temperature, max_tokens):
+        """messages: [{"role", "content"}]; `where`, unique, names the request on disk and in messages -> Reply."""
+        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+        data = json.dumps(body).encode()
+        place = where, hashlib.sha256(data).hexdigest()[:16]
+        reply = self.stored.get(place)
+        for trial in range(1, TRIES + 1):
+            if reply is not None:
+                break
+            try:
+                reply = self.post(place, data)
+            except Refused as refusal:
+                if trial == TRIES:
+                    raise InputError(
+                        f"judge {self.url}: no usable reply about {where} in {TRIES} tries ({refusal}); "
+                        "what it graded is kept, the same command goes on from there"
+                    ) from None
+                wait = min(max(WAIT * 2 ** (trial - 1), refusal.wait or 0), LONGEST_WAIT)
+                self.say(f"judge, {where}: {refusal}; try {trial + 1} of {TRIES} in {wait:.0f} s")
+                time.sleep(wait)
+        self.served.add(reply.model)
+        return reply
+
+    def post(self, place, data):
+        """One try. Raises Refused if another one may help, else InputError."""
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(self.url, data, headers, method="POST")
+        try:
+            with self.opener.open(request, timeout=self.timeout) as response:
+                status, body = response.status, response.read().decode("utf-8", "replace")
+        except urllib.error.HTTPError as error:
+            with error:
+                said = self.clean(" ".join(error.read(2000).decode("utf-8", "replace").split())[:200])
+            reason = f"HTTP {error.code} {said}".strip()
+            if error.code != 429 and error.code < 500:
+                raise InputError(f"judge {self.url}: {reason}") from None
+            after = error.headers.get("Retry-After") or ""
+            raise Refused(reason, float(after) if after.isdigit() else None) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a timeout, half an answer
+            raise Refused(self.clean(first_line(error))) from None
+        line = {"where": place[0], "request": place[1], "status": status, "body": self.clean(body)}
+        with self.lock, open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            reply = read_reply(line["body"])
+        except ValueError as error:
+            raise Refused(f"{error}: {' '.join(line['body'].split())[:80]!r}") from None
+        return self.stored.setdefault(place, reply)
+
+    def map(self, function, items):
+        """[function(item) for item in items], WORKERS at a time; the first error ends it.
+
+        Daemon threads: a process that is stopped does not wait for a judge that never answers.
+        """
+        items = list(items)
+        todo, done, results = queue.SimpleQueue(), queue.SimpleQueue(), [None] * len(items)
+        for pair in enumerate(items):
+            todo.put(pair)
+
+        def work():
+            while True:
+                try:
+                    i, item = todo.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    done.put((i, function(item), None))
+                except BaseException as error:
+                    done.put((i, None, error))
+                    return
+
+        for _ in range(min(WORKERS, len(items))):
+            threading.Thread(target=work, daemon=True).start()
+        progress = self.progress(len(items))
+        for _ in items:
+            i, results[i], error = done.get()
+            if error is not None:
+                while not todo.empty():  # the other workers end after what they are at
+                    try:
+                        todo.get_nowait()
+                    except queue.Empty:
+                        break
+                raise error
+            progress.add()
+        return results
