@@ -149,7 +149,7 @@ def judge_of(args, scorer, questions, answers, stem):
         for suffix, text in scorer.judged_files(judged).items():
             write(f"{stem}{own}{suffix}", text)
     note = {"model": judge.model, "served": sorted(judge.served), "official": scorer.OFFICIAL_JUDGE}
-    return judged, note | {"comparable": bool(args.judge_prompts)}
+    return judged, note | {"comparable": bool(args.judge_prompts) or not judge.served}
 
 
 def scores_of(args, benchmark, questions, answers, stem):
@@ -172,8 +172,9 @@ def save(stem, settings, args, benchmark, questions, scores, descriptions):
     description = description_of(first, descriptions)
     text = first["text"] if description is None else infused(description, first["text"])
     prompt = TEMPLATES[settings["template"]].prompt(with_image(text) if first["image"] is not None else text)
-    run = settings | {"benchmark": benchmark, "limit": args.limit, "prompt": prompt}
-    write(f"{stem}.scores.json", json.dumps(run | scores, indent=2, ensure_ascii=False) + "\n")
+    run = settings | {"limit": args.limit, "prompt": prompt}
+    result = {"benchmark": benchmark, "run": run} | scores
+    write(f"{stem}.scores.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def base_of(model):

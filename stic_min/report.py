@@ -54,9 +54,10 @@ def read_results(folder):
     for path in sorted(Path(folder).glob("*.scores.json")):
         result = read_json(path)
         if result.get("benchmark") in published.BENCHMARKS:  # the toy world's are not the paper's
-            if not all(key in result for key in ("score", "interval", "n", "mode", "model", "template", "prompt")):
+            run = result.get("run")
+            if not isinstance(run, dict) or not all(key in result for key in ("score", "interval", "n")):
                 raise InputError(f"{path}: not a file that evaluate.py writes")
-            how = [result.get(key) for key in ("model", "adapter", "mode", "fingerprint", "template", "image_mode")]
+            how = [run.get(key) for key in ("model", "adapter", "mode", "fingerprint", "template", "image_mode")]
             by_run.setdefault(tuple(how), {})[result["benchmark"]] = result
     if not by_run:
         raise InputError(f"{folder}: no .scores.json of a benchmark in it")
@@ -80,8 +81,9 @@ def cell(result, name=None):
     entry = part(result, name)
     if entry is None:
         return "–"
-    subset = f" (n={entry['n']})" if result.get("limit") else ""
-    return figure(entry) + subset + ("" if comparable(result) else f" {MARK}")
+    subset = f" (n={entry['n']})" if result["run"]["limit"] else ""
+    bound = "≥ " * (not result.get("judge") and bool(result.get("unextracted") or result.get("unmatched")))
+    return bound + figure(entry) + subset + f" {MARK}" * (not comparable(result))
 
 
 def comparable(result):
@@ -105,8 +107,8 @@ class Table:
 
 def as_in_the_paper(rows):
     """Tables 1 and 3 show the base without and STIC with DaR; an adapter that was run in one way only stands anyway."""
-    described = {result["adapter"] for row in rows if row.dar for result in row.results.values()}
-    adapter = lambda row: next(iter(row.results.values()))["adapter"]
+    described = {result["run"]["adapter"] for row in rows if row.dar for result in row.results.values()}
+    adapter = lambda row: next(iter(row.results.values()))["run"]["adapter"]
     return [row for row in rows if row.dar == row.tuned or (row.tuned and adapter(row) not in described)]
 
 
@@ -141,8 +143,9 @@ def tables(rows):
         return [Table(title, ["", *names, "all"], cells, len(own))] if own else []
 
     as_paper, all_seven = as_in_the_paper(rows), list(published.BENCHMARKS)
+    llava = [(f"LLaVA's own, {base}", values) for base, values in published.LLAVA.items()]
     theirs = {
-        1: [(f"paper, {label}", values) for label, values in published.TABLE1.items()],
+        1: [*((f"paper, {label}", values) for label, values in published.TABLE1.items()), *llava],
         2: [("paper, " + ("STIC" if stic else "original") + ", DaR" * dar, values)
             for (stic, dar), values in published.TABLE2.items()],
         3: [(f"paper, {label}", values) for label, values in published.TABLE3.items()],
@@ -173,6 +176,7 @@ def notes(rows):
              if any(name in row.results for row in rows)]  # fmt: skip
     own = f"{MARK} graded by a judge that was asked in our own words: not comparable, published numbers are left out."
     marked = [own] if any(not comparable(result) for row in rows for result in row.results.values()) else []
+    marked.append("≥ without a judge: answers that only a judge can read count as wrong.")
     return [
         "Ours: percent with a 95 % interval (Wilson for shares, over question groups in MMBench; bootstrap otherwise).",
         *marked, "Tables 2, 3, 5 and 6 of the paper are LLaVA-1.6 7B's.", *published.GENERAL_NOTES, *found,
@@ -185,11 +189,11 @@ def runs_table(rows):
     for row in rows:
         for name in (name for name in published.BENCHMARKS if name in row.results):
             r = row.results[name]
-            judge = r.get("judge", {})
+            run, judge = r["run"], r.get("judge", {})
             by = ", ".join(judge.get("served") or []) or ", ".join(Path(f).name for f in judge.get("files", []))
-            n = f"{r['n']}" + (f" (--limit {r['limit']})" if r.get("limit") else "")
-            lines.append([row.label, published.BENCHMARKS[name], n, str(r.get("missing", 0)), r["template"],
-                          str(r["image_mode"]), str(r["dtype"]), by or "–"])  # fmt: skip
+            n = f"{r['n']}" + (f" (--limit {run['limit']})" if run["limit"] else "")
+            lines.append([row.label, published.BENCHMARKS[name], n, str(r.get("missing", 0)), run["template"],
+                          str(run["image_mode"]), str(run["dtype"]), by or "–"])  # fmt: skip
     header = ["", "benchmark", "items", "without answer", "template", "pictures", "dtype", "judge"]
     return Table("How they were made", header, lines, len(lines))
 
@@ -244,8 +248,8 @@ def chart(benchmark, rows, base):
     kind = lambda name: "llava" if name.startswith("LLaVA") else "paper"
     bars += [bar(name, {"score": value}, kind(name), full) for name, value in theirs]
     asked = "".join(
-        f"<p>{escape(row.label)}: {r['n']} items, {r.get('missing', 0)} without an answer, template {r['template']}"
-        f"<pre>{escape(r['prompt'])}</pre>"
+        f"<p>{escape(row.label)}: {r['n']} items, {r.get('missing', 0)} without an answer, "
+        f"template {r['run']['template']}<pre>{escape(r['run']['prompt'])}</pre>"
         for row in own
         for r in [row.results[benchmark]]
     )

@@ -506,7 +506,7 @@ def test_scores_can_be_repeated_without_the_model(runs, mode):
     command = ["evaluate", "score", "scienceqa", "--answers", answers, "--data", runs.tiny / "scienceqa"]
     again, saved = json.loads(call(*command, "--json")), json.loads(answers.with_suffix(".scores.json").read_text())
     assert (again["groups"]["average"]["n"], again["missing"]) == (6, 0) and again.items() <= saved.items()
-    assert (saved["mode"], saved["adapter"]) == (mode, "stage2")
+    assert (saved["run"]["mode"], saved["run"]["adapter"]) == (mode, "stage2")
     assert "6 questions, 0 without a prediction" in call(*command) and call(*command) in runs.said[mode]
 
 

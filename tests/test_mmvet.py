@@ -109,7 +109,7 @@ def test_judge_needs_all_answers():
 def test_own_prompts_have_the_official_shape():
     official = shared("judge_prompts.json")[mmvet.PROMPTS]
     own = mmvet.OWN_PROMPTS
-    assert own.keys() == official.keys() and all(own[key] != official[key] for key in own)
+    assert own.keys() == official.keys() - {"source"} and all(own[key] != official[key] for key in own)
     for texts in own, official:
         _, table = texts["few_shot"].split("\n\n")
         head, ruler, *rows = table.removesuffix("\n").split("\n")

@@ -43,7 +43,6 @@ OWN_PROMPTS = {
         "bus shelter. | They are caught in the rain and hurry to a place with a roof. | 0.8\n"
     ),
     "retry_suffix": "\nThe grade as a number, with no other text: ",
-    "source": "this project's own wording",
 }
 
 TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5)  # of the five attempts; the first one is without the suffix
