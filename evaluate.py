@@ -29,6 +29,7 @@ from stic_min.scorers import (
     mmbench,
     mmvet,
     published,
+    read_json,
     scienceqa,
     textvqa,
     toy_captions,
@@ -105,11 +106,10 @@ def start_judge(args, scorer, stem):
         raise InputError("--judge needs the endpoint's key: set OPENAI_API_KEY, or give --judge-key")
     texts = scorer.OWN_PROMPTS
     if args.judge_prompts:
-        [(where, official)] = read_records(args.judge_prompts)
-        texts = official.get(scorer.PROMPTS)
+        texts = read_json(args.judge_prompts).get(scorer.PROMPTS)
         for field in scorer.OWN_PROMPTS:
             if not isinstance(texts, dict) or not isinstance(texts.get(field), str):
-                raise InputError(f"{where}: has no text {scorer.PROMPTS}.{field}")
+                raise InputError(f"{args.judge_prompts}: has no text {scorer.PROMPTS}.{field}")
     return Judge(
         args.judge_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
         key,

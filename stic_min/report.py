@@ -4,6 +4,7 @@ Reads the .scores.json files of `evaluate.py`; every figure of ours carries its 
 in our own words, published numbers say nothing about the result and are left out.
 """
 
+import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -27,9 +28,10 @@ def page(title, style, body):
 
 
 def html_table(header, rows, own):
-    """Text cells; the first `own` rows are ours and stand out."""
+    """Text cells; the first `own` rows are ours and stand out. An interval goes below its figure."""
+    text = lambda cell: re.sub(r" (\[[-0-9., ]+\])", r"<br><small>\1</small>", escape(cell))
     line = lambda tag, cells, kind="": (
-        f"<tr{kind}>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        f"<tr{kind}>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>"
     )
     body = [line("td", row, " class=own" if i < own else "") for i, row in enumerate(rows)]
     return f"<div class=wide><table>{line('th', header)}{''.join(body)}</table></div>"
@@ -43,6 +45,7 @@ class Row:
     """One model, asked in one way: a row of the tables."""
 
     label: str
+    model: str
     tuned: bool  # with an adapter
     dar: bool
     results: dict  # {benchmark: what its .scores.json holds}
@@ -61,10 +64,11 @@ def read_results(folder):
             by_run.setdefault(tuple(how), {})[result["benchmark"]] = result
     if not by_run:
         raise InputError(f"{folder}: no .scores.json of a benchmark in it")
-    rows = []
+    rows, one_model = [], len({model for model, *_ in by_run}) == 1
     for (model, adapter, mode, *how), results in by_run.items():
-        label = " + ".join(filter(None, [model, adapter])) + {"direct": "", "dar": ", DaR"}.get(mode, f", {mode}")
-        rows.append((Row(label, bool(adapter), mode != "direct", results), how))
+        name = (adapter or "base") if one_model else " + ".join(filter(None, [model, adapter]))
+        label = f"ours, {name}" + {"direct": "", "dar": ", DaR"}.get(mode, f", {mode}")
+        rows.append((Row(label, model, bool(adapter), mode != "direct", results), how))
     labels = [row.label for row, _ in rows]
     for row, how in rows:
         if labels.count(row.label) > 1:  # told apart by what else differs
@@ -82,8 +86,12 @@ def cell(result, name=None):
     if entry is None:
         return "–"
     subset = f" (n={entry['n']})" if result["run"]["limit"] else ""
-    bound = "≥ " * (not result.get("judge") and bool(result.get("unextracted") or result.get("unmatched")))
-    return bound + figure(entry) + subset + f" {MARK}" * (not comparable(result))
+    return bound(result) + figure(entry) + subset + f" {MARK}" * (not comparable(result))
+
+
+def bound(result):
+    """Without a judge, answers that only a judge can read count as wrong."""
+    return "≥ " * (not result.get("judge") and bool(result.get("unextracted") or result.get("unmatched")))
 
 
 def comparable(result):
@@ -113,7 +121,8 @@ def as_in_the_paper(rows):
 
 
 def number(value):
-    return "–" if value is None else f"{value:g}"
+    """A published figure with the decimals it has, one at least."""
+    return "–" if value is None else f"{value:.1f}" if value == round(value, 1) else f"{value:g}"
 
 
 def tables(rows):
@@ -206,9 +215,10 @@ h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2.2em 0 .4em; } small, 
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; margin: .6em 0; min-width: 100%; }
 th, td { text-align: right; padding: .35em .7em; border-top: 1px solid #ddd; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-tr.own td { background: #eef4fd; font-weight: 600; } .runs td, .runs th { text-align: left; }
+tr.own td { background: #eef4fd; font-weight: 600; } td small { font-weight: 400; }
+.runs td, .runs th { text-align: left; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34em, 100%), 1fr)); gap: 0 3em; }
-.bar { display: grid; grid-template-columns: 15em 1fr 9.5em; gap: .8em; align-items: center; margin: .25em 0; }
+.bar { display: grid; grid-template-columns: 13em 1fr 9.5em; gap: .8em; align-items: center; margin: .25em 0; }
 .bar.own { font-weight: 600; } .bar small { font-weight: 400; }
 .track { position: relative; height: 1.1em; background: #f1f1f1; }
 .track i { position: absolute; inset: 0 auto 0 0; background: #b9bec7; }
@@ -230,7 +240,7 @@ def bar(label, entry, kind, full):
         low, high = entry["interval"]
         line = f'<b style="left:{place(low)};right:calc(100% - {place(high)})"></b>'
         span = f" <small>{low:.1f} to {high:.1f}</small>"
-    value = f"{entry['score']:.1f}" if "interval" in entry else f"{entry['score']:g}"
+    value = bound(entry) + number(round(entry["score"], 1) if "interval" in entry else entry["score"])
     return (
         f'<div class="bar {kind}"><span>{escape(label)}</span>'
         f'<span class=track><i style="width:{place(entry["score"])}"></i>{line}</span><span>{value}{span}</span></div>'
@@ -242,7 +252,7 @@ def chart(benchmark, rows, base):
     own = [row for row in rows if benchmark in row.results]
     marked = not all(comparable(row.results[benchmark]) for row in own)
     theirs = [] if marked else published.rows(benchmark, base)
-    full = max([100, *(row.results[benchmark]["score"] for row in own)])
+    full = max([100, *(row.results[benchmark]["interval"][1] for row in own)])  # a judge may prefer the answers
     bars = [bar(row.label + f" {MARK}" * (not comparable(r)), r, "own", full)
             for row in own for r in [row.results[benchmark]]]  # fmt: skip
     kind = lambda name: "llava" if name.startswith("LLaVA") else "paper"
@@ -264,19 +274,20 @@ def write(folder):
     """tables.md and report.html in a folder of scores; prints the first. Raises InputError as `read_results`."""
     rows = read_results(folder)
     found = tables(rows)
-    runs, remarks = runs_table(rows), notes(rows)
+    runs, remarks, models = runs_table(rows), notes(rows), sorted({row.model for row in rows})
+    base = "v1.5" if all("1.5" in model for model in models) else "v1.6"
     text = "\n\n".join(
         [
+            f"Models: {', '.join(models)}",
             *(f"## {t.title}\n\n{markdown(t.header, t.rows)}" for t in [*found, runs]),
             "\n".join(f"- {note}" for note in remarks),
         ]
     )
-    bases = ["v1.5" if "1.5" in row.label else "v1.6" for row in rows]
-    charts = [chart(name, rows, bases[0]) for name in published.BENCHMARKS if any(name in r.results for r in rows)]
+    charts = [chart(name, rows, base) for name in published.BENCHMARKS if any(name in r.results for r in rows)]
     body = [
         "<h1>STIC: scores on the paper's benchmarks</h1>",
-        f'<p class=note>{escape(remarks[0])} Bars: <span style="color:#1f6feb">ours</span>, grey the paper\'s, '
-        'ochre LLaVA\'s own.</p>',
+        f"<p class=note>{escape(', '.join(models))}. {escape(remarks[0])} Bars: blue ours, grey the paper's, ochre "
+        "LLaVA's own.</p>",
         f"<div class=charts>{''.join(charts)}</div>",
         *(f"<h2>{escape(t.title)}</h2>{html_table(t.header, t.rows, t.own)}" for t in found),
         f"<h2>{runs.title}</h2><div class=runs>{html_table(runs.header, runs.rows, 0)}</div>",
