@@ -342,16 +342,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, summary, run):
-        sub = commands.add_parser(name, help=summary, description=summary, formatter_class=cli.HelpFormatter)
+    def command(name, summary, run, text=None):
+        sub = commands.add_parser(name, help=summary, description=text or summary, formatter_class=cli.HelpFormatter)
         sub.set_defaults(run=run, judge=False, judged=None, rule=None)
         return sub
 
     for name, scorer in SCORERS.items():
-        sub = command(name, scorer.__doc__.split("\n")[0], run_benchmark)
+        summary = scorer.__doc__.split("\n")[0].split("): ")  # "ScienceQA (test, ...): the prompt, ..."
+        sub = command(name, summary[0] + ")" * (len(summary) > 1), run_benchmark, scorer.__doc__)
         sub.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files, as published")
         sub.add_argument("--out", required=True, metavar="DIR", help="answers and scores")
-        sub.add_argument("--dar", action="store_true", help="describe the picture first, then answer (section 4)")
+        tokens = f"(section 4); in up to {DESCRIPTION_TOKENS} tokens, or --max-new-tokens if that is given"
+        sub.add_argument("--dar", action="store_true", help=f"describe the picture first, then answer {tokens}")
         sub.add_argument("--blind", action="store_true", help="with --dar: describe without the picture (as released)")
         preset = "released: --template vicuna_v1, and on MMBench with --dar also --blind"
         sub.add_argument("--preset", choices=["paper", "released"], default="paper", help=preset)
