@@ -182,9 +182,11 @@ def base_of(model):
     return "v1.5" if "1.5" in Path(model or "").name else "v1.6"
 
 
-def show(benchmark, scores, model):
-    """The scores as text, the published ones below if they can be compared."""
+def show(benchmark, scores, settings):
+    """The scores as text, the published ones below if they can be compared. settings: the run's, {} if unknown."""
     lines = [SCORERS[benchmark].report(scores)]
+    if "suffix" in settings:
+        lines.append(f"each question was followed by {settings['suffix']!r}")
     note = scores.get("judge")
     if note and "model" in note:
         by = ", ".join(note["served"]) or note["model"]
@@ -192,7 +194,7 @@ def show(benchmark, scores, model):
     if note and not note["comparable"]:
         lines.append("not comparable with published numbers: the judge's prompt was our own wording (--judge-prompts)")
     elif benchmark in published.BENCHMARKS:
-        rows = published.rows(benchmark, base_of(model))
+        rows = published.rows(benchmark, base_of(settings.get("model")))
         lines += ["published:", *(f"  {label:<44}{value:>6}" for label, value in rows)]
     print("\n".join(lines))
 
@@ -251,12 +253,13 @@ def run_benchmark(args):
         write(f"{stem}{suffix}", text)
         print(f"{stem}{suffix}")
     if benchmark in ("mmvet", "llavabench") and not args.judge:
+        part = f" --limit {args.limit} --seed {args.seed}" if args.limit else ""
         print(f"no score yet: {benchmark} is graded by a judge model. With a key for one in OPENAI_API_KEY:")
-        print(f"  python evaluate.py score {benchmark} --answers {output.path} --data {args.data} --judge")
+        print(f"  python evaluate.py score {benchmark} --answers {output.path} --data {args.data} --judge{part}")
         return
     scores = scores_of(args, benchmark, questions, answers, stem)
     save(stem, settings, args, benchmark, questions, scores, descriptions)
-    show(benchmark, scores, args.model)
+    show(benchmark, scores, settings)
 
 
 def run_score(args):
@@ -283,7 +286,7 @@ def run_score(args):
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        show(benchmark, scores, (settings or {}).get("model"))
+        show(benchmark, scores, settings or {})
 
 
 def settings_of(answers):
