@@ -1,9 +1,10 @@
 """The paper's Tables 1, 2, 3, 5 and 6 with one's own scores: Markdown, and one HTML page that needs nothing else.
 
-Reads the .scores.json files of `evaluate.py`; every figure of ours carries its 95 % interval. Where a judge was asked
+Reads the .scores.json files of `evaluate.py`; every score of ours carries its 95 % interval. Where a judge was asked
 in our own words, published numbers say nothing about the result and are left out.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from html import escape
@@ -86,12 +87,22 @@ def cell(result, name=None):
     if entry is None:
         return "–"
     subset = f" (n={entry['n']})" if result["run"]["limit"] else ""
-    return bound(result) + figure(entry) + subset + f" {MARK}" * (not comparable(result))
+    return bound(result) + figure(entry) + subset + marks(result)
 
 
 def bound(result):
     """Without a judge, answers that only a judge can read count as wrong."""
     return "≥ " * (not result.get("judge") and bool(result.get("unextracted") or result.get("unmatched")))
+
+
+def marks(result):
+    """What keeps a judged result from being compared, behind its figure."""
+    return f" {OWN_WORDS}" * (not comparable(result)) + f" {OTHER_JUDGE}" * other_judge(result)
+
+
+def other_judge(result):
+    judge = result.get("judge", {})
+    return any(not name.startswith(judge["official"]) for name in judge.get("served", ()))
 
 
 def comparable(result):
@@ -102,7 +113,7 @@ def comparable(result):
 
 SHORT = {"scienceqa": "SciQA", "textvqa": "TextVQA", "chartqa": "ChartQA", "llavabench": "LLaVA-B",
          "mmbench": "MMBench", "mmvet": "MM-Vet", "mathvista": "MathVista"}  # fmt: skip
-MARK = "‡"  # behind a figure from a judge that was asked in our own words
+OWN_WORDS, OTHER_JUDGE = "‡", "†"
 
 
 @dataclass
@@ -114,10 +125,11 @@ class Table:
 
 
 def as_in_the_paper(rows):
-    """Tables 1 and 3 show the base without and STIC with DaR; an adapter that was run in one way only stands anyway."""
-    described = {result["run"]["adapter"] for row in rows if row.dar for result in row.results.values()}
+    """Tables 1 and 3 show the base without DaR, STIC with it; an adapter also without, for what it has only so."""
     adapter = lambda row: next(iter(row.results.values()))["run"]["adapter"]
-    return [row for row in rows if row.dar == row.tuned or (row.tuned and adapter(row) not in described)]
+    described = {(adapter(row), name) for row in rows if row.dar for name in row.results}
+    only_so = lambda row: row.tuned and any((adapter(row), name) not in described for name in row.results)
+    return [row for row in rows if row.dar == row.tuned or only_so(row)]
 
 
 def number(value):
@@ -147,8 +159,8 @@ def tables(rows):
         names = list(theirs[False])
         cells = [[r.label, *(cell(r.results[benchmark], n) for n in [*names, None])] for r in own]
         for stic, values in theirs.items() if benchmark not in misleading else ():
-            values = [*values.values(), published.TABLE2[stic, False][benchmark]]
-            cells.append([f"paper, {'STIC' if stic else 'original'}", *map(number, values)])
+            whole = published.TABLE2[stic, False][benchmark] if benchmark == "mmbench" else None  # Table 6's is unclear
+            cells.append([f"paper, {'STIC' if stic else 'original'}", *map(number, [*values.values(), whole])])
         return [Table(title, ["", *names, "all"], cells, len(own))] if own else []
 
     as_paper, all_seven = as_in_the_paper(rows), list(published.BENCHMARKS)
@@ -173,22 +185,33 @@ def tables(rows):
 
 
 def average(row):
-    """Table 2's average of the seven, if all are there."""
-    if set(row.results) != set(published.BENCHMARKS):
+    """Table 2's average of the seven, if all are there whole. Its interval adds up theirs as independent."""
+    results = row.results.values()
+    if set(row.results) != set(published.BENCHMARKS) or any(result["run"]["limit"] for result in results):
         return "–"
-    return f"{sum(result['score'] for result in row.results.values()) / len(row.results):.1f}"
+    score = sum(result["score"] for result in results) / len(results)
+    half = math.hypot(*((result["interval"][1] - result["interval"][0]) / 2 for result in results)) / len(results)
+    shown = figure({"score": score, "interval": [score - half, score + half]})
+    return max(map(bound, results)) + shown + "".join(sorted({marks(result) for result in results}))
 
 
 def notes(rows):
     """What a reader has to know before comparing -> [str]."""
     found = [note for name in published.BENCHMARKS for note in published.NOTES[name]
              if any(name in row.results for row in rows)]  # fmt: skip
-    own = f"{MARK} graded by a judge that was asked in our own words: not comparable, published numbers are left out."
-    marked = [own] if any(not comparable(result) for row in rows for result in row.results.values()) else []
-    marked.append("≥ without a judge: answers that only a judge can read count as wrong.")
+    results = [result for row in rows for result in row.results.values()]
+    marked = [
+        (not all(map(comparable, results)), f"{OWN_WORDS} graded by a judge that was asked in our own words: not "
+         "comparable, published numbers are left out."),
+        (any(map(other_judge, results)), f"{OTHER_JUDGE} graded by another model than the official judge: published "
+         "numbers are a rough guide."),
+        (any(map(bound, results)), "≥ without a judge, answers that only a judge can read count as wrong; the interval "
+         "is that of this lower bound."),
+    ]  # fmt: skip
     return [
         "Ours: percent with a 95 % interval (Wilson for shares, over question groups in MMBench; bootstrap otherwise).",
-        *marked, "Tables 2, 3, 5 and 6 of the paper are LLaVA-1.6 7B's.", *published.GENERAL_NOTES, *found,
+        *(text for holds, text in marked if holds),
+        "Tables 2, 3, 5 and 6 of the paper are LLaVA-1.6 7B's.", *published.GENERAL_NOTES, *found,
     ]  # fmt: skip
 
 
@@ -201,9 +224,11 @@ def runs_table(rows):
             run, judge = r["run"], r.get("judge", {})
             by = ", ".join(judge.get("served") or []) or ", ".join(Path(f).name for f in judge.get("files", []))
             n = f"{r['n']}" + (f" (--limit {run['limit']})" if run["limit"] else "")
-            lines.append([row.label, published.BENCHMARKS[name], n, str(r.get("missing", 0)), run["template"],
-                          str(run["image_mode"]), str(run["dtype"]), by or "–"])  # fmt: skip
-    header = ["", "benchmark", "items", "without answer", "template", "pictures", "dtype", "judge"]
+            how = [run[key] for key in ("template", "image_mode", "dtype", "max_new_tokens", "temperature")]
+            line = row.label, published.BENCHMARKS[name], n, r.get("missing", 0), *how, run.get("suffix", "–")
+            lines.append([*map(str, line), by or "–"])
+    header = ["", "benchmark", "items", "without answer", "template", "pictures", "dtype", "new tokens", "temperature",
+              "suffix", "judge"]  # fmt: skip
     return Table("How they were made", header, lines, len(lines))
 
 
@@ -253,7 +278,7 @@ def chart(benchmark, rows, base):
     marked = not all(comparable(row.results[benchmark]) for row in own)
     theirs = [] if marked else published.rows(benchmark, base)
     full = max([100, *(row.results[benchmark]["interval"][1] for row in own)])  # a judge may prefer the answers
-    bars = [bar(row.label + f" {MARK}" * (not comparable(r)), r, "own", full)
+    bars = [bar(row.label + marks(r), r, "own", full)
             for row in own for r in [row.results[benchmark]]]  # fmt: skip
     kind = lambda name: "llava" if name.startswith("LLaVA") else "paper"
     bars += [bar(name, {"score": value}, kind(name), full) for name, value in theirs]

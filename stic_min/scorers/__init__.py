@@ -90,13 +90,18 @@ def match_answers(name, questions, answers, complete=False):
 # ---------------------------------------------------------------- figures with their 95 % intervals
 
 
-def share(hits):
-    """[bool] -> {"score", "interval", "n", "correct"}, in percent; Wilson's interval, which never leaves [0, 100]."""
-    n, correct, z = len(hits), sum(map(bool, hits)), 1.959963984540054
-    p, middle = correct / n, (correct + z * z / 2) / (n + z * z)
+def wilson(p, n):
+    """95 % interval in percent of a share p of n; it never leaves [0, 100]. Returns [low, high]."""
+    z = 1.959963984540054
+    middle = (n * p + z * z / 2) / (n + z * z)
     half = z / (n + z * z) * math.sqrt(n * p * (1 - p) + z * z / 4)
-    return {"score": 100 * p, "interval": [100 * max(middle - half, 0), 100 * min(middle + half, 1)],
-            "n": n, "correct": correct}  # fmt: skip
+    return [100 * max(middle - half, 0), 100 * min(middle + half, 1)]
+
+
+def share(hits):
+    """[bool] -> {"score", "interval", "n", "correct"}, in percent, with Wilson's interval."""
+    n, correct = len(hits), sum(map(bool, hits))
+    return {"score": 100 * correct / n, "interval": wilson(correct / n, n), "n": n, "correct": correct}
 
 
 def bootstrap(rows, statistic=None, samples=2000):
@@ -114,9 +119,14 @@ def bootstrap(rows, statistic=None, samples=2000):
 
 
 def mean(values):
-    """[number in 0..1] -> {"score", "interval", "n"}, in percent, with a bootstrap interval."""
-    return {"score": 100 * sum(values) / len(values), "interval": bootstrap(100 * np.asarray(values, float)),
-            "n": len(values)}  # fmt: skip
+    """[number in 0..1] -> {"score", "interval", "n"}, in percent, with a bootstrap interval.
+
+    Where all are equal the bootstrap knows no spread: Wilson's interval for a share of that size, which is wider than
+    any other distribution on 0..1 would ask for.
+    """
+    p, n = sum(values) / len(values), len(values)
+    interval = bootstrap(100 * np.asarray(values, float)) if len(set(values)) > 1 else wilson(p, n)
+    return {"score": 100 * p, "interval": interval, "n": n}
 
 
 def figure(scores):

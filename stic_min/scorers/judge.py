@@ -1,7 +1,8 @@
 """A judge model behind an OpenAI-compatible chat endpoint: asked by urllib, every raw reply kept on disk.
 
 What is asked and how a reply is read is in the benchmarks' files; here is only the way there and back. The endpoint's
-key is used for the request's header and nowhere else: it is struck out of every message and every stored reply.
+key is used for the request's header and nowhere else: it is struck out of every message and every stored reply
+(one of less than eight characters, as local servers take, is no secret, and would be found in any text).
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import queue
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import namedtuple
 from pathlib import Path
@@ -60,8 +62,13 @@ class Judge:
     """
 
     def __init__(self, url, key, model, path, *, texts, runs, timeout, progress, say):
-        if not url.startswith(("http://", "https://")):
-            raise InputError(f"judge URL {url!r} does not start with http:// or https://")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+        except ValueError:
+            usable = False
+        if not usable or not url.isprintable() or " " in url:
+            raise InputError(f"judge URL {url!r} is not of the form http(s)://host/path")
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise InputError("the judge's key is empty or has characters that no key has (set OPENAI_API_KEY)")
         self.url, self.key, self.model, self.path = url.rstrip("/") + "/chat/completions", key, model, Path(path)
@@ -89,13 +96,13 @@ class Judge:
         return stored
 
     def clean(self, text):
-        return text.replace(self.key, "***")
+        return text.replace(self.key, "***") if len(self.key) >= 8 else text
 
     def ask(self, where, messages, *, temperature, max_tokens):
         """messages: [{"role", "content"}]; `where`, unique, names the request on disk and in messages -> Reply."""
         body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
         data = json.dumps(body).encode()
-        place = where, hashlib.sha256(data).hexdigest()[:16]
+        place = where, hashlib.sha256(self.url.encode() + data).hexdigest()[:16]
         reply = self.stored.get(place)
         for trial in range(1, TRIES + 1):
             if reply is not None:
@@ -119,25 +126,28 @@ class Judge:
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url, data, headers, method="POST")
         try:
-            with self.opener.open(request, timeout=self.timeout) as response:
+            try:
+                response = self.opener.open(request, timeout=self.timeout)
+            except urllib.error.HTTPError as error:
+                response = error  # a reply all the same
+            with response:
                 status, body = response.status, response.read().decode("utf-8", "replace")
-        except urllib.error.HTTPError as error:
-            with error:
-                said = self.clean(" ".join(error.read(2000).decode("utf-8", "replace").split())[:200])
-            reason = f"HTTP {error.code} {said}".strip()
-            if error.code != 429 and error.code < 500:
-                raise InputError(f"judge {self.url}: {reason}") from None
-            after = error.headers.get("Retry-After") or ""
-            raise Refused(reason, float(after) if after.isdigit() else None) from None
+                after = response.headers.get("Retry-After") or ""
         except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a timeout, half an answer
             raise Refused(self.clean(first_line(error))) from None
-        line = {"where": place[0], "request": place[1], "status": status, "body": self.clean(body)}
+        body = self.clean(body)
+        if status != 200:
+            reason = f"HTTP {status} {' '.join(body.split())[:200]}".strip()
+            if status != 429 and status < 500:
+                raise InputError(f"judge {self.url}: {reason}")
+            raise Refused(reason, float(after) if after.isdecimal() and after.isascii() else None)
+        line = {"where": place[0], "request": place[1], "body": body}
         with self.lock, open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
         try:
-            reply = read_reply(line["body"])
+            reply = read_reply(body)
         except ValueError as error:
-            raise Refused(f"{error}: {' '.join(line['body'].split())[:80]!r}") from None
+            raise Refused(f"{error}: {' '.join(body.split())[:80]!r}") from None
         return self.stored.setdefault(place, reply)
 
     def map(self, function, items):

@@ -246,7 +246,9 @@ def judge(questions, answers, judge, rule=RULES[0]):
         raise InputError(f"judge prompts, {PROMPTS}: 'template' is not a text with {{}} at three places")
     records = match_answers("MMBench", questions, answers)
     letters = _letters(questions, records, rule)
-    unmatched = [q for q in questions if letters.get(q["question_id"], "") is None]
+    unmatched = [  # nothing said is nothing to match
+        q for q in questions if letters.get(q["question_id"], "") is None and records[str(q["question_id"])]["text"]
+    ]
 
     def ask(question):
         index, options = question["question_id"], question["options"]

@@ -106,7 +106,8 @@ def rows(benchmark, base):
 
     benchmark: a key of BENCHMARKS. base: "v1.6" or "v1.5". A figure that Tables 1 and 2 give differently comes twice.
     """
-    label = lambda stic, dar: "paper, " + ("STIC" if stic else "original") + " + DaR" * dar
+    model = {"v1.6": "LLaVA-1.6 7B", "v1.5": "LLaVA-1.5 7B"}[base]
+    label = lambda stic, dar: f"paper, {model}" + " + STIC" * stic + " + DaR" * dar
     if base == "v1.6":
         found = [(label(*run), row[benchmark]) for run, row in TABLE2.items()]
         other = TABLE1["LLaVA-1.6 7B + STIC"][benchmark]
@@ -115,4 +116,5 @@ def rows(benchmark, base):
     else:
         runs = {label(False, False): "LLaVA-1.5 7B", label(True, True): "LLaVA-1.5 7B + STIC"}
         found = [(name, TABLE1[row][benchmark]) for name, row in runs.items()]
-    return [(name, value) for name, value in [*found, ("LLaVA's own", LLAVA[base][benchmark])] if value is not None]
+    found.append((f"LLaVA's own, {model}", LLAVA[base][benchmark]))
+    return [(name, value) for name, value in found if value is not None]
