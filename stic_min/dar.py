@@ -75,7 +75,7 @@ def describe_pictures(llava, shown, read, output, args, max_new_tokens):
     ranks, todo = output.ranks, [name for name in shown if name not in output.done]
     ranks.say(f"{len(shown)} pictures to describe, {len(shown) - len(todo)} of them already in {output.path}")
     todo = todo[ranks.rank :: ranks.world]
-    progress = cli.Progress("descriptions", len(todo), ranks)
+    progress = cli.Progress(f"{args.command} descriptions", len(todo), ranks)
     for start in range(0, len(todo), args.batch_size):
         batch = {}
         for name in todo[start : start + args.batch_size]:
@@ -104,7 +104,7 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
     ranks, todo = output.ranks, [key for key in questions if key not in output.done]
     ranks.say(f"{len(questions)} questions, {len(questions) - len(todo)} of them already in {output.path}")
     todo = todo[ranks.rank :: ranks.world]
-    progress = cli.Progress("answers", len(todo), ranks)
+    progress = cli.Progress(f"{args.command} answers", len(todo), ranks)
     for start in range(0, len(todo), args.batch_size):
         batch = {}
         for key in todo[start : start + args.batch_size]:

@@ -316,7 +316,7 @@ def test_a_long_question_counts_as_wrong(w, capsys):
     assert outcome(w, "scienceqa") == 0
     out, warnings = said(capsys)
     assert 0 < len(warnings) < 6 and f"6 questions, {len(warnings)} without a prediction" in out
-    assert all(re.search(r"question \d+ counts as wrong: \d+ tokens more than the model", w) for w in warnings)
+    assert all(re.search(r"question \d+ has no answer: \d+ tokens more than the model", w) for w in warnings)
 
 
 def test_instructions_are_checked_before_they_are_described(w, capsys):
@@ -383,7 +383,7 @@ def test_in_a_benchmark_it_counts_as_wrong(w, capsys):
     cut(w / "scienceqa/images/test/4/image.png")
     assert outcome(w, "scienceqa") == 0
     out, [warning] = said(capsys)
-    assert warning.startswith("warning: question 4 counts as wrong: can't read image ")
+    assert warning.startswith("warning: question 4 has no answer: can't read image ")
     assert "6 questions, 1 without a prediction" in out
 
 
