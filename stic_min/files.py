@@ -104,8 +104,9 @@ class Output:
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                found = {name: record.get(name) for name in self.settings} | {self.key: record[self.key]}
-            except (ValueError, KeyError, AttributeError, TypeError):
+                found = {name: record.get(name) for name in self.settings}
+                hash(record[self.key])
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 raise InputError(f"{path}, line {number}: not a line that this command writes") from None
             for name, value in self.settings.items():
                 if found[name] != value:

@@ -17,7 +17,8 @@ from stic_min.scorers import figure, published, read_json
 
 
 def markdown(header, rows):
-    return "\n".join(["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]])
+    line = lambda row: "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+    return "\n".join(map(line, [header, ["---"] * len(header), *rows]))
 
 
 def page(title, style, body):
@@ -52,6 +53,9 @@ class Row:
     results: dict  # {benchmark: what its .scores.json holds}
 
 
+NEEDED = set("model adapter mode template image_mode dtype max_new_tokens temperature limit prompt".split())  # of a run
+
+
 def read_results(folder):
     """The rows of a folder, base models first. Raises InputError if it holds no scores."""
     by_run = {}
@@ -59,7 +63,10 @@ def read_results(folder):
         result = read_json(path)
         if result.get("benchmark") in published.BENCHMARKS:  # the toy world's are not the paper's
             run = result.get("run")
-            if not isinstance(run, dict) or not all(key in result for key in ("score", "interval", "n")):
+            interval = result["interval"] if isinstance(result.get("interval"), list) else []
+            numbers = [result.get("score"), result.get("n"), *interval]
+            complete = len(numbers) == 4 and all(isinstance(value, int | float) for value in numbers)
+            if not complete or not isinstance(run, dict) or not NEEDED <= run.keys():
                 raise InputError(f"{path}: not a file that evaluate.py writes")
             how = [run.get(key) for key in ("model", "adapter", "mode", "fingerprint", "template", "image_mode")]
             by_run.setdefault(tuple(how), {})[result["benchmark"]] = result
@@ -284,7 +291,7 @@ def chart(benchmark, rows, base):
     bars += [bar(name, {"score": value}, kind(name), full) for name, value in theirs]
     asked = "".join(
         f"<p>{escape(row.label)}: {r['n']} items, {r.get('missing', 0)} without an answer, "
-        f"template {r['run']['template']}<pre>{escape(r['run']['prompt'])}</pre>"
+        f"template {escape(r['run']['template'])}<pre>{escape(r['run']['prompt'])}</pre>"
         for row in own
         for r in [row.results[benchmark]]
     )

@@ -84,7 +84,8 @@ class Judge:
             try:
                 entry = json.loads(line)
                 place, body = (entry["where"], entry["request"]), entry["body"]
-            except (ValueError, KeyError, TypeError):
+                hash(place)
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f"{self.path}, line {number}: not a line that this command writes") from None
             try:
                 stored[place] = read_reply(body)
@@ -96,7 +97,10 @@ class Judge:
         return stored
 
     def clean(self, text):
-        return text.replace(self.key, "***") if len(self.key) >= 8 else text
+        forms = (self.key, self.key.replace("/", "\\/")) if len(self.key) >= 8 else ()  # the second: some JSON
+        for form in forms:
+            text = text.replace(form, "***")
+        return text
 
     def ask(self, where, messages, *, temperature, max_tokens):
         """messages: [{"role", "content"}]; `where`, unique, names the request on disk and in messages -> Reply."""
@@ -156,15 +160,14 @@ class Judge:
         Daemon threads: a process that is stopped does not wait for a judge that never answers.
         """
         items = list(items)
-        todo, done, results = queue.SimpleQueue(), queue.SimpleQueue(), [None] * len(items)
-        for pair in enumerate(items):
-            todo.put(pair)
+        done, results, stop = queue.SimpleQueue(), [None] * len(items), threading.Event()
+        todo, lock = iter(enumerate(items)), threading.Lock()
 
         def work():
-            while True:
-                try:
-                    i, item = todo.get_nowait()
-                except queue.Empty:
+            while not stop.is_set():
+                with lock:
+                    i, item = next(todo, (None, None))
+                if i is None:
                     return
                 try:
                     done.put((i, function(item), None))
@@ -175,14 +178,12 @@ class Judge:
         for _ in range(min(WORKERS, len(items))):
             threading.Thread(target=work, daemon=True).start()
         progress = self.progress(len(items))
-        for _ in items:
-            i, results[i], error = done.get()
-            if error is not None:
-                while not todo.empty():  # the other workers end after what they are at
-                    try:
-                        todo.get_nowait()
-                    except queue.Empty:
-                        break
-                raise error
-            progress.add()
+        try:
+            for _ in items:
+                i, results[i], error = done.get()
+                if error is not None:
+                    raise error
+                progress.add()
+        finally:
+            stop.set()  # the other workers end after what they are at
         return results
