@@ -21,9 +21,9 @@ from pathlib import Path
 from stic_min import InputError, cli, report, scoring
 from stic_min.files import Output, read_records
 from stic_min.images import open_image
-from stic_min.scorers import chartqa, read_json
+from stic_min.scorers import chartqa
 from stic_min.scoring import JUDGED, SCORERS
-from stic_min.text import without_marks
+from stic_min.text import TEMPLATES, without_marks
 
 DESCRIPTION_TOKENS = 1024
 
@@ -61,7 +61,7 @@ def run_benchmark(args):
     ranks = cli.start_ranks(args.device)
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    settings = {"mode": mode_of(args), **cli.run_settings(args, llava)}
+    settings = {"benchmark": benchmark, "mode": mode_of(args), **cli.run_settings(args, llava)}
     settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
     read = lambda question: scoring.open_picture(question, scorer, args.data)
 
@@ -81,6 +81,8 @@ def run_benchmark(args):
     answers = dar.answer_questions(llava, {q[key]: q for q in questions}, behind, entries, read, output, args)
     if not ranks.first:
         return
+    if not answers:
+        raise InputError(f"none of the {len(questions)} questions could be asked")
     print(output.path)
     if hasattr(scorer, "official"):
         suffix, text = scorer.official(questions, answers)
@@ -94,9 +96,9 @@ def run_benchmark(args):
         print(f"no score yet: {benchmark} is graded by a judge model. With a key for one in OPENAI_API_KEY:")
         print(f"  python evaluate.py score {benchmark} --answers {output.path} --data {args.data} --judge{part}")
         return
-    scores = scoring.scores_of(args, benchmark, questions, answers, stem)
+    scores = scoring.scores_of(args, benchmark, questions, answers, stem, output.path)
+    scoring.show(benchmark, scores, settings | {"limit": args.limit})
     scoring.save(stem, settings, args.limit, benchmark, questions, scores, descriptions)
-    scoring.show(benchmark, scores, settings)
 
 
 def run_score(args):
@@ -111,37 +113,38 @@ def run_score(args):
     if args.answers:
         read = getattr(scorer, "read_answers", lambda path: [record for _, record in read_records(path)])
         answers = read(args.answers)
-    settings, stem = settings_of(answers) or {}, Path(args.answers or args.judged[0]).with_suffix("")
+    settings, stem = settings_of(answers), Path(args.answers).with_suffix("") if args.answers else None
+    if settings.get("benchmark", benchmark) != benchmark:
+        raise InputError(f"{args.answers}: answers to {settings['benchmark']}, not to {benchmark}")
     questions = scoring.load_questions(benchmark, args.data, settings.get("suffix"))
     if settings:  # a file of ours
-        scored, key = Path(f"{stem}.scores.json"), scoring.key_of(scorer)
-        run = read_json(scored).get("run", {}) if scored.is_file() and limit is None else {}
+        key, run = scoring.key_of(scorer), scoring.saved_run(f"{stem}.scores.json") if limit is None else {}
         limit, seed = run.get("limit", limit), run.get("seed", seed)  # a subset stays one
         scoring.check_prompts(args.answers, answers, scoring.entries_of(questions, key), key)
     everything, questions = questions, scoring.limited(benchmark, questions, limit, seed)
     if answers and len(questions) < len(everything):
         outside = {str(q["question_id"]) for q in everything} - {str(q["question_id"]) for q in questions}
         answers = [record for record in answers if str(record.get("question_id")) not in outside]
-    try:
-        scores = scoring.scores_of(args, benchmark, questions, answers, stem)
-    except InputError as error:
-        raise InputError(f"{args.answers or args.judged[0]}: {error}") from None
-    if settings and not args.rule:
-        found = Path(f"{stem}.descriptions.jsonl")
-        found = [r for _, r in read_records(found)] if found.is_file() else []
-        descriptions = {r["image"]: r["description"] for r in found}
-        scoring.save(stem, settings, limit, benchmark, questions, scores, descriptions)
+    scores = scoring.scores_of(args, benchmark, questions, answers, stem, args.answers or args.judged[0])
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        scoring.show(benchmark, scores, settings)
+        scoring.show(benchmark, scores, settings | {"limit": limit})
+    if settings and not args.rule:
+        described = Path(f"{stem}.descriptions.jsonl")
+        found = [record for _, record in read_records(described)] if described.is_file() else []
+        pairs = [(record.get("image"), record.get("description")) for record in found]
+        descriptions = {image: text for image, text in pairs if isinstance(image, str) and isinstance(text, str)}
+        scoring.save(stem, settings, limit, benchmark, questions, scores, descriptions)
 
 
 def settings_of(answers):
-    """What an answers file of ours was made with, from its first line; None for one made elsewhere."""
-    if not answers or "fingerprint" not in answers[0]:
-        return None
-    return {k: v for k, v in answers[0].items() if k not in ("key", "question_id", "prompt", "text")}
+    """What an answers file of ours was made with, from its first line; {} for one made elsewhere."""
+    first = answers[0] if answers else {}
+    texts = ("benchmark", "mode", "model", "fingerprint", "template")
+    if not all(isinstance(first.get(name), str) for name in texts) or first["template"] not in TEMPLATES:
+        return {}
+    return {k: v for k, v in first.items() if k not in ("key", "question_id", "prompt", "text")}
 
 
 def run_table(args):
@@ -186,7 +189,8 @@ def add_judge_flags(parser):
     group.add_argument("--judge-prompts", metavar="FILE", help=prompts)
     runs = "how often each answer is graded (default: the benchmark's: MM-Vet 5, LLaVA-Bench 3)"
     group.add_argument("--judge-runs", type=cli.positive, metavar="N", help=runs)
-    group.add_argument("--judge-timeout", type=cli.positive, default=60, metavar="SECONDS", help="of one request")
+    seconds = cli.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
+    group.add_argument("--judge-timeout", type=seconds, default=60, metavar="SECONDS", help="of one request")
 
 
 def main():

@@ -1,6 +1,7 @@
 """What the four scripts share: flags, ranks, a progress line, and how errors end."""
 
 import argparse
+import errno
 import hashlib
 import os
 import sys
@@ -226,13 +227,15 @@ def warn(text):
 def run(main):
     """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
     try:
         main()
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
-            if error.filename is None:
+            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
-            error = f"{error.filename}: {error.strerror}"
+            error = f"{error.filename or 'writing'}: {error.strerror}"
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # when all ranks fail alike, torchrun ends this one before it says the same again
         sys.stderr.write(f"error: {error}\n")

@@ -5,7 +5,7 @@ description in front. Direct answering is the second call alone. `args` has the 
 """
 
 from stic_min import InputError, cli, sampler
-from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, infused, with_image
+from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
 
 
 def ask(llava, names, texts, pictures, args, purpose, max_new_tokens):
@@ -67,6 +67,14 @@ def respond(llava, names, texts, pictures, descriptions, args):
 # ---------------------------------------------------------------- many questions, batch by batch, into files
 
 
+def read_descriptions(path, records):
+    """{picture: description}. Raises InputError if one is no text."""
+    for record in records:
+        if not isinstance(record.get("description"), str):
+            raise InputError(f"{path}: {record['image']!r} has no description")
+    return {record["image"]: record["description"] for record in records}
+
+
 def describe_pictures(llava, shown, read, output, args, max_new_tokens):
     """One description a picture, into `output` -> {name: description} of all that are there, on every rank.
 
@@ -92,7 +100,7 @@ def describe_pictures(llava, shown, read, output, args, max_new_tokens):
         progress.add(len(todo[start : start + args.batch_size]))
     output.finish(list(shown))
     ranks.barrier()  # the first rank has put them together
-    return {record["image"]: record["description"] for record in output.read(output.path)}
+    return read_descriptions(output.path, output.read(output.path))
 
 
 def answer_questions(llava, questions, descriptions, entries, read, output, args):
@@ -110,6 +118,8 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
         for key in todo[start : start + args.batch_size]:
             try:
                 pictures = read(questions[key])
+                if IMAGE_MARK in questions[key]["text"]:
+                    raise InputError(f"{IMAGE_MARK} in its text, which would ask for a second picture")
                 if (over := excess(llava, questions[key]["text"], pictures, args)) > 0:
                     raise InputError(f"{over} tokens more than the model's sequence holds")
                 batch[key] = pictures

@@ -14,7 +14,7 @@ from stic_min import InputError
 def read_records(path):
     """A JSON list or JSON lines of objects -> [(where, object)], `where` names file and record for messages."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -106,6 +106,7 @@ class Output:
                 record = json.loads(line)
                 found = {name: record.get(name) for name in self.settings}
                 hash(record[self.key])
+                json.dumps(record, ensure_ascii=False).encode()
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
                 raise InputError(f"{path}, line {number}: not a line that this command writes") from None
             for name, value in self.settings.items():

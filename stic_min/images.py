@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
-from stic_min import InputError, first_line
+from stic_min import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -25,6 +25,8 @@ BACKGROUND = tuple(int(255 * m) for m in CLIP_MEAN)  # (122, 116, 104), what `pa
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 THINNEST = 500  # long side to short side; h(v) makes the short one 20 pixels, and pad mode a square of the long one
 LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels a side
+# What Pillow raises for damaged files, all formats together.
+UNREADABLE = OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError
 LOW_RESOLUTION = 20  # pixels on the short side
 BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue shift in [-0.3, 0.3]
 
@@ -67,8 +69,9 @@ def open_image(source, name=None):
     try:
         with Image.open(source) as opened:
             picture = opened.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"can't read image {path}: {first_line(error) if name else error}") from None
+    except UNREADABLE as error:
+        said = "not a picture that Pillow reads" if isinstance(error, UnidentifiedImageError) and name else error
+        raise InputError(f"can't read image {path}: {said}") from None
     if max(picture.size) > THINNEST * min(picture.size) or max(picture.size) ** 2 > LARGEST_SQUARE:
         size = f"{picture.width}x{picture.height}"
         raise InputError(f"image {path} is {size}: too long a strip, padded to a square it would take gigabytes")
@@ -80,7 +83,7 @@ def image_size(path):
     try:
         with Image.open(path) as picture:
             return picture.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise InputError(f"can't read image {path}: {error}") from None
 
 

@@ -53,7 +53,31 @@ class Row:
     results: dict  # {benchmark: what its .scores.json holds}
 
 
-NEEDED = set("model adapter mode template image_mode dtype max_new_tokens temperature limit prompt".split())  # of a run
+RUN = {"model": str, "adapter": str | None, "mode": str, "fingerprint": str, "template": str, "image_mode": str,
+       "dtype": str, "max_new_tokens": int, "temperature": int | float, "limit": int | None, "prompt": str}  # fmt: skip
+
+
+def is_ours(result):
+    """Whether what a .scores.json holds has everything that is shown of it."""
+    run, groups, judge = result.get("run"), result.get("groups", {}), result.get("judge", {})
+    if not isinstance(run, dict) or not isinstance(groups, dict) or not isinstance(judge, dict):
+        return False
+    served, files = judge.get("served", []), judge.get("files", [])
+    lists = isinstance(served, list) and isinstance(files, list)
+    texts = [*served, *files, judge.get("official", "")] if lists else [None]
+    return (
+        all(isinstance(run.get(key), kind) for key, kind in RUN.items())
+        and all(isinstance(text, str) for text in texts)
+        and ("official" in judge or not served)
+        and all(map(is_figure, [result, *groups.values()]))
+    )
+
+
+def is_figure(entry):
+    if not isinstance(entry, dict) or not isinstance(interval := entry.get("interval"), list):
+        return False
+    numbers = [entry.get("score"), entry.get("n"), *interval]
+    return len(numbers) == 4 and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
 
 
 def read_results(folder):
@@ -61,15 +85,14 @@ def read_results(folder):
     by_run = {}
     for path in sorted(Path(folder).glob("*.scores.json")):
         result = read_json(path)
-        if result.get("benchmark") in published.BENCHMARKS:  # the toy world's are not the paper's
-            run = result.get("run")
-            interval = result["interval"] if isinstance(result.get("interval"), list) else []
-            numbers = [result.get("score"), result.get("n"), *interval]
-            complete = len(numbers) == 4 and all(isinstance(value, int | float) for value in numbers)
-            if not complete or not isinstance(run, dict) or not NEEDED <= run.keys():
-                raise InputError(f"{path}: not a file that evaluate.py writes")
+        if str(result.get("benchmark")) in published.BENCHMARKS:  # the toy world's are not the paper's
+            if not is_ours(result):
+                raise InputError(f"{path}: not a file that this version of evaluate.py writes: run `score` again")
+            run, name = result["run"], result["benchmark"]
             how = [run.get(key) for key in ("model", "adapter", "mode", "fingerprint", "template", "image_mode")]
-            by_run.setdefault(tuple(how), {})[result["benchmark"]] = result
+            if name in by_run.setdefault(tuple(how), {}):
+                raise InputError(f"{path}: a second score of the same run, of {run['model']} on {name}")
+            by_run[tuple(how)][name] = result
     if not by_run:
         raise InputError(f"{folder}: no .scores.json of a benchmark in it")
     rows, one_model = [], len({model for model, *_ in by_run}) == 1

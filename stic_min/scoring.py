@@ -1,13 +1,15 @@
 """From questions and answers to a score: what running a benchmark and scoring an answers file have in common."""
 
+import contextlib
 import glob
 import io
 import json
 import os
+import sys
 from pathlib import Path
 
 from stic_min import InputError, cli
-from stic_min.files import subset
+from stic_min.files import check_text, subset
 from stic_min.images import image_path, open_image
 from stic_min.scorers import (
     chartqa,
@@ -22,7 +24,7 @@ from stic_min.scorers import (
     toy_captions,
     toy_vqa,
 )
-from stic_min.scorers.judge import Judge
+from stic_min.scorers.judge import Judge, JudgeError
 from stic_min.text import TEMPLATES, infused, with_image
 
 SCORERS = {
@@ -44,7 +46,11 @@ JUDGED = [name for name, scorer in SCORERS.items() if hasattr(scorer, "judge")]
 
 def load_questions(benchmark, data, suffix):
     """The benchmark's questions; ChartQA's with another suffix than its own, if one is given."""
-    return SCORERS[benchmark].load(data, **({} if suffix is None else {"suffix": suffix}))
+    scorer = SCORERS[benchmark]
+    questions = scorer.load(data, **({} if suffix is None else {"suffix": suffix}))
+    for question in questions:
+        check_text(str(question[key_of(scorer)]), f"{data}: question id")
+    return questions
 
 
 def limited(benchmark, questions, limit, seed):
@@ -72,9 +78,11 @@ def entries_of(questions, key):
 
 def check_prompts(path, records, entries, key):
     """Raises InputError if answers of ours were to other questions than the data folder has now by the same ids."""
+    prompts = {str(k): entry["prompt"] for k, entry in entries.items()}
     for record in records:
-        if record[key] in entries and record.get("prompt") != entries[record[key]]["prompt"]:
-            raise InputError(f"{path}: {record[key]!r} was another question then; name another --out, or delete it")
+        own = str(record.get(key))
+        if own in prompts and record.get("prompt") != prompts[own]:
+            raise InputError(f"{path}: {own!r} was another question then; name another --out, or delete it")
 
 
 def description_of(question, descriptions):
@@ -105,7 +113,7 @@ def start_judge(args, scorer, stem):
     if args.judge_prompts:
         texts = read_json(args.judge_prompts).get(scorer.PROMPTS)
         for field in scorer.OWN_PROMPTS:
-            if not isinstance(texts, dict) or not isinstance(texts.get(field), str):
+            if not isinstance(texts, dict) or not isinstance(texts.get(field), str) or not texts[field].strip():
                 raise InputError(f"{args.judge_prompts}: has no text {scorer.PROMPTS}.{field}")
     return Judge(
         args.judge_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
@@ -126,7 +134,18 @@ def write(path, text):
     beside.replace(path)
 
 
-def judge_of(args, scorer, questions, answers, stem):
+@contextlib.contextmanager
+def naming(file):
+    """Puts the file in front of what is wrong with its content."""
+    try:
+        yield
+    except JudgeError:
+        raise
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def judge_of(args, scorer, questions, answers, stem, where):
     """What --judged holds or --judge says -> (verdicts, a note on who gave them); (None, None) without either.
 
     Verdicts by our own wording of the judge's prompt go to files that say so: they don't compare with published ones.
@@ -138,7 +157,8 @@ def judge_of(args, scorer, questions, answers, stem):
         return None, None
     judge = start_judge(args, scorer, stem)
     rule = {"rule": args.rule} if args.rule and scorer is mmbench else {}  # what goes unmatched depends on it
-    judged = scorer.judge(questions, answers, judge, **rule)
+    with naming(where):
+        judged = scorer.judge(questions, answers, judge, **rule)
     if hasattr(scorer, "judged_files"):
         own = "" if args.judge_prompts else ".own-prompt"
         for old in stem.parent.glob(f"{glob.escape(stem.name)}{own}.reviews-*.jsonl"):  # there may have been more runs
@@ -167,16 +187,35 @@ def check_flags(args, benchmark):
         raise InputError(f"--judge-runs: {benchmark} has one run")
 
 
-def scores_of(args, benchmark, questions, answers, stem):
+def scores_of(args, benchmark, questions, answers, stem, where):
+    """The scores, by a judge if the flags say so. Raises InputError; `where` is the file that is scored."""
     scorer, options = SCORERS[benchmark], {"rule": args.rule} if args.rule else {}
     if benchmark in JUDGED:
-        options["judged"], note = judge_of(args, scorer, questions, answers, stem)
-    scores = scorer.score(questions, answers, **options)
+        options["judged"], note = judge_of(args, scorer, questions, answers, stem, where)
+    with naming(where):
+        scores = scorer.score(questions, answers, **options)
     return scores | ({"judge": note} if options.get("judged") is not None else {})
 
 
+def saved_run(path):
+    """The `run` of a .scores.json, {} if there is none that can be used."""
+    try:
+        run = read_json(path)["run"]
+        usable = type(run["limit"]) in (int, type(None)) and type(run["seed"]) is int
+    except (InputError, KeyError, TypeError):
+        return {}
+    return run if usable else {}
+
+
 def save(stem, settings, limit, benchmark, questions, scores, descriptions):
-    """stem.scores.json: the settings, what item 1 was asked (its description uncut), the scores."""
+    """stem.scores.json: the settings, what item 1 was asked (its description uncut), the scores.
+
+    A whole benchmark's score is not overwritten by a subset's of the same answers.
+    """
+    saved = saved_run(f"{stem}.scores.json")
+    if limit and saved and saved["limit"] is None and settings.items() <= saved.items():
+        print(f"{stem}.scores.json has the score of all questions: kept", file=sys.stderr)
+        return
     first = questions[0]
     description = description_of(first, descriptions)
     text = first["text"] if description is None else infused(description, first["text"])
@@ -185,7 +224,7 @@ def save(stem, settings, limit, benchmark, questions, scores, descriptions):
         prompt = "(its description is not at hand)"
     run = settings | {"limit": limit, "prompt": prompt}
     result = {"benchmark": benchmark, "run": run} | scores
-    write(f"{stem}.scores.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write(f"{stem}.scores.json", json.dumps(result, indent=2) + "\n")
 
 
 def base_of(model):
@@ -196,6 +235,8 @@ def base_of(model):
 def show(benchmark, scores, settings):
     """The scores as text, the published ones below if they can be compared. settings: the run's, {} if unknown."""
     lines = [SCORERS[benchmark].report(scores)]
+    if settings.get("limit"):
+        lines.append(f"a subset: --limit {settings['limit']}")
     if "suffix" in settings:
         lines.append(f"each question was followed by {settings['suffix']!r}")
     note = scores.get("judge")

@@ -705,7 +705,7 @@ def test_a_judge_that_is_not_there(world, done, tmp_path, monkeypatch, fails, na
     assert kept.items() < files(done, f"{name}-base-dar.").items() and f"{name}-base-dar.jsonl" in kept
     warnings, again = fails("evaluate", "score", name, "--answers", out / f"{name}-base-dar.jsonl", "--data",
                             world / name, *judged_at(NOBODY))  # fmt: skip
-    assert again.startswith(f"{out / f'{name}-base-dar.jsonl'}: judge {NOBODY}") and files(out) == kept
+    assert again.startswith(f"judge {NOBODY}") and files(out) == kept  # the answers file has no part in it
 
 
 @pytest.mark.parametrize("fault, message", [
@@ -763,3 +763,69 @@ def test_a_score_of_other_answers_does_not_stay(world, done, name):
     with pytest.raises(Killed), killed_writing(1):
         call(*command(world, name, "dar", done))
     assert not (done / f"{name}-base-dar.scores.json").exists()
+
+
+# ---------------------------------------------------------------- found by an attack
+
+
+def test_a_subset_keeps_the_whole_benchmarks_score(world, done, capsys):
+    whole = (done / "chartqa-base-direct.scores.json").read_bytes()
+    assert "a subset: --limit 2" in call(*command(world, "chartqa", "direct", done), "--limit", 2)
+    assert (done / "chartqa-base-direct.scores.json").read_bytes() == whole
+    assert "chartqa-base-direct.scores.json has the score of all questions: kept" in capsys.readouterr().err
+
+
+def test_a_mark_in_a_question_costs_that_question(own, tmp_path, capsys):
+    questions = own / "llavabench" / "questions.jsonl"
+    questions.write_text(questions.read_text().replace("What is this?", "What is <image>?"))
+    call(*command(own, "llavabench", "direct", tmp_path / "out"))
+    assert [r["question_id"] for r in lines(tmp_path / "out" / "llavabench-base-direct.jsonl")] == [1, 2]
+    assert "warning: question 0 has no answer: <image> in its text" in capsys.readouterr().err
+
+
+def test_without_any_picture_there_is_no_score(own, tmp_path, fails):
+    shutil.rmtree(own / "chartqa" / "png")
+    warnings, error = fails(*command(own, "chartqa", "direct", tmp_path / "out"))
+    assert len(warnings) == 4 and error == "none of the 4 questions could be asked"
+    assert not (tmp_path / "out" / "chartqa-base-direct.scores.json").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "chartqa"])
+def test_answers_to_another_benchmark(world, done, fails, name):
+    path = done / "chartqa-base-direct.jsonl"
+    _, error = fails("evaluate", "score", name, "--answers", path, "--data", world / name)
+    assert error == f"{path}: answers to chartqa, not to {name}"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"run": null}', '{"run": [1]}',
+                                     '{"run": {"limit": "2", "seed": 0}}'])
+def test_a_broken_scores_file_is_made_anew(world, done, content):
+    path = done / "scienceqa-base-direct.scores.json"
+    whole = path.read_bytes()
+    path.write_text(content)
+    call("evaluate", "score", "scienceqa", "--answers", done / "scienceqa-base-direct.jsonl", "--data",
+         world / "scienceqa")  # fmt: skip
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("table, message", [
+    ('index\tprediction\n241\t"A\n252\tA\n', "a quote is never closed"),
+    ("index\tprediction\tprediction\n241\tA\tB\n", "has two columns 'prediction'")])
+def test_a_broken_sheet(world, tmp_path, fails, table, message):
+    path = tmp_path / "a.tsv"
+    path.write_text(table)
+    _, error = fails("evaluate", "score", "mmbench", "--answers", path, "--data", world / "mmbench")
+    assert error.startswith(f"{path}: {message}")
+
+
+def test_a_broken_description(world, clean, tmp_path, fails):
+    kept = clean.out / "chartqa-base-dar.descriptions.jsonl"
+    (tmp_path / kept.name).write_text(kept.read_text().replace('"description": "', '"description": 3, "text": "', 1))
+    _, error = fails(*command(world, "chartqa", "dar", tmp_path))
+    assert error.startswith(f"{tmp_path / kept.name}: 'png/c") and error.endswith(" has no description")
+
+
+def test_a_full_disk_is_one_line(world, done):
+    ends = subprocess.run([sys.executable, "evaluate.py", "table", done], cwd=ROOT, env=ENV, stderr=subprocess.PIPE,
+                          stdout=open("/dev/full", "w"), text=True, timeout=120)  # fmt: skip
+    assert (ends.returncode, ends.stderr) == (1, "error: writing: No space left on device\n")

@@ -34,7 +34,7 @@ def length(llava, user):
 
 
 def arguments(**more):
-    return Namespace(max_new_tokens=8, temperature=0.0, top_p=None, seed=0, dar=True, **more)
+    return Namespace(command="scienceqa", max_new_tokens=8, temperature=0.0, top_p=None, seed=0, dar=True, **more)
 
 
 def test_a_long_description_is_cut_to_what_fits(llava, picture, capsys):

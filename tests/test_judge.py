@@ -1,8 +1,10 @@
 """The judge's way there and back, over real HTTP: what is sent, what a failure costs, what stays on disk."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -62,7 +64,9 @@ def test_request_and_reply(new, ending):
 @pytest.mark.parametrize("body, reply", [
     (completion("8 9"), Reply("8 9", MODEL)), (completion(None), Reply("", MODEL)), (completion(""), Reply("", MODEL)),
     ('{"choices": [{"message": {"role": "assistant", "refusal": "No."}}]}', Reply("", "unnamed")),
-    ('{"choices": [{"message": {"content": [1]}}], "model": 5}', Reply("", "unnamed")),
+    ('{"choices": [{"message": {"content": null}}], "model": 5}', Reply("", "unnamed")),
+    ('{"choices": [{"message": {"content": [{"type": "text", "text": "8 "}, {"type": "text", "text": "9"}]}}], '
+     '"model": "m\\ud800"}', Reply("8 9", "m?")),
     ('{"choices": [{"message": {"content": "1"}}, {"message": {"content": "2"}}]}', Reply("1", "unnamed"))])
 def test_what_a_reply_holds(body, reply):
     assert read_reply(body) == reply
@@ -85,7 +89,7 @@ def test_a_filtered_reply_is_empty_and_not_asked_for_again(new):
 SAID = {
     429: 'HTTP 429 {"error": "not now"}', 500: 'HTTP 500 {"error": "not now"}', 503: 'HTTP 503 {"error": "not now"}',
     NOT_JSON: f"not a chat completion: '{NOT_JSON}'", NO_CHOICES: f"not a chat completion: '{NO_CHOICES}'",
-    "half": "IncompleteRead(40 bytes read, 960 more expected)", SILENCE: "timed out",
+    "half": "the connection ended 960 bytes too early", SILENCE: "timed out",
     "hang up": "Remote end closed connection without response"}  # fmt: skip
 
 
@@ -320,3 +324,46 @@ def test_ctrl_c_does_not_wait_for_the_judge(new):
         server.closing.set()
         for thread in stuck:
             thread.join(10)
+
+
+# ---- slow and endless replies
+
+
+def raw_server(write):
+    """A server that answers one request with headers and whatever write(connection) sends."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with listening, contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+                    write(connection)
+
+    threading.Thread(target=serve, daemon=True).start()
+    return listening, f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def drip(connection):
+    for _ in range(100):
+        connection.sendall(b" ")
+        time.sleep(0.1)
+
+
+def endless(connection):
+    while True:
+        connection.sendall(b" " * (1 << 20))
+
+
+@pytest.mark.parametrize("write, reason", [(drip, "timed out"), (endless, "more than 10 MB")])
+def test_a_reply_has_an_end(tmp_path, monkeypatch, write, reason):
+    monkeypatch.setattr(judge, "TRIES", 1)
+    listening, url = raw_server(write)
+    slow = Judge(url, KEY, MODEL, tmp_path / "j.jsonl", texts={}, runs=1, timeout=1, progress=None, say=print)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=rf"no usable reply about q1 in 1 tries \({reason}\)"):
+        slow.ask("q1", ASKED, temperature=0, max_tokens=3)
+    listening.close()
+    assert time.monotonic() - begin < 10

@@ -85,9 +85,16 @@ def test_judge_asks_again():
 
 def test_judge_gives_0_after_five_failures():
     judge = Judge({f"v1_7, run 1, attempt {i}": f"no {i}" for i in range(1, 9)})
-    judged = mmvet.judge([question(7)], answers(v7="A cat."), judge)
-    assert judged == {"v1_7": {"content": ["no"], "score": [0.0], "model": ["judge-22"]}}
-    assert [temperature for _, temperature, _ in judge.asked.values()] == [0.0, 0.0, 0.5, 1.0, 1.5]
+    judged = mmvet.judge([question(7), question(12)], answers(v7="A cat.", v12="B"), judge)
+    assert judged["v1_7"] == {"content": ["no"], "score": [0.0], "model": ["judge-22"]}
+    asked = [temperature for where, (_, temperature, _) in judge.asked.items() if where.startswith("v1_7")]
+    assert asked == [0.0, 0.0, 0.5, 1.0, 1.5]
+
+
+def test_a_judge_that_gives_no_grade_at_all_is_no_judge():
+    judge = Judge({f"v1_7, run 1, attempt {i}": f"no {i}" for i in range(1, 9)})
+    with pytest.raises(InputError, match="MM-Vet: no reply of the judge is a grade, the first says 'no'"):
+        mmvet.judge([question(7)], answers(v7="A cat."), judge)
 
 
 def test_judge_grades_every_answer_in_every_run():

@@ -27,7 +27,7 @@ from stic_min import InputError
 def read_json(path, kind=dict):
     """The JSON value in a file. Raises InputError naming it if it is missing, not JSON, or no `kind`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_no_repeats)
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_no_repeats)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -73,8 +73,10 @@ def match_answers(name, questions, answers, complete=False):
     ids, records = {str(q["question_id"]) for q in questions}, {}
     if not questions or len(ids) != len(questions):
         raise InputError(f"{name}: " + ("a question id is repeated" if questions else "no questions"))
-    for record in answers:
-        qid = str(record.get("question_id"))
+    for number, record in enumerate(answers, 1):
+        if record.get("question_id") is None:
+            raise InputError(f"{name} answers: record {number} has no question_id")
+        qid = str(record["question_id"])
         if qid not in ids or qid in records:
             fault = "repeated" if qid in ids else "no question's id"
             raise InputError(f"{name} answers: {qid!r} is {fault}")
@@ -115,7 +117,10 @@ def bootstrap(rows, statistic=None, samples=2000):
     for start in range(0, samples, 100):  # 100 at a time: 5,000 questions 2,000 times over would take gigabytes
         drawn = generator.integers(0, len(rows), (min(100, samples - start), len(rows)))
         values.append(statistic(rows[drawn]))
-    return np.percentile(np.concatenate(values), [2.5, 97.5]).tolist()
+    values = np.concatenate(values)
+    if not len(values):
+        raise InputError("too few items for an interval")
+    return np.percentile(values, [2.5, 97.5]).tolist()
 
 
 def mean(values):

@@ -26,6 +26,10 @@ WORKERS = 4  # requests under way at the same time
 Reply = namedtuple("Reply", "content model")  # what the judge said, and which model says it was
 
 
+class JudgeError(InputError):
+    """The endpoint's fault, not the answers file's."""
+
+
 class Refused(Exception):
     """A try that failed in a way that a later one may not. `wait`: seconds the endpoint asks for, or None."""
 
@@ -41,14 +45,23 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def printable(text):
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def read_reply(body):
-    """The body of a chat completion -> Reply. Raises ValueError if it is none; no content at all (a filter) is ""."""
+    """The body of a chat completion -> Reply. Raises ValueError if it is none; no content (a filter's doing) is ""."""
     try:
         answer = json.loads(body)
         content, model = answer["choices"][0]["message"].get("content"), answer.get("model")
+        if isinstance(content, list):  # in parts
+            content = "".join(part["text"] for part in content if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ValueError("not a chat completion") from None
-    return Reply(content if isinstance(content, str) else "", model if isinstance(model, str) else "unnamed")
+    if not isinstance(content, str | None):
+        raise ValueError("a chat completion whose content is no text")
+    whole = lambda text: text.encode("utf-8", "replace").decode()  # JSON can hold halves of surrogate pairs
+    return Reply(whole(content or ""), whole(model) if isinstance(model, str) else "unnamed")
 
 
 class Judge:
@@ -88,15 +101,18 @@ class Judge:
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise InputError(f"{self.path}, line {number}: not a line that this command writes") from None
             try:
-                stored[place] = read_reply(body)
+                reply = read_reply(body)
             except ValueError:
-                pass  # a reply that was no use then; asked for again
+                continue  # a reply that was no use then; asked for again
+            if reply.content:  # likewise one without content
+                stored[place] = reply
         if self.path.is_file():
             with open(self.path, "r+b") as file:
                 file.truncate(sum(len(line) + 1 for line in lines))
         return stored
 
     def clean(self, text):
+        """Without the key."""
         forms = (self.key, self.key.replace("/", "\\/")) if len(self.key) >= 8 else ()  # the second: some JSON
         for form in forms:
             text = text.replace(form, "***")
@@ -115,7 +131,7 @@ class Judge:
                 reply = self.post(place, data)
             except Refused as refusal:
                 if trial == TRIES:
-                    raise InputError(
+                    raise JudgeError(
                         f"judge {self.url}: no usable reply about {where} in {TRIES} tries ({refusal}); "
                         "what it graded is kept, the same command goes on from there"
                     ) from None
@@ -135,15 +151,17 @@ class Judge:
             except urllib.error.HTTPError as error:
                 response = error  # a reply all the same
             with response:
-                status, body = response.status, response.read().decode("utf-8", "replace")
+                status, body = response.status, self.read_body(response).decode("utf-8", "replace")
                 after = response.headers.get("Retry-After") or ""
         except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a timeout, half an answer
             raise Refused(self.clean(first_line(error))) from None
         body = self.clean(body)
         if status != 200:
-            reason = f"HTTP {status} {' '.join(body.split())[:200]}".strip()
+            reason = f"HTTP {status} {printable(body)[:200]}".strip()
+            if 300 <= status < 400:
+                reason += f" (a redirect to {printable(response.headers.get('Location') or '?')}; see --judge-url)"
             if status != 429 and status < 500:
-                raise InputError(f"judge {self.url}: {reason}")
+                raise JudgeError(f"judge {self.url}: {reason}")
             raise Refused(reason, float(after) if after.isdecimal() and after.isascii() else None)
         line = {"where": place[0], "request": place[1], "body": body}
         with self.lock, open(self.path, "a", encoding="utf-8") as file:
@@ -151,8 +169,22 @@ class Judge:
         try:
             reply = read_reply(body)
         except ValueError as error:
-            raise Refused(f"{error}: {' '.join(body.split())[:80]!r}") from None
+            raise Refused(f"{error}: {printable(body)[:80]!r}") from None
         return self.stored.setdefault(place, reply)
+
+    def read_body(self, response):
+        """The whole body, in `timeout` seconds however slowly it drips, and of 10 MB at most."""
+        deadline, parts, size = time.monotonic() + self.timeout, [], 0
+        while part := response.read1(1 << 16):
+            parts.append(part)
+            size += len(part)
+            if size > 10_000_000:
+                raise OSError("more than 10 MB")
+            if time.monotonic() > deadline:
+                raise OSError("timed out")
+        if response.length:  # of what Content-Length announced
+            raise OSError(f"the connection ended {response.length} bytes too early")
+        return b"".join(parts)
 
     def map(self, function, items):
         """[function(item) for item in items], WORKERS at a time; the first error ends it.

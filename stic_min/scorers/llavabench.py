@@ -50,8 +50,7 @@ def load(data):
     caption, the reference answers are not those of the questions in their order (the official script does not look).
     """
     folder = Path(data)
-    captions = {field(entry, "image", where): _caption(entry, where)
-                for where, entry in read_records(folder / "context.jsonl")}  # fmt: skip
+    captions = _captions(folder / "context.jsonl")
     asked, references = read_records(folder / "questions.jsonl"), read_records(folder / "answers_gpt4.jsonl")
     if len(asked) != len(references):
         raise InputError(f"{folder / 'answers_gpt4.jsonl'}: {len(references)} answers to {len(asked)} questions")
@@ -72,6 +71,16 @@ def load(data):
             "question_id": qid, "image": f"images/{image}", "text": text, "prompt": text, "category": category,
             "caption": captions[image], "reference": field(reference, "text", reference_where)})  # fmt: skip
     return questions
+
+
+def _captions(path):
+    """{image: caption}. Raises InputError if a picture has two."""
+    captions = {}
+    for where, entry in read_records(path):
+        image, caption = field(entry, "image", where), _caption(entry, where)
+        if captions.setdefault(image, caption) != caption:
+            raise InputError(f"{where}: another caption of {image!r}")
+    return captions
 
 
 def _caption(entry, where):
@@ -125,6 +134,9 @@ def judge(questions, answers, judge):
 
     runs = range(1, judge.runs + 1)
     reviews = judge.map(review, [(run, number, q) for run in runs for number, q in enumerate(questions, 1)])
+    if all(review["tuple"] == list(FAILED) for review in reviews):  # which would score 100
+        first = reviews[0]["content"][:80]
+        raise InputError(f"LLaVA-Bench: no review of the judge has two scores, the first starts {first!r}")
     return [reviews[start : start + len(questions)] for start in range(0, len(reviews), len(questions))]
 
 

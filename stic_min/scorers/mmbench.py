@@ -125,8 +125,9 @@ def _table(path, delimiter, columns):
     csv.field_size_limit(2**31 - 1)  # a cell can hold a picture
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter)
-            lines = [(reader.line_num, cells) for cells in reader if cells]
+            text = file.read()
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        lines = [(reader.line_num, cells) for cells in reader if cells]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -134,9 +135,11 @@ def _table(path, delimiter, columns):
     if len(lines) < 2:
         raise InputError(f"{path}: has no rows")
     (_, header), *rows = lines
+    if lines[-1][1][-1].endswith("\n"):  # pandas calls this an end of file inside a string
+        raise InputError(f"{path}: a quote is never closed, in the row up to line {lines[-1][0]}")
     for column in columns:
-        if column not in header:
-            raise InputError(f"{path}: has no column {column!r}")
+        if header.count(column) != 1:
+            raise InputError(f"{path}: has {'two columns' if column in header else 'no column'} {column!r}")
     for number, cells in rows:
         if len(cells) != len(header):
             raise InputError(f"{path}, row up to line {number}: {len(cells)} cells, the header has {len(header)}")

@@ -140,6 +140,7 @@ def judge(questions, answers, judge):
         truth = question["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         row = " | ".join([question["prompt"], truth, records[str(question["question_id"])]["text"], ""])
         request = f"{judge.texts['few_shot']}\n{row}"
+        unread = False
         for attempt, temperature in enumerate(TEMPERATURES, 1):
             where = f"v1_{question['question_id']}, run {run}, attempt {attempt}"
             text = request if attempt == 1 else request + judge.texts["retry_suffix"]
@@ -149,12 +150,15 @@ def judge(questions, answers, judge):
             if value is not None and not math.isnan(value):
                 break
         else:
-            value = 0.0
-        return {"content": _first(reply.content), "score": value, "model": reply.model}
+            value, unread = 0.0, True
+        return unread, {"content": _first(reply.content), "score": value, "model": reply.model}
 
     items = [(question, run) for question in questions for run in range(1, judge.runs + 1)]
     judged = {f"v1_{q['question_id']}": {"content": [], "score": [], "model": []} for q in questions}
-    for (question, _), verdict in zip(items, judge.map(grade, items)):
+    verdicts = judge.map(grade, items)
+    if all(unread for unread, _ in verdicts):
+        raise InputError(f"MM-Vet: no reply of the judge is a grade, the first says {verdicts[0][1]['content']!r}")
+    for (question, _), (_, verdict) in zip(items, verdicts):
         for name, values in judged[f"v1_{question['question_id']}"].items():
             values.append(verdict[name])
     return judged
