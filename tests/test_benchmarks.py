@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from benchmarks import write_benchmarks
+from benchmark_data import write_benchmarks
 from judge_server import FAULTS, MODEL, SILENCE, JudgeServer
 from test_commands import ENV, ROOT, call, call_two_ranks, lines, start
 from tiny import write_scienceqa
