@@ -176,7 +176,7 @@ def test_a_missing_answer_is_wrong_even_where_the_label_is_empty(tmp_path):
 @pytest.mark.parametrize("answers, named", [
     (ANSWERS + [{"question_id": "human-3", "text": "x"}], "'human-3' is no question's id"),
     (ANSWERS + ANSWERS[:1], "'augmented-0' is repeated"),
-    ([{"prompt": "", "text": "A"}], "'None' is no question's id"),
+    ([{"prompt": "", "text": "A"}], "record 1 has no question_id"),
     ([{"question_id": "human-0", "prompt": ""}], "'human-0' has no 'text'"),
     ([{"question_id": "human-0", "text": 10}], "'human-0' has no 'text'"),
 ])  # fmt: skip

@@ -243,7 +243,7 @@ def test_a_recorded_prompt_may_be_anything(recorded):
 @pytest.mark.parametrize("questions, answers, named", [
     (QUESTIONS, ANSWERS + [{"question_id": "8", "prompt": "", "text": "A"}], "'8' is no question's id"),
     (QUESTIONS, ANSWERS + ANSWERS[:1], "'7' is repeated"),
-    (QUESTIONS, [{"prompt": "", "text": "A"}], "'None' is no question's id"),
+    (QUESTIONS, [{"prompt": "", "text": "A"}], "has no question_id"),
     (QUESTIONS, [{"question_id": "1", "prompt": ""}], "'1' has no 'text'"),
     (QUESTIONS + QUESTIONS[:1], ANSWERS, "a question id is repeated"),
     ([], [], "no questions"),

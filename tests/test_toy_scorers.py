@@ -218,7 +218,7 @@ def test_answers_that_do_not_match(score, name, questions, right):
     for asked, given, complaint in (
         (questions, right + right[:1], f"{name} answers: {own!r} is repeated"),
         (questions, right + answers(zz="x"), f"{name} answers: 'zz' is no question's id"),
-        (questions, right + [{"text": "x"}], f"{name} answers: 'None' is no question's id"),
+        (questions, right + [{"text": "x"}], f"{name} answers: record {len(right) + 1} has no question_id"),
         (questions, right[1:] + [{"question_id": own}], f"{name} answers: {own!r} has no 'text'"),
         (questions, right[1:] + [{"question_id": own, "text": None}], f"{name} answers: {own!r} has no 'text'"),
         (questions, right[1:] + [{"question_id": own, "text": ["x"]}], f"{name} answers: {own!r} has no 'text'"),
