@@ -310,8 +310,10 @@ def chart(benchmark, rows, base):
     full = max([100, *(row.results[benchmark]["interval"][1] for row in own)])  # a judge may prefer the answers
     bars = [bar(row.label + marks(r), r, "own", full)
             for row in own for r in [row.results[benchmark]]]  # fmt: skip
-    kind = lambda name: "llava" if name.startswith("LLaVA") else "paper"
-    bars += [bar(name, {"score": value}, kind(name), full) for name, value in theirs]
+    for name, value in theirs:  # the page says once which model is meant
+        name = re.sub(r", LLaVA-1\.. 7B( \+ STIC)?", lambda found: ", STIC" if found[1] else ", base", name)
+        kind, name = ("llava", "LLaVA's own") if name.startswith("LLaVA") else ("paper", name)
+        bars.append(bar(name, {"score": value}, kind, full))
     asked = "".join(
         f"<p>{escape(row.label)}: {r['n']} items, {r.get('missing', 0)} without an answer, "
         f"template {escape(r['run']['template'])}<pre>{escape(r['run']['prompt'])}</pre>"
@@ -342,7 +344,7 @@ def write(folder):
     body = [
         "<h1>STIC: scores on the paper's benchmarks</h1>",
         f"<p class=note>{escape(', '.join(models))}. {escape(remarks[0])} Bars: blue ours, grey the paper's, ochre "
-        "LLaVA's own.</p>",
+        f"LLaVA's own, both of LLaVA-{base[1:]} 7B.</p>",
         f"<div class=charts>{''.join(charts)}</div>",
         *(f"<h2>{escape(t.title)}</h2>{html_table(t.header, t.rows, t.own)}" for t in found),
         f"<h2>{runs.title}</h2><div class=runs>{html_table(runs.header, runs.rows, 0)}</div>",
