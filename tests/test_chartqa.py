@@ -1,10 +1,9 @@
 """ChartQA: every rule on cases written by hand, then loading and bad input, then the values of the official scorers."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import chartqa
@@ -219,15 +218,6 @@ def test_prompts(questions, conv, full):
 
 
 # ---- values of the official scorers (skipped where the shared data is not at hand)
-
-
-def shared(name):
-    root = os.environ.get("STIC_SHARED")
-    path = (Path(root) if root else Path(__file__).resolve().parents[2] / "shared") / "scorers" / name
-    if not path.is_file():
-        pytest.skip(f"no shared data: {name}")
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if name.endswith(".json") else [json.loads(row) for row in text.strip().split("\n")]
 
 
 FIELDS = {"lmms_eval": "score", "vlmevalkit": "vlmevalkit", "vlmevalkit_2024": "vlmevalkit_2024"}

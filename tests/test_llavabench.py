@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import llavabench
@@ -368,15 +367,6 @@ def test_from_files_to_scores(tmp_path):
 
 
 # ---- values of the official scripts (skipped where the shared data is not at hand)
-
-def shared(name):
-    root = os.environ.get("STIC_SHARED")
-    path = (Path(root) if root else Path(__file__).resolve().parents[2] / "shared") / "scorers" / name
-    if not path.is_file():
-        pytest.skip(f"no shared data: {name}")
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.strip().split("\n")]
-
 
 def test_official_parser():
     rows = shared("llavabench_parse.jsonl")

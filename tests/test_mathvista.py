@@ -1,11 +1,10 @@
 """MathVista: every rule on cases written by hand, then the official values for published predictions."""
 
 import json
-import os
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
+from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import mathvista
@@ -423,15 +422,6 @@ def test_from_data_to_scores(tmp_path):
 
 
 # ---- values of the official scorers (skipped where the shared data is not at hand)
-
-
-def shared(name):
-    root = os.environ.get("STIC_SHARED")
-    path = (Path(root) if root else Path(__file__).resolve().parents[2] / "shared") / "scorers" / name
-    if not path.is_file():
-        pytest.skip(f"no shared data: {name}")
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.strip().split("\n")]
 
 
 def test_official_extraction_rules():

@@ -2,13 +2,11 @@
 
 import base64
 import csv
-import json
-import os
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import figure, mmbench, share
@@ -468,17 +466,6 @@ def test_own_prompts():
 
 
 # ---- values of the official scorers (skipped where the shared data is not at hand)
-
-
-def shared(name):
-    root = os.environ.get("STIC_SHARED")
-    path = (Path(root) if root else Path(__file__).resolve().parents[2] / "shared") / "scorers" / name
-    if not path.is_file():
-        pytest.skip(f"no shared data: {name}")
-    text = path.read_text(encoding="utf-8")
-    if name.endswith(".json"):
-        return json.loads(text)
-    return [json.loads(line) for line in text.strip().split("\n")]
 
 
 @pytest.mark.parametrize("rule", mmbench.RULES)

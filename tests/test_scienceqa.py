@@ -1,10 +1,9 @@
 """ScienceQA: every rule on cases written by hand, then the official values for published predictions."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
+from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import scienceqa
@@ -273,17 +272,6 @@ def test_report_without_images_has_no_line_for_img():
 
 
 # ---- values of the official scorers (skipped where the shared data is not at hand)
-
-def shared(name):
-    root = os.environ.get("STIC_SHARED")
-    path = (Path(root) if root else Path(__file__).resolve().parents[2] / "shared") / "scorers" / name
-    if not path.is_file():
-        pytest.skip(f"no shared data: {name}")
-    text = path.read_text(encoding="utf-8")
-    if name.endswith(".json"):
-        return json.loads(text)
-    return [json.loads(line) for line in text.strip().split("\n")]
-
 
 def test_official_parser():
     rows = shared("scienceqa_parse.jsonl")
