@@ -165,13 +165,11 @@ def run_ask(args):
     pictures = [open_image(path) for path in args.image]
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    question, description = without_marks(args.question), None
+    question = without_marks(args.question)
     if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
-    if args.dar:
-        [description] = dar.describe(llava, ["picture"], [pictures], args, args.max_new_tokens)
-        print(f"Description: {description}\n")
-    print(*dar.respond(llava, ["question"], [question], [pictures], [description], args))
+    description, answer = dar.ask(llava, question, pictures, args, args.dar)
+    print(answer if description is None else f"Description: {description}\n\n{answer}")
 
 
 # ---------------------------------------------------------------- flags

@@ -18,7 +18,7 @@ from pathlib import Path
 from stic_min import InputError, cli, sampler
 from stic_min.data import image_records, parse_instruction
 from stic_min.files import Output, subset
-from stic_min.images import corrupt, image_path, list_images, open_image
+from stic_min.images import ahead, corrupt, image_path, list_images, open_image
 from stic_min.loader import load_llava
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
 
@@ -149,42 +149,50 @@ def main():
 
     todo = todo[ranks.rank :: ranks.world]
     progress = cli.Progress(what, len(todo), ranks)
-    template = TEMPLATES[llava.config.template]
-    together = max(1, args.batch_size // (1 if args.describe else 2))
-    for start in range(0, len(todo), together):
-        jobs = []
-        for key in todo[start : start + together]:
-            try:
-                picture = open_image(image_path(args.images, items[key]))
-                if args.describe:
-                    job_rows, record = description_rows(key, items[key], picture, args.seed)
-                else:
-                    job_rows, record = pair_rows(key, picture, args.seed)
-                lengths = [llava.prompt_length(template.prompt(with_image(p)), [v]) for p, v, _ in job_rows]
-                if max(lengths) > llava.config.max_length:
-                    limit = llava.config.max_length
-                    raise InputError(f"{key}: a prompt of {max(lengths)} tokens, the model's limit is {limit}")
-                jobs.append((key, job_rows, record))
-            except InputError as error:
-                cli.warn(f"skipped: {error}")
-        rows = [row for _, job_rows, _ in jobs for row in job_rows]
-        samples = iter(sampler.sample(
-            llava,
-            [template.prompt(with_image(prompt)) for prompt, _, _ in rows],
-            [[picture] for _, picture, _ in rows],
-            [seed for _, _, seed in rows],
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-        ))
-        for key, job_rows, record in jobs:
-            own = [next(samples) for _ in job_rows]
-            texts = [llava.tokenizer.decode(sample.ids) for sample in own]
-            if all(texts):
-                output.append(record(texts, [sample.finish for sample in own]))
+    template, under_way = TEMPLATES[llava.config.template], {}  # {key: its samples so far, the function for its record}
+
+    def prepare(key):
+        """In a worker thread: (key, the function for its record, its requests), or what is wrong in their place."""
+        try:
+            picture = open_image(image_path(args.images, items[key]))
+            rows, record = (
+                description_rows(key, items[key], picture, args.seed)
+                if args.describe
+                else pair_rows(key, picture, args.seed)
+            )
+            lengths = [llava.prompt_length(template.prompt(with_image(p)), [v]) for p, v, _ in rows]
+            if max(lengths) > llava.config.max_length:
+                limit = llava.config.max_length
+                raise InputError(f"{key}: a prompt of {max(lengths)} tokens, the model's limit is {limit}")
+        except InputError as error:
+            return key, None, error
+        tiles = {id(v): llava.tiles(v) for _, v, _ in rows}
+        ids = [llava.tokenizer.encode_prompt(template.prompt(with_image(p))) for p, _, _ in rows]
+        requests = [sampler.Request((key, i), ids[i], [tiles[id(v)]], seed) for i, (_, v, seed) in enumerate(rows)]
+        return key, record, requests
+
+    def requests():
+        for key, record, made in ahead(prepare, todo):
+            if record is None:
+                cli.warn(f"skipped: {made}")
+                progress.add()
             else:
-                cli.warn(f"skipped: {key}: the model's answer is empty")
-        progress.add(len(todo[start : start + together]))
+                under_way[key] = [None] * len(made), record
+                yield from made
+
+    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    for (key, i), sample in sampler.stream(llava, requests(), slots=args.batch_size, **how):
+        samples, record = under_way[key]
+        samples[i] = sample
+        if not all(samples):
+            continue
+        del under_way[key]
+        texts = [llava.tokenizer.decode(sample.ids) for sample in samples]
+        if all(texts):
+            output.append(record(texts, [sample.finish for sample in samples]))
+        else:
+            cli.warn(f"skipped: {key}: the model's answer is empty")
+        progress.add()
 
     records = output.finish(keys)
     if ranks.first:

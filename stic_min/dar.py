@@ -5,21 +5,8 @@ description in front. Direct answering is the second call alone. `args` has the 
 """
 
 from stic_min import InputError, cli, sampler
+from stic_min.images import ahead
 from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
-
-
-def ask(llava, names, texts, pictures, args, purpose, max_new_tokens):
-    """One sample for each user text (with its <image> marks) about its pictures -> list[str]. Seeds go by name."""
-    samples = sampler.sample(
-        llava,
-        [TEMPLATES[llava.config.template].prompt(text) for text in texts],
-        pictures,
-        [sampler.row_seed(args.seed, purpose, name) for name in names],
-        max_new_tokens=max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-    )
-    return [llava.tokenizer.decode(sample.ids) for sample in samples]
 
 
 def excess(llava, text, pictures, args):
@@ -43,28 +30,51 @@ def fit(llava, description, text, pictures, args):
     return description if over <= 0 else None
 
 
-def describe(llava, names, pictures, args, max_new_tokens):
-    """The first call: a description for each list of pictures -> list[str].
+def user_text(llava, text, description, pictures, args):
+    """What the second call asks: the text, behind its pictures' marks and the description if there is one."""
+    if description is not None:
+        description = fit(llava, description, text, pictures, args)
+    return with_image(text if description is None else infused(description, text), len(pictures))
 
-    PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its model describes blind. That is what
-    an empty list of pictures gives.
+
+def ask(llava, text, pictures, args, dar=False):
+    """One question (without <image>) about pictures -> (description or None, answer)."""
+
+    def say(user, purpose, name):
+        prompt, seed = TEMPLATES[llava.config.template].prompt(user), sampler.row_seed(args.seed, purpose, name)
+        how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+        [sample] = sampler.sample(llava, [prompt], [pictures], [seed], **how)
+        return llava.tokenizer.decode(sample.ids)
+
+    description = say(with_image(DESCRIBE_PROMPT, len(pictures)), "describe", "picture") if dar else None
+    return description, say(user_text(llava, text, description, pictures, args), "answer", "question")
+
+
+# ---------------------------------------------------------------- many questions, into files
+
+
+def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
+    """Samples what prepare(key) asks for, over this rank's share of groups of keys -> yields (key, text) as they end.
+
+    A group is about one picture and stays together: prepare(group) -> its requests, in a worker thread.
     """
-    texts = [with_image(DESCRIBE_PROMPT, len(own)) for own in pictures]
-    return ask(llava, names, texts, pictures, args, "describe", max_new_tokens)
+    groups = groups[ranks.rank :: ranks.world]
+    progress = cli.Progress(what, sum(map(len, groups)), ranks)
+
+    def requests():
+        for group, made in zip(groups, ahead(prepare, groups)):
+            progress.add(len(group) - len(made))  # what could not be prepared
+            yield from made
+
+    how = {"max_new_tokens": max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    for key, sample in sampler.stream(llava, requests(), slots=args.batch_size, **how):
+        yield key, llava.tokenizer.decode(sample.ids)
+        progress.add()
 
 
-def respond(llava, names, texts, pictures, descriptions, args):
-    """The second call: texts (without <image>) behind descriptions[i] (None: direct) -> list[str]."""
-    users = []
-    for text, own, description in zip(texts, pictures, descriptions):
-        if description is not None:
-            description = fit(llava, description, text, own, args)
-        user = text if description is None else infused(description, text)
-        users.append(with_image(user, len(own)))
-    return ask(llava, names, users, pictures, args, "answer", args.max_new_tokens)
-
-
-# ---------------------------------------------------------------- many questions, batch by batch, into files
+def request(llava, key, user, tiles, seed):
+    prompt = TEMPLATES[llava.config.template].prompt(user)
+    return sampler.Request(key, llava.tokenizer.encode_prompt(prompt), tiles, seed)
 
 
 def read_descriptions(path, records):
@@ -79,25 +89,27 @@ def describe_pictures(llava, shown, read, output, args, max_new_tokens):
     """One description a picture, into `output` -> {name: description} of all that are there, on every rank.
 
     shown: {name: question}; read(question) -> its pictures. What can't be read is left to `answer_questions` to report.
+    PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its model describes blind. That is what
+    a question without pictures gives.
     """
     ranks, todo = output.ranks, [name for name in shown if name not in output.done]
     ranks.say(f"{len(shown)} pictures to describe, {len(shown) - len(todo)} of them already in {output.path}")
-    todo = todo[ranks.rank :: ranks.world]
-    progress = cli.Progress(f"{args.command} descriptions", len(todo), ranks)
-    for start in range(0, len(todo), args.batch_size):
-        batch = {}
-        for name in todo[start : start + args.batch_size]:
-            try:
-                pictures = read(shown[name])
-                if excess(llava, DESCRIBE_PROMPT, pictures, args) <= 0:
-                    batch[name] = pictures
-                else:
-                    cli.warn(f"{name} is not described: with its prompt it is longer than the model's sequence")
-            except InputError:
-                continue
-        for name, text in zip(batch, describe(llava, list(batch), list(batch.values()), args, max_new_tokens)):
-            output.append({"image": name, "description": text})
-        progress.add(len(todo[start : start + args.batch_size]))
+
+    def prepare(group):
+        [name] = group
+        try:
+            pictures = read(shown[name])
+        except InputError:
+            return []
+        if excess(llava, DESCRIBE_PROMPT, pictures, args) > 0:
+            cli.warn(f"{name} is not described: with its prompt it is longer than the model's sequence")
+            return []
+        seed, tiles = sampler.row_seed(args.seed, "describe", name), [llava.tiles(p) for p in pictures]
+        return [request(llava, name, with_image(DESCRIBE_PROMPT, len(pictures)), tiles, seed)]
+
+    groups = [[name] for name in todo]
+    for name, text in run(llava, groups, prepare, ranks, f"{args.command} descriptions", args, max_new_tokens):
+        output.append({"image": name, "description": text})
     output.finish(list(shown))
     ranks.barrier()  # the first rank has put them together
     return read_descriptions(output.path, output.read(output.path))
@@ -109,24 +121,32 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
     questions, descriptions (None: asked directly) and entries (what the file says beside `text`) go by the same keys;
     read(question) -> its pictures. A question whose picture can't be read, or that is too long, stays without answer.
     """
-    ranks, todo = output.ranks, [key for key in questions if key not in output.done]
-    ranks.say(f"{len(questions)} questions, {len(questions) - len(todo)} of them already in {output.path}")
-    todo = todo[ranks.rank :: ranks.world]
-    progress = cli.Progress(f"{args.command} answers", len(todo), ranks)
-    for start in range(0, len(todo), args.batch_size):
-        batch = {}
-        for key in todo[start : start + args.batch_size]:
+    ranks, groups = output.ranks, {}
+    for key, question in questions.items():
+        if key not in output.done:
+            groups.setdefault(key if question["image"] is None else question["image"], []).append(key)
+    left = sum(map(len, groups.values()))
+    ranks.say(f"{len(questions)} questions, {len(questions) - left} of them already in {output.path}")
+
+    def prepare(group):
+        made, pictures, tiles = [], None, None
+        for key in group:
+            question = questions[key]
             try:
-                pictures = read(questions[key])
-                if IMAGE_MARK in questions[key]["text"]:
+                pictures = read(question) if pictures is None else pictures
+                if IMAGE_MARK in question["text"]:
                     raise InputError(f"{IMAGE_MARK} in its text, which would ask for a second picture")
-                if (over := excess(llava, questions[key]["text"], pictures, args)) > 0:
+                if (over := excess(llava, question["text"], pictures, args)) > 0:
                     raise InputError(f"{over} tokens more than the model's sequence holds")
-                batch[key] = pictures
             except InputError as error:
                 cli.warn(f"question {key} has no answer: {error}")
-        texts, behind = [questions[key]["text"] for key in batch], [descriptions[key] for key in batch]
-        for key, text in zip(batch, respond(llava, list(batch), texts, list(batch.values()), behind, args)):
-            output.append(entries[key] | {"text": text})
-        progress.add(len(todo[start : start + args.batch_size]))
+                continue
+            tiles = tiles or [llava.tiles(picture) for picture in pictures]
+            user = user_text(llava, question["text"], descriptions[key], pictures, args)
+            made.append(request(llava, key, user, tiles, sampler.row_seed(args.seed, "answer", key)))
+        return made
+
+    what, limit = f"{args.command} answers", args.max_new_tokens
+    for key, text in run(llava, list(groups.values()), prepare, ranks, what, args, limit):
+        output.append(entries[key] | {"text": text})
     return output.finish(list(questions))

@@ -9,6 +9,8 @@ no EXIF rotation, transparency dropped.
 
 import math
 import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,18 @@ def image_size(path):
             return picture.size
     except UNREADABLE as error:
         raise InputError(f"can't read image {path}: {error}") from None
+
+
+def ahead(prepare, items, workers=4):
+    """prepare(item) of all items in order, made ahead of need in threads: decoding and scaling leave Python's lock."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(prepare, item))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # ---------------------------------------------------------------- h(v), the corruptions of Algorithm 1

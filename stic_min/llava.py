@@ -69,6 +69,7 @@ class Batch:
     rows: torch.Tensor  # (G, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
     # behind that of the token before it, whose logits predict its first
     labels: torch.Tensor  # (G, R) int64, the ids at those indices; -100 at the tokens before, and where a row is padded
+    patches: torch.Tensor | None = None  # (N, S, Cv) of all tiles, once CLIP has seen them: theta_0 sees the same
 
 
 def collate(examples, tiles, config, device="cpu"):
@@ -151,13 +152,19 @@ class LLaVA(nn.Module):
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
         self.reference_projector = None  # theta_0's, where stage 1 trains the projector
 
-    def encode_images(self, tiles, reference=False):
-        """list of Tiles -> their positions in the sequence, all pictures behind each other (n, C)."""
-        projector = self.reference_projector if reference and self.reference_projector else self.mm_projector
+    @torch.no_grad()  # the tower is never trained
+    def see(self, tiles):
+        """list of Tiles -> CLIP's patch features of them all (N, S, Cv)."""
         weight = self.lm_head.weight
-        pixels = torch.cat([t.pixels for t in tiles]).to(weight.device, weight.dtype)  # (N, 3, side, side)
-        with torch.no_grad():  # the tower is never trained
-            patches = self.vision_tower(pixels)  # (N, S, Cv)
+        return self.vision_tower(torch.cat([t.pixels for t in tiles]).to(weight.device, weight.dtype))
+
+    def encode_images(self, tiles, patches=None, reference=False):
+        """list of Tiles (and what `see` says of them) -> their positions in the sequence, one behind the other (n, C).
+
+        `reference` takes theta_0's projector.
+        """
+        projector = self.reference_projector if reference and self.reference_projector else self.mm_projector
+        patches = self.see(tiles) if patches is None else patches
         features = projector(patches).split([len(t.pixels) for t in tiles])  # (N_i, S, C) each
         return torch.cat([arrange(f, t, self.image_newline) for f, t in zip(features, tiles)])
 
@@ -165,7 +172,8 @@ class LLaVA(nn.Module):
         """Batch -> logits (G, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
         x = self.model.embed_tokens(batch.ids.clamp_min(0))  # (T, C)
         if batch.tiles:
-            features = self.encode_images(batch.tiles, reference).to(x.dtype)
+            batch.patches = self.see(batch.tiles) if batch.patches is None else batch.patches
+            features = self.encode_images(batch.tiles, batch.patches, reference).to(x.dtype)
             x = x.masked_scatter((batch.ids == IMAGE)[:, None], features)
         x = self.model(x, batch.positions, attend or batch.attend)
         return self.lm_head(x[batch.rows]).float()
@@ -186,16 +194,23 @@ class LLaVA(nn.Module):
         pictures = sum(self.config.image_tokens(image.size) for image in images)
         return len(self.tokenizer.encode_prompt(prompt)) - len(images) + pictures
 
+    def prompt_ids(self, prompt, images, more=0):
+        """Ids of a prompt. Raises InputError if <image> marks and `images` disagree, or it is too long with `more`."""
+        ids, name = self.tokenizer.encode_prompt(prompt), f"prompt {prompt[:60]!r}"
+        Example(name, [(ids, False)], []).check(len(images))
+        if (length := self.prompt_length(prompt, images) + more) > self.config.max_length:
+            raise InputError(f"{name}: {length} tokens, more than the model's limit of {self.config.max_length}")
+        return ids
+
+    def lay_out(self, ids, branches, tiles):
+        """Batch of one prompt and what may follow it, of its pictures' Tiles."""
+        return collate([Example("prompt", [(ids, False)], branches)], [tiles], self.config, self.device)
+
     def batch(self, prompt, images, response=None):
-        """Batch of one sequence. Raises InputError if <image> marks and `images` disagree, or if it is too long."""
+        """Batch of one sequence of strings and pictures. Raises InputError as `prompt_ids`, the response included."""
         branches = [] if response is None else [self.tokenizer.encode_response(response)]
-        example = Example(f"prompt {prompt[:60]!r}", [(self.tokenizer.encode_prompt(prompt), False)], branches)
-        example.check(len(images))
-        batch = collate([example], [[self.tiles(i) for i in images]], self.config, self.device)
-        if len(batch.ids) > self.config.max_length:
-            limit = self.config.max_length
-            raise InputError(f"{example.name}: {len(batch.ids)} tokens, more than the model's limit of {limit}")
-        return batch
+        ids = self.prompt_ids(prompt, images, sum(map(len, branches)))
+        return self.lay_out(ids, branches, [self.tiles(image) for image in images])
 
     @torch.no_grad()
     def logits(self, prompt, images):

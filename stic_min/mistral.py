@@ -87,26 +87,41 @@ class Packed:
 
 
 class KVCache:
-    """Keys and values of B slots, S positions each."""
+    """Keys and values of B slots, S positions each; a static tensor a layer, longer only when a longer row comes."""
 
-    def __init__(self, config, slots, length, device, dtype):
-        shape = slots, length, config.num_key_value_heads, config.head_dim
-        # Zeros: a masked position weighs 0, and 0 times the NaN that empty memory may hold would be NaN.
-        zeros = lambda: torch.zeros(shape, device=device, dtype=dtype)  # (B, S, K, D)
-        self.keys = [zeros() for _ in range(config.num_hidden_layers)]
-        self.values = [zeros() for _ in range(config.num_hidden_layers)]
+    def __init__(self, config, slots, device, dtype):
+        self.length, heads = 0, (config.num_key_value_heads, config.head_dim)
+        empty = lambda: torch.zeros((slots, 0, *heads), device=device, dtype=dtype)  # (B, S, K, D)
+        self.keys = [empty() for _ in range(config.num_hidden_layers)]
+        self.values = [empty() for _ in range(config.num_hidden_layers)]
+
+    def reserve(self, length):
+        """Makes room for rows of `length` positions. Filled with zeros: a masked position weighs 0, and 0 times the NaN
+        that empty memory may hold would be NaN."""
+        if length > self.length:
+            more = -(-length // 256) * 256 - self.length
+            for tensors in (self.keys, self.values):
+                for layer, tensor in enumerate(tensors):
+                    tensors[layer] = F.pad(tensor, (0, 0, 0, 0, 0, more))
+            self.length += more
 
 
-class Prefill:
-    """One whole prompt, written into slot `slot`."""
+class Prefill(Packed):
+    """Whole prompts, written into the cache. `spans` are a prefix and its branches, or a prompt alone; the i-th of
+    `slots` takes the i-th branch, behind a copy of the prefix."""
 
-    def __init__(self, cache, slot):
-        self.cache, self.slot = cache, slot
+    def __init__(self, spans, cache, slots):
+        super().__init__(spans)
+        self.cache, self.slots = cache, slots
 
     def __call__(self, layer, q, k, v):
-        self.cache.keys[layer][self.slot, : len(k)] = k
-        self.cache.values[layer][self.slot, : len(v)] = v
-        return attention(q[None], k[None], v[None], is_causal=True)[0]
+        branches = self.spans[1:] or self.spans
+        for slot, span in zip(self.slots, branches):
+            for cached, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+                (a, b), end = span.prefix, span.end - span.start
+                cached[slot, : b - a] = new[a:b]
+                cached[slot, b - a : b - a + end] = new[span.start : span.end]
+        return super().__call__(layer, q, k, v)
 
 
 class Decode:

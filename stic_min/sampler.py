@@ -1,8 +1,10 @@
 """KV-cached batched sampling.
 
-Each prompt is prefilled alone, without padding, into its slot of a static cache; then all rows take one token a
-step. A row draws from a generator of its own, so its sample does not depend on the batch it sat in (beyond rounding,
-which in bf16 can tip a close call). Sampling from p_theta alone: temperature, then top-p; no top-k.
+Requests stream through the slots of a static cache. Those that follow each other with the same pictures share one
+prefill of all that stands in front of their texts, without padding; then all slots take one token a step, and a slot
+whose row has ended takes the next request. A row draws from a generator of its own, so its sample does not depend on
+the rows beside it (beyond rounding, which in bf16 can tip a close call). Sampling from p_theta alone: temperature,
+then top-p; no top-k.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import torch
 
 from stic_min import InputError
 from stic_min.mistral import Decode, KVCache, Prefill
+from stic_min.text import IMAGE
 
 
 @dataclass
@@ -51,54 +54,126 @@ def pick(logits, temperature, top_p, uniform):
     return torch.searchsorted(steps, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
-@torch.no_grad()
-def sample(llava, prompts, images, seeds, *, max_new_tokens, temperature=0.0, top_p=None):
-    """Samples one response to each prompt, together. Returns list[Sample].
+STRIDES = {"cpu": 1}  # steps between two looks at what was drawn; 8 on other devices
 
-    images[i] are the PIL pictures of prompts[i], seeds[i] its integer seed. temperature 0 is greedy. A row ends with
-    the end token (finish "stop"), or after max_new_tokens or at the model's last position ("length"). Raises InputError
-    for a prompt that is too long, or whose <image> marks and pictures disagree.
+
+@dataclass
+class Request:
+    """One response to sample. `tiles` are the pictures (images.Tiles) of its <image> marks, `key` the caller's own."""
+
+    key: object
+    ids: list  # the prompt's, with one IMAGE a picture
+    tiles: list
+    seed: int
+
+    def shared(self):
+        """How many leading ids other texts on the same pictures may share: those up to the last picture."""
+        return max((i + 1 for i, id in enumerate(self.ids[:-1]) if id == IMAGE), default=0)
+
+
+def groups(requests, most):
+    """Lists of up to `most` requests in a row that share their pictures and all in front of their texts."""
+    group, prefix = [], None
+    for request in requests:
+        shared = request.shared()
+        own = request.ids[:shared], [id(tiles) for tiles in request.tiles]
+        if group and (not shared or own != prefix or len(group) == most):
+            yield group
+            group = []
+        group.append(request)
+        prefix = own
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=None):
+    """Samples a response to each request, `slots` at a time -> yields (key, Sample) as they end.
+
+    `requests` is read as slots become free. temperature 0 is greedy. A row ends with the end token (finish "stop"), or
+    after max_new_tokens or at the model's last position ("length").
+    """
+    config, device = llava.config.decoder, llava.device
+    max_new_tokens = min(max_new_tokens, config.max_positions)
+    cache = KVCache(config, slots, device, llava.lm_head.weight.dtype)
+    logits = torch.zeros(slots, config.vocab_size, device=device)
+    positions = torch.zeros(slots, dtype=torch.int64, device=device)  # where the next token goes
+    draws = torch.zeros(slots, max_new_tokens, dtype=torch.float64, device=device)
+    steps = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn so far
+    rows, ends = [None] * slots, [0] * slots  # who is in a slot: (key, Sample, limit); where its text stands
+    stride = STRIDES.get(device.type, 8)
+    waiting = groups(requests, slots)
+    group = next(waiting, None)
+    while group or any(rows):
+        free = [slot for slot in range(slots) if rows[slot] is None]
+        while group and len(free) >= len(group):
+            own, free = free[: len(group)], free[len(group) :]
+            lengths = prefill(llava, group, cache, own, logits, max_new_tokens)
+            for slot, request, length in zip(own, group, lengths):
+                draws[slot] = torch.rand(
+                    max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(request.seed)
+                )
+                positions[slot], steps[slot], ends[slot] = length, 0, length
+                limit = max(0, min(max_new_tokens, config.max_positions - length))
+                rows[slot] = request.key, Sample([], [], "length"), limit
+            group = next(waiting, None)
+
+        # A few steps without looking at what was drawn, so that a GPU never waits for the host. A row that ends among
+        # them draws on, into a slot that no one reads any more.
+        ids, logps = [], []
+        longest = min(max(end for end, row in zip(ends, rows) if row) + stride, cache.length)
+        for _ in range(stride):
+            ids.append(pick(logits, temperature, top_p, draws.gather(1, steps[:, None])[:, 0]))  # (B,)
+            logps.append(logits.log_softmax(dim=-1).gather(-1, ids[-1][:, None])[:, 0])  # (B,)
+            positions.clamp_(max=longest - 1)
+            x = llava.model(llava.model.embed_tokens(ids[-1]), positions, Decode(cache, positions, longest))  # (B, C)
+            logits = llava.lm_head(x).float()
+            positions += 1
+            steps = (steps + 1).clamp_max(max_new_tokens - 1)
+        ids, logps = torch.stack(ids).T.tolist(), torch.stack(logps).T.tolist()  # (B, stride)
+        for slot, row in enumerate(rows):
+            if row is None:
+                continue
+            ends[slot] += stride
+            key, sample, limit = row
+            own = ids[slot][: limit - len(sample.ids)]
+            if llava.tokenizer.eos in own:
+                own, sample.finish = own[: own.index(llava.tokenizer.eos) + 1], "stop"
+            sample.ids += own
+            sample.logps += logps[slot][: len(own)]
+            if sample.finish == "stop" or len(sample.ids) == limit:
+                rows[slot] = None
+                yield key, sample
+
+
+def prefill(llava, group, cache, slots, logits, max_new_tokens):
+    """Writes the group's prompts to the cache and what follows each to `logits[slots]` (B, V) -> their lengths."""
+    shared = group[0].shared() if len(group) > 1 else 0
+    first = group[0].ids[:shared] if shared else group[0].ids
+    branches = [request.ids[shared:] for request in group] if shared else []
+    batch = llava.lay_out(first, branches, group[0].tiles)
+    last = [span.end - 1 for span in (batch.attend.spans[1:] or batch.attend.spans)]
+    lengths = (batch.positions[last] + 1).tolist()
+    cache.reserve(min(max(lengths) + max_new_tokens, llava.config.decoder.max_positions))
+    batch.rows = torch.tensor([last], device=llava.device)
+    logits[slots] = llava(batch, attend=Prefill(batch.attend.spans, cache, slots))[0]
+    return lengths
+
+
+def sample(llava, prompts, images, seeds, *, max_new_tokens, temperature=0.0, top_p=None):
+    """Samples one response to each prompt, together -> list[Sample].
+
+    images[i] are the PIL pictures of prompts[i], seeds[i] its integer seed. As `stream`. Raises InputError for a prompt
+    that is too long, or whose <image> marks and pictures disagree.
     """
     if not len(prompts) == len(images) == len(seeds):
         raise InputError(f"{len(prompts)} prompts, {len(images)} lists of pictures, {len(seeds)} seeds")
     if not prompts:
         return []
-    config, device, rows = llava.config.decoder, llava.device, range(len(prompts))
-    batches = [llava.batch(prompt, pictures) for prompt, pictures in zip(prompts, images)]
-    lengths = [len(batch.ids) for batch in batches]
-    limits = [min(max_new_tokens, config.max_positions - length) for length in lengths]
-    size = max(length + limit for length, limit in zip(lengths, limits))
-    cache = KVCache(config, len(prompts), size, device, llava.lm_head.weight.dtype)
-    draws = torch.stack([
-        torch.rand(max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in seeds
-    ])  # (B, max_new_tokens)
-    draws = draws.to(device)
-
-    last = []
-    for slot, batch in enumerate(batches):
-        batch.rows = torch.tensor([[lengths[slot] - 1]], device=device)
-        last.append(llava(batch, attend=Prefill(cache, slot))[0])  # (1, V)
-    logits = torch.cat(last)  # (B, V)
-
-    positions = torch.tensor(lengths, device=device).clamp_max(size - 1)  # where the next token goes
-    samples = [Sample([], [], "length") for _ in rows]
-    done = [limit <= 0 for limit in limits]
-    for step in range(max_new_tokens):
-        if all(done):
-            break
-        ids = pick(logits, temperature, top_p, draws[:, step])  # (B,)
-        logps = logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]  # (B,)
-        for row, i, logp in zip(rows, ids.tolist(), logps.tolist()):
-            if done[row]:
-                continue
-            samples[row].ids.append(i)
-            samples[row].logps.append(logp)
-            if i == llava.tokenizer.eos:
-                samples[row].finish = "stop"
-            done[row] = i == llava.tokenizer.eos or step + 1 == limits[row]
-        if not all(done):
-            attend = Decode(cache, positions, longest=min(max(lengths) + step + 1, size))
-            x = llava.model(llava.model.embed_tokens(ids), positions, attend)  # (B, C)
-            logits = llava.lm_head(x).float()
-            positions = (positions + 1).clamp_max(size - 1)  # rows that are done stay inside the cache
-    return samples
+    tiles = {id(picture): llava.tiles(picture) for pictures in images for picture in pictures}
+    requests = []
+    for i, (prompt, pictures, seed) in enumerate(zip(prompts, images, seeds)):
+        requests.append(Request(i, llava.prompt_ids(prompt, pictures), [tiles[id(p)] for p in pictures], seed))
+    how = {"slots": len(prompts), "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    samples = dict(stream(llava, requests, **how))
+    return [samples[i] for i in range(len(prompts))]

@@ -61,29 +61,27 @@ def test_room_is_left_for_an_answer(llava, picture):
         assert positions - 8 - 4 <= length(llava, infused(long, QUESTION)) <= positions - 8
 
 
-def test_the_question_is_asked_even_if_no_description_fits(llava, picture, monkeypatch):
+def test_the_question_is_asked_even_if_no_description_fits(llava, picture):
     question = QUESTION * 6
-    assert length(llava, question) > length(llava, DESCRIBE_PROMPT)
     shorten(llava, length(llava, question))
-    prompts, sample = [], sampler.sample
+    assert dar.user_text(llava, question, "A red house.", [picture], arguments()) == with_image(question)
 
-    def record(llava, asked, *rest, **options):
-        prompts.extend(asked)
-        return sample(llava, asked, *rest, **options)
+
+def test_what_is_asked(llava, picture, monkeypatch):
+    """The description stands behind <image>, if there is one; the describer sees the picture."""
+    user = lambda *what: dar.user_text(llava, *what, arguments())
+    assert user(QUESTION, None, []) == QUESTION and user(QUESTION, None, [picture]) == with_image(QUESTION)
+    assert user("Why?", "A house.", [picture]) == "<image>\nImage description:\nA house.\n\nWhy?"
+    asked, sample = [], sampler.sample
+
+    def record(llava, prompts, images, *rest, **options):
+        asked.append((prompts, images))
+        return sample(llava, prompts, images, *rest, **options)
 
     monkeypatch.setattr(sampler, "sample", record)
-    [text] = dar.respond(llava, ["q"], [question], [[picture]], ["A red house."], arguments())
-    assert text and prompts == [TEMPLATES[llava.config.template].prompt(with_image(question))]
-
-
-def test_both_calls(llava, picture, monkeypatch):
-    """The describer sees the picture, a blind one nothing; the description stands behind <image>, if there is one."""
-    asked = []
-    monkeypatch.setattr(dar, "ask", lambda llava, names, texts, pictures, *_: asked.append((texts, pictures)) or texts)
-    dar.describe(llava, ["p", ""], [[picture], []], arguments(), 8)
-    assert asked.pop() == ([with_image(DESCRIBE_PROMPT), DESCRIBE_PROMPT], [[picture], []])
-    dar.respond(llava, ["a", "b"], [QUESTION, "Why?"], [[], [picture]], [None, "A house."], arguments())
-    assert asked.pop()[0] == [QUESTION, "<image>\nImage description:\nA house.\n\nWhy?"]
+    description, answer = dar.ask(llava, QUESTION, [picture], arguments(), dar=True)
+    prompts = [with_image(DESCRIBE_PROMPT), with_image(infused(description, QUESTION))]
+    assert answer and asked == [([TEMPLATES[llava.config.template].prompt(p)], [[picture]]) for p in prompts]
 
 
 def test_descriptions_in_their_file(llava, picture, tmp_path, capsys):

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stic_min import sampler
 from stic_min.images import open_image
 from stic_min.llava import Example, collate
 from stic_min.loader import load_llava
 from stic_min.loss import token_logps
-from stic_min.sampler import filtered_probs, pick, row_seed, sample
+from stic_min.sampler import Request, filtered_probs, pick, row_seed, sample, stream
 from stic_min.text import TEMPLATES
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
@@ -93,6 +94,60 @@ def test_ragged_batch_equals_its_rows(llava, rows, how):
     for order in ([3, 1, 4, 0, 2], [2, 2, 0]):  # other places, other company, the same row twice
         shuffled = [[column[i] for i in order] for column in rows]
         same(sample(llava, *shuffled, max_new_tokens=16, **how), [alone[i] for i in order])
+
+
+def requests(llava, rows, order):
+    """Requests of some of ROWS; pictures that come again are the same Tiles."""
+    tiles = {id(picture): llava.tiles(picture) for pictures in rows[1] for picture in pictures}
+    for place, i in enumerate(order):
+        prompt, pictures, seed = (column[i] for column in rows)
+        ids = llava.prompt_ids(prompt, pictures)
+        yield Request(place, ids, [tiles[id(picture)] for picture in pictures], seed)
+
+
+@pytest.mark.parametrize("stride", [1, 5])
+@pytest.mark.parametrize("slots", [1, 2, 3, 8])
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
+def test_slots_are_refilled(llava, rows, how, slots, stride, monkeypatch):
+    """Rows that end at steps of their own make room for others, whose samples are those that they have alone."""
+    free = [sample(llava, [p], [i], [s], max_new_tokens=16, **how)[0] for p, i, s in zip(*rows)]
+    monkeypatch.setattr(llava.tokenizer, "eos", free[0].ids[3])  # one row at least is short
+    alone = [sample(llava, [p], [i], [s], max_new_tokens=16, **how)[0] for p, i, s in zip(*rows)]
+    assert len({len(s.ids) for s in alone}) >= 2
+    monkeypatch.setattr(sampler, "STRIDES", {"cpu": stride})  # a GPU looks at every eighth step only
+    order = [0, 1, 2, 3, 4, 3, 0, 0, 1]
+    got = dict(stream(llava, requests(llava, rows, order), slots=slots, max_new_tokens=16, **how))
+    same([got[place] for place in range(len(order))], [alone[i] for i in order])
+
+
+def test_requests_are_read_as_slots_become_free(llava, rows):
+    read = []
+
+    def watched():
+        for request in requests(llava, rows, range(5)):
+            read.append(request.key)
+            yield request
+
+    samples = stream(llava, watched(), slots=1, max_new_tokens=4)
+    assert read == [] and next(samples)[0] == 0 and len(read) == 3  # the one, the next, and that no other belongs to it
+
+
+@pytest.mark.parametrize("slots, groups", [(4, [3, 1]), (2, [2, 1, 1])])
+def test_a_picture_is_prefilled_once(llava, rows, monkeypatch, slots, groups):
+    """Texts on the same picture share everything up to it, and answer as alone; CLIP sees it once for all of them."""
+    picture, template = rows[1][0], TEMPLATES[llava.config.template]
+    texts = ["Describe the image.", "What is 12 + 30?", "Is it day or night?"]
+    prompts = [template.prompt(f"<image>\n{text}") for text in texts] + rows[0][3:4]
+    images = [picture, picture, picture, rows[1][3]]
+    alone = [sample(llava, [p], [i], [7], max_new_tokens=8)[0] for p, i in zip(prompts, images)]
+    seen, tower = [], llava.see
+    monkeypatch.setattr(llava, "see", lambda tiles: seen.append(len(tiles)) or tower(tiles))
+    tiles = {id(p): llava.tiles(p) for pictures in images for p in pictures}
+    asked = [Request(i, llava.prompt_ids(p, own), [tiles[id(v)] for v in own], 7)
+             for i, (p, own) in enumerate(zip(prompts, images))]  # fmt: skip
+    got = dict(stream(llava, asked, slots=slots, max_new_tokens=8))
+    same([got[i] for i in range(4)], alone)
+    assert len(seen) == len(groups)
 
 
 def test_seeds(llava, rows):
