@@ -1,0 +1,171 @@
+"""A stage-1 step (one pair: reference, policy, backward) against TRL's DPO trainer and the release's four forwards.
+
+  python -m benchmarks.stage1 --size small --image-mode pad
+
+Peers: TRL's DPOTrainer with peft on transformers' LLaVA, its own loss on a batch of one pair; and what the authors'
+trainer does, a forward of policy and of reference for each response, with the logits of the whole sequence. LoRA on all
+linears of the decoder, no optimizer, projector frozen as the peers have it. Peak memory is that of a process of its own
+for each, over what it held before its first step.
+"""
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from benchmarks.common import VOCABULARY, alternate, build, median, peak_memory, pictures, table
+from stic_min import cli, lora
+from stic_min.images import make_tiles
+from stic_min.llava import Example, collate
+from stic_min.loss import stic_loss, token_logps
+from stic_min.text import IMAGE
+
+BETA, ALPHA = 0.1, 1 / 1024
+
+
+def sample(args, config):
+    """Tiles of a picture, and ids: prompt in front of and behind it, chosen, rejected."""
+    generator = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+    tiles = make_tiles(pictures(1)[0], args.image_mode, 336, config.pinpoints)
+    return tiles, [1, 2], ids(args.text), ids(args.chosen), ids(args.rejected)
+
+
+def ours_step(args, llava):
+    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+    tiles, before, text, chosen, rejected = sample(args, llava.config)
+    example = Example("pair", [([*before, IMAGE, *text], False)], [chosen, rejected])
+
+    def logps(batch):
+        return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)
+
+    def step():
+        batch = collate([example], [[tiles]], llava.config, llava.device)
+        with torch.no_grad(), lora.disabled(llava):
+            reference = logps(batch)
+        loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).sum()
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def peer_inputs(args, llava_config, device, dtype):
+    """Chosen and rejected as a padded batch of two, each with the picture, as TRL lays them out."""
+    tiles, before, text, *responses = sample(args, llava_config)
+    prompt = before + [VOCABULARY] * llava_config.image_tokens(tiles.size) + text
+    longest = len(prompt) + max(map(len, responses))
+    pad = lambda row, value: row + [value] * (longest - len(row))
+    inputs = {
+        "input_ids": torch.tensor([pad(prompt + r, 0) for r in responses], device=device),
+        "attention_mask": torch.tensor([pad([1] * len(prompt + r), 0) for r in responses], device=device),
+        "completion_mask": torch.tensor([pad([0] * len(prompt) + [1] * len(r), 0) for r in responses], device=device),
+    }
+    pixels = tiles.pixels.to(device, dtype)
+    if args.image_mode == "pad":
+        return inputs | {"pixel_values": torch.cat([pixels, pixels])}
+    sizes = torch.tensor([tiles.size[::-1]] * 2, device=device)
+    return inputs | {"pixel_values": torch.stack([pixels, pixels]), "image_sizes": sizes}
+
+
+def peft_config(args):
+    from peft import LoraConfig
+
+    targets = rf".*language_model.*\.({'|'.join(lora.TARGETS)})"
+    return LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=targets)
+
+
+def trl_step(args, theirs, config):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(output_dir=folder, report_to=[], use_cpu=args.device == "cpu", bf16=False, beta=BETA,
+                             gradient_checkpointing=False, max_length=None)  # fmt: skip
+        pair = Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}])  # the trainer wants one to start
+        trainer = DPOTrainer(theirs, args=settings, train_dataset=pair, processing_class=words,
+                             peft_config=peft_config(args))  # fmt: skip
+    trainer.model.train()
+    inputs = peer_inputs(args, config, trainer.model.device, theirs.dtype)
+
+    def step():
+        loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def release_step(args, theirs, config):
+    from peft import get_peft_model
+
+    model = get_peft_model(theirs, peft_config(args)).train()
+    both = peer_inputs(args, config, next(model.parameters()).device, theirs.dtype)
+
+    def logp(row):
+        end = int(both["attention_mask"][row].sum())
+        inputs = {name: value[row : row + 1] for name, value in both.items() if name != "completion_mask"}
+        inputs |= {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # of the whole sequence
+        taken = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+        return (taken * both["completion_mask"][row : row + 1, 1:end]).sum(-1)
+
+    def step():
+        with torch.no_grad(), model.disable_adapter():
+            reference = logp(0), logp(1)
+        loss = stic_loss(logp(0), logp(1), *reference, BETA, ALPHA).sum()
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+STEPS = {"stic_min": None, "TRL DPOTrainer": trl_step, "the release's four forwards": release_step}
+
+
+def make(name, args):
+    ours, theirs = build(args.size, args.image_mode, torch.device(args.device), cli.DTYPES[args.dtype])
+    theirs.requires_grad_(False)
+    return ours_step(args, ours) if name == "stic_min" else STEPS[name](args, theirs, ours.config)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
+    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad")
+    parser.add_argument("--text", type=int, default=30, help="tokens of the prompt behind the picture")
+    parser.add_argument("--chosen", type=int, default=270, help="tokens")
+    parser.add_argument("--rejected", type=int, default=230, help="tokens")
+    parser.add_argument("--r", type=int, default=128, help="LoRA's")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=sorted(cli.DTYPES), default="float32")
+    parser.add_argument("--memory-of", choices=list(STEPS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if args.memory_of:
+        step = make(args.memory_of, args)
+        print(json.dumps(peak_memory(step, torch.device(args.device))))
+        return
+    steps = {name: make(name, args) for name in STEPS}
+    print({name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)  # TRL's has no alpha * NLL
+    times = alternate(steps, args.repeat)
+    rows = []
+    for name, seconds in times.items():
+        command = [sys.executable, "-m", "benchmarks.stage1", *sys.argv[1:], "--memory-of", name]
+        memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        rows.append([name, f"{median(seconds):.2f} s", f"{median(seconds) / median(times['stic_min']):.2f}",
+                     f"{memory / 2**30:.2f} GiB"])  # fmt: skip
+    table(["a step of one pair", "median", "ratio", "peak memory"], rows)
+
+
+if __name__ == "__main__":
+    main()
