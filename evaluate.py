@@ -23,7 +23,7 @@ from stic_min.files import Output, read_records
 from stic_min.images import open_image
 from stic_min.scorers import chartqa
 from stic_min.scoring import JUDGED, SCORERS
-from stic_min.text import TEMPLATES, without_marks
+from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, with_image, without_marks
 
 DESCRIPTION_TOKENS = 1024
 
@@ -168,8 +168,13 @@ def run_ask(args):
     question = without_marks(args.question)
     if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
-    description, answer = dar.ask(llava, question, pictures, args, args.dar)
-    print(answer if description is None else f"Description: {description}\n\n{answer}")
+    description = None
+    if args.dar:
+        user = with_image(DESCRIBE_PROMPT, len(pictures))
+        description = dar.say(llava, user, pictures, args, "describe", "picture")
+        print(f"Description: {description}\n", flush=True)
+    user = dar.user_text(llava, question, description, pictures, args)
+    print(dar.say(llava, user, pictures, args, "answer", "question"))
 
 
 # ---------------------------------------------------------------- flags

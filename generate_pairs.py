@@ -180,8 +180,9 @@ def main():
                 under_way[key] = [None] * len(made), record
                 yield from made
 
+    slots = min(args.batch_size, len(todo) * (1 if args.describe else 2))
     how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    for (key, i), sample in sampler.stream(llava, requests(), slots=args.batch_size, **how):
+    for (key, i), sample in sampler.stream(llava, requests(), slots=slots, **how):
         samples, record = under_way[key]
         samples[i] = sample
         if not all(samples):

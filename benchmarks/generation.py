@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=sorted(cli.DTYPES), default="float32")
     args = parser.parse_args()
-    device = torch.device(args.device)
+    device = cli.start_device(args.device)
     ours, theirs = build(args.size, args.image_mode, device, cli.DTYPES[args.dtype])
     drawn = pictures(args.pictures)
     generator = torch.Generator().manual_seed(0)
@@ -53,11 +53,11 @@ def main():
 
     @torch.no_grad()
     def peer(batch):
-        rows = [(picture, text) for picture in drawn for text in texts]
+        rows = [(tiles, text) for tiles in map(tiles_of, drawn) for text in texts]
         said = []
         for start in range(0, len(rows), batch):
             part = rows[start : start + batch]
-            tiles = [tiles_of(picture) for picture, _ in part]
+            tiles = [own for own, _ in part]
             marks = lambda t: [VOCABULARY] * ours.config.image_tokens(t.size)
             prompts = [[1, 2, *marks(t), *text] for t, (_, text) in zip(tiles, part)]
             longest = max(map(len, prompts))
@@ -85,7 +85,8 @@ def main():
     table([header, "median", "tokens/s", "ratio"], rows)
 
     first = median(alternate({"prefill": lambda: stic(1)}, 3)["prefill"])
-    steps = math.ceil(len(mine) / args.slots) * (args.tokens - 1)
+    stride = sampler.STRIDES.get(device.type, 8)
+    steps = math.ceil(len(mine) / args.slots) * stride * (math.ceil(args.tokens / stride) - 1)
     config, size = ours.config.decoder, ours.lm_head.weight.element_size()
     weights = size * sum(p.numel() for p in [*ours.model.layers.parameters(), *ours.lm_head.parameters()])
     position = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim

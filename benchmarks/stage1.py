@@ -4,8 +4,8 @@
 
 Peers: TRL's DPOTrainer with peft on transformers' LLaVA, its own loss on a batch of one pair; and what the authors'
 trainer does, a forward of policy and of reference for each response, with the logits of the whole sequence. LoRA on all
-linears of the decoder, no optimizer, projector frozen as the peers have it. Peak memory is that of a process of its own
-for each, over what it held before its first step.
+linears of the decoder, no optimizer, projector frozen as the peers have it. Peers whose dtype is not fp32 run under
+autocast, as their trainers do. Peak memory is what a step takes over what was there, in a process of its own for each.
 """
 
 import argparse
@@ -72,6 +72,11 @@ def peer_inputs(args, llava_config, device, dtype):
     return inputs | {"pixel_values": torch.stack([pixels, pixels]), "image_sizes": sizes}
 
 
+def autocast(args):
+    dtype = cli.DTYPES[args.dtype]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
+
+
 def peft_config(args):
     from peft import LoraConfig
 
@@ -97,7 +102,8 @@ def trl_step(args, theirs, config):
     inputs = peer_inputs(args, config, trainer.model.device, theirs.dtype)
 
     def step():
-        loss = trainer.compute_loss(trainer.model, inputs)
+        with autocast(args):
+            loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
         return loss.item()
 
@@ -119,9 +125,10 @@ def release_step(args, theirs, config):
         return (taken * both["completion_mask"][row : row + 1, 1:end]).sum(-1)
 
     def step():
-        with torch.no_grad(), model.disable_adapter():
-            reference = logp(0), logp(1)
-        loss = stic_loss(logp(0), logp(1), *reference, BETA, ALPHA).sum()
+        with autocast(args):
+            with torch.no_grad(), model.disable_adapter():
+                reference = logp(0), logp(1)
+            loss = stic_loss(logp(0), logp(1), *reference, BETA, ALPHA).sum()
         loss.backward()
         return loss.item()
 
@@ -132,7 +139,7 @@ STEPS = {"stic_min": None, "TRL DPOTrainer": trl_step, "the release's four forwa
 
 
 def make(name, args):
-    ours, theirs = build(args.size, args.image_mode, torch.device(args.device), cli.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, cli.start_device(args.device), cli.DTYPES[args.dtype])
     theirs.requires_grad_(False)
     return ours_step(args, ours) if name == "stic_min" else STEPS[name](args, theirs, ours.config)
 
@@ -155,15 +162,16 @@ def main():
         step = make(args.memory_of, args)
         print(json.dumps(peak_memory(step, torch.device(args.device))))
         return
+    memory = {}
+    for name in STEPS:  # before this process holds the models itself
+        command = [sys.executable, "-m", "benchmarks.stage1", *sys.argv[1:], "--memory-of", name]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
     steps = {name: make(name, args) for name in STEPS}
     print({name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)  # TRL's has no alpha * NLL
     times = alternate(steps, args.repeat)
-    rows = []
-    for name, seconds in times.items():
-        command = [sys.executable, "-m", "benchmarks.stage1", *sys.argv[1:], "--memory-of", name]
-        memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        rows.append([name, f"{median(seconds):.2f} s", f"{median(seconds) / median(times['stic_min']):.2f}",
-                     f"{memory / 2**30:.2f} GiB"])  # fmt: skip
+    rows = [[name, f"{median(s):.2f} s", f"{median(s) / median(times['stic_min']):.2f}", f"{memory[name]:.2f} GiB"]
+            for name, s in times.items()]  # fmt: skip
     table(["a step of one pair", "median", "ratio", "peak memory"], rows)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.common import VOCABULARY, alternate, build, median, peak_memory, pictures, table
-from benchmarks.stage1 import peft_config
+from benchmarks.stage1 import autocast, peft_config
 from stic_min import cli, lora
 from stic_min.images import make_tiles
 from stic_min.llava import Example, collate
@@ -67,7 +67,8 @@ def peer_step(args, theirs, config):
     labels = tensor(labels, -100)
 
     def step():
-        logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        with autocast(args):
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         return loss.item()
@@ -79,7 +80,7 @@ NAMES = ("stic_min", "transformers + peft")
 
 
 def make(name, args):
-    ours, theirs = build(args.size, args.image_mode, torch.device(args.device), cli.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, cli.start_device(args.device), cli.DTYPES[args.dtype])
     theirs.requires_grad_(False)
     return ours_step(args, ours) if name == "stic_min" else peer_step(args, theirs, ours.config)
 
@@ -98,15 +99,16 @@ def main():
     if args.memory_of:
         print(json.dumps(peak_memory(make(args.memory_of, args), torch.device(args.device))))
         return
+    memory = {}
+    for name in NAMES:  # before this process holds the models itself
+        command = [sys.executable, "-m", "benchmarks.stage2", *sys.argv[1:], "--memory-of", name]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
     steps = {name: make(name, args) for name in NAMES}
     print({name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
     times = alternate(steps, args.repeat)
-    rows = []
-    for name, seconds in times.items():
-        command = [sys.executable, "-m", "benchmarks.stage2", *sys.argv[1:], "--memory-of", name]
-        memory = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        rows.append([name, f"{median(seconds):.2f} s", f"{median(seconds) / median(times['stic_min']):.2f}",
-                     f"{memory / 2**30:.2f} GiB"])  # fmt: skip
+    rows = [[name, f"{median(s):.2f} s", f"{median(s) / median(times['stic_min']):.2f}", f"{memory[name]:.2f} GiB"]
+            for name, s in times.items()]  # fmt: skip
     table([f"a micro-batch of {args.micro_batch}", "median", "ratio", "peak memory"], rows)
 
 

@@ -202,7 +202,7 @@ class Progress:
     def add(self, n=1):
         self.done += n
         now, terminal = time.monotonic(), sys.stderr.isatty()
-        if not self.show or (now - self.shown < (0.2 if terminal else 10) and self.done < self.total):
+        if not n or not self.show or (now - self.shown < (0.2 if terminal else 10) and self.done < self.total):
             return
         self.shown = now
         rate = self.done / max(now - self.begin, 1e-9)

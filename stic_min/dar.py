@@ -37,29 +37,25 @@ def user_text(llava, text, description, pictures, args):
     return with_image(text if description is None else infused(description, text), len(pictures))
 
 
-def ask(llava, text, pictures, args, dar=False):
-    """One question (without <image>) about pictures -> (description or None, answer)."""
-
-    def say(user, purpose, name):
-        prompt, seed = TEMPLATES[llava.config.template].prompt(user), sampler.row_seed(args.seed, purpose, name)
-        how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-        [sample] = sampler.sample(llava, [prompt], [pictures], [seed], **how)
-        return llava.tokenizer.decode(sample.ids)
-
-    description = say(with_image(DESCRIBE_PROMPT, len(pictures)), "describe", "picture") if dar else None
-    return description, say(user_text(llava, text, description, pictures, args), "answer", "question")
+def say(llava, user, pictures, args, *name):
+    """The answer to one user text with its pictures' marks; the seed goes by `name`."""
+    prompt, seed = TEMPLATES[llava.config.template].prompt(user), sampler.row_seed(args.seed, *name)
+    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
+    [sample] = sampler.sample(llava, [prompt], [pictures], [seed], **how)
+    return llava.tokenizer.decode(sample.ids)
 
 
 # ---------------------------------------------------------------- many questions, into files
 
 
 def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
-    """Samples what prepare(key) asks for, over this rank's share of groups of keys -> yields (key, text) as they end.
+    """Samples what prepare(group) asks for, over this rank's share of groups of keys -> yields (key, text) as they end.
 
     A group is about one picture and stays together: prepare(group) -> its requests, in a worker thread.
     """
     groups = groups[ranks.rank :: ranks.world]
-    progress = cli.Progress(what, sum(map(len, groups)), ranks)
+    count = sum(map(len, groups))
+    progress = cli.Progress(what, count, ranks)
 
     def requests():
         for group, made in zip(groups, ahead(prepare, groups)):
@@ -67,7 +63,7 @@ def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
             yield from made
 
     how = {"max_new_tokens": max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    for key, sample in sampler.stream(llava, requests(), slots=args.batch_size, **how):
+    for key, sample in sampler.stream(llava, requests(), slots=min(args.batch_size, count), **how):
         yield key, llava.tokenizer.decode(sample.ids)
         progress.add()
 
@@ -124,7 +120,7 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
     ranks, groups = output.ranks, {}
     for key, question in questions.items():
         if key not in output.done:
-            groups.setdefault(key if question["image"] is None else question["image"], []).append(key)
+            groups.setdefault((key,) if question["image"] is None else question["image"], []).append(key)
     left = sum(map(len, groups.values()))
     ranks.say(f"{len(questions)} questions, {len(questions) - left} of them already in {output.path}")
 

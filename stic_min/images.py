@@ -91,14 +91,16 @@ def image_size(path):
 
 def ahead(prepare, items, workers=4):
     """prepare(item) of all items in order, made ahead of need in threads: decoding and scaling leave Python's lock."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
+    pool, waiting = ThreadPoolExecutor(workers), deque()
+    try:
         for item in items:
             waiting.append(pool.submit(prepare, item))
             if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C the rest is not made any more
 
 
 # ---------------------------------------------------------------- h(v), the corruptions of Algorithm 1

@@ -35,17 +35,17 @@ class DecoderConfig:
 # ---------------------------------------------------------------- rotary positions
 
 
-def rope_angles(positions, config):
-    """positions (T,) -> cos and sin, each (T, 1, D) float32; frequency pairs (i, i + D/2), as in the checkpoints."""
+def rope_angles(positions, config, dtype=torch.float32):
+    """positions (T,) -> cos and sin, each (T, 1, D); frequency pairs (i, i + D/2), as in the checkpoints."""
     D = config.head_dim
     frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=positions.device).float() / D)  # (D / 2,)
     angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]  # (T, 1, D)
-    return angles.cos(), angles.sin()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):  # (T, H, D)
     a, b = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 # ---------------------------------------------------------------- who attends to whom
@@ -121,6 +121,7 @@ class Prefill(Packed):
                 (a, b), end = span.prefix, span.end - span.start
                 cached[slot, : b - a] = new[a:b]
                 cached[slot, b - a : b - a + end] = new[span.start : span.end]
+                cached[slot, b - a + end :] = 0  # what another row left; were it NaN, a mask would not hide it
         return super().__call__(layer, q, k, v)
 
 
@@ -204,7 +205,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, positions, attend):
-        rope = rope_angles(positions, self.config)
+        rope = rope_angles(positions, self.config, x.dtype)
         for layer in self.layers:
             x = layer(x, rope, attend)
         return self.norm(x)

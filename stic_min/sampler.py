@@ -67,8 +67,10 @@ class Request:
     seed: int
 
     def shared(self):
-        """How many leading ids other texts on the same pictures may share: those up to the last picture."""
-        return max((i + 1 for i, id in enumerate(self.ids[:-1]) if id == IMAGE), default=0)
+        """How many leading ids other texts on the same pictures may share: up to the last picture, if text follows."""
+        if self.ids[-1] == IMAGE:
+            return 0
+        return max((i + 1 for i, id in enumerate(self.ids) if id == IMAGE), default=0)
 
 
 def groups(requests, most):
@@ -95,14 +97,16 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
     """
     config, device = llava.config.decoder, llava.device
     max_new_tokens = min(max_new_tokens, config.max_positions)
+    drawn = max(1, max_new_tokens)
     cache = KVCache(config, slots, device, llava.lm_head.weight.dtype)
     logits = torch.zeros(slots, config.vocab_size, device=device)
     positions = torch.zeros(slots, dtype=torch.int64, device=device)  # where the next token goes
-    draws = torch.zeros(slots, max_new_tokens, dtype=torch.float64, device=device)
+    draws = torch.zeros(slots, drawn, dtype=torch.float64, device=device)
     steps = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn so far
     rows, ends = [None] * slots, [0] * slots  # who is in a slot: (key, Sample, limit); where its text stands
     stride = STRIDES.get(device.type, 8)
-    waiting = groups(requests, slots)
+    # A group starts when it has room as a whole: a small part of the slots, lest they stand empty till then.
+    waiting = groups(requests, min(slots, max(2, slots // 4)))
     group = next(waiting, None)
     while group or any(rows):
         free = [slot for slot in range(slots) if rows[slot] is None]
@@ -110,9 +114,8 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
             own, free = free[: len(group)], free[len(group) :]
             lengths = prefill(llava, group, cache, own, logits, max_new_tokens)
             for slot, request, length in zip(own, group, lengths):
-                draws[slot] = torch.rand(
-                    max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(request.seed)
-                )
+                generator = torch.Generator().manual_seed(request.seed)
+                draws[slot] = torch.rand(drawn, dtype=torch.float64, generator=generator)
                 positions[slot], steps[slot], ends[slot] = length, 0, length
                 limit = max(0, min(max_new_tokens, config.max_positions - length))
                 rows[slot] = request.key, Sample([], [], "length"), limit
@@ -129,7 +132,7 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
             x = llava.model(llava.model.embed_tokens(ids[-1]), positions, Decode(cache, positions, longest))  # (B, C)
             logits = llava.lm_head(x).float()
             positions += 1
-            steps = (steps + 1).clamp_max(max_new_tokens - 1)
+            steps = (steps + 1).clamp_max(drawn - 1)
         ids, logps = torch.stack(ids).T.tolist(), torch.stack(logps).T.tolist()  # (B, stride)
         for slot, row in enumerate(rows):
             if row is None:
@@ -152,8 +155,9 @@ def prefill(llava, group, cache, slots, logits, max_new_tokens):
     first = group[0].ids[:shared] if shared else group[0].ids
     branches = [request.ids[shared:] for request in group] if shared else []
     batch = llava.lay_out(first, branches, group[0].tiles)
-    last = [span.end - 1 for span in (batch.attend.spans[1:] or batch.attend.spans)]
-    lengths = (batch.positions[last] + 1).tolist()
+    spans = batch.attend.spans[1:] or batch.attend.spans
+    last = [span.end - 1 for span in spans]
+    lengths = [span.prefix[1] - span.prefix[0] + span.end - span.start for span in spans]
     cache.reserve(min(max(lengths) + max_new_tokens, llava.config.decoder.max_positions))
     batch.rows = torch.tensor([last], device=llava.device)
     logits[slots] = llava(batch, attend=Prefill(batch.attend.spans, cache, slots))[0]

@@ -66,6 +66,8 @@ def test_progress_says_rate_and_time_left(monkeypatch, capsys):
     progress = cli.Progress("pairs", 40, cli.Ranks(0, 1, torch.device("cpu")))
     now[0] = 105.0
     progress.add(5)  # after five seconds: too early for a line in a log file
+    now[0] = 112.0
+    progress.add(0)  # nothing done: nothing to say
     now[0] = 120.0
     progress.add(5)  # 10 of 40 in 20 s: 2 s each, 30 to go
     now[0] = 130.0

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from stic_min import InputError, dar, sampler
+from stic_min import InputError, dar
 from stic_min.cli import Ranks
 from stic_min.files import Output
 from stic_min.loader import load_llava
@@ -67,21 +67,14 @@ def test_the_question_is_asked_even_if_no_description_fits(llava, picture):
     assert dar.user_text(llava, question, "A red house.", [picture], arguments()) == with_image(question)
 
 
-def test_what_is_asked(llava, picture, monkeypatch):
-    """The description stands behind <image>, if there is one; the describer sees the picture."""
+def test_what_is_asked(llava, picture):
+    """The description stands behind <image>, if there is one."""
     user = lambda *what: dar.user_text(llava, *what, arguments())
     assert user(QUESTION, None, []) == QUESTION and user(QUESTION, None, [picture]) == with_image(QUESTION)
     assert user("Why?", "A house.", [picture]) == "<image>\nImage description:\nA house.\n\nWhy?"
-    asked, sample = [], sampler.sample
-
-    def record(llava, prompts, images, *rest, **options):
-        asked.append((prompts, images))
-        return sample(llava, prompts, images, *rest, **options)
-
-    monkeypatch.setattr(sampler, "sample", record)
-    description, answer = dar.ask(llava, QUESTION, [picture], arguments(), dar=True)
-    prompts = [with_image(DESCRIBE_PROMPT), with_image(infused(description, QUESTION))]
-    assert answer and asked == [([TEMPLATES[llava.config.template].prompt(p)], [[picture]]) for p in prompts]
+    prompt = TEMPLATES[llava.config.template].prompt(with_image(QUESTION))
+    expected = llava.generate([prompt], [[picture]], max_new_tokens=8)
+    assert [dar.say(llava, with_image(QUESTION), [picture], arguments(), "answer", "question")] == expected
 
 
 def test_descriptions_in_their_file(llava, picture, tmp_path, capsys):

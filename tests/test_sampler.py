@@ -132,7 +132,7 @@ def test_requests_are_read_as_slots_become_free(llava, rows):
     assert read == [] and next(samples)[0] == 0 and len(read) == 3  # the one, the next, and that no other belongs to it
 
 
-@pytest.mark.parametrize("slots, groups", [(4, [3, 1]), (2, [2, 1, 1])])
+@pytest.mark.parametrize("slots, groups", [(12, [3, 1]), (4, [2, 1, 1]), (1, [1, 1, 1, 1])])
 def test_a_picture_is_prefilled_once(llava, rows, monkeypatch, slots, groups):
     """Texts on the same picture share everything up to it, and answer as alone; CLIP sees it once for all of them."""
     picture, template = rows[1][0], TEMPLATES[llava.config.template]
@@ -207,6 +207,13 @@ def test_length(llava, rows, monkeypatch):
         assert (len(l.ids), len(l.logps), l.finish) == (7, 7, "length")
         assert (s.ids, len(s.logps), s.finish) == (l.ids[:1], 1, "length")
     assert sample(llava, [], [], [], max_new_tokens=7) == []
+    assert [(s.ids, s.finish) for s in sample(llava, *rows, max_new_tokens=0)] == [([], "length")] * len(ROWS)
+
+
+def test_prompts_that_end_in_pictures(llava, rows):
+    two = rows[1][2]
+    [alone] = sample(llava, ["<image><image>"], [two], [1], max_new_tokens=5)
+    same(sample(llava, ["<image><image>"] * 2, [two] * 2, [1, 1], max_new_tokens=5), [alone, alone])
 
 
 @pytest.mark.parametrize("left", [0, 1, 5])  # for the longest prompt
