@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=sorted(cli.DTYPES), default="float32")
     args = parser.parse_args()
+    args.slots = min(args.slots, 2 * args.pictures)  # as generate_pairs.py
     device = cli.start_device(args.device)
     ours, theirs = build(args.size, args.image_mode, device, cli.DTYPES[args.dtype])
     drawn = pictures(args.pictures)
