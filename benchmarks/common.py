@@ -2,8 +2,10 @@
 pictures, and alternating runs with medians."""
 
 import ctypes
+import json
 import re
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -124,3 +126,18 @@ def bandwidth(device):
     """Bytes a second that a plain sum over 1 GiB reads."""
     data = torch.ones(1 << 28, device=device)
     return data.numel() * 4 / median(alternate({"bandwidth": lambda: data.sum().item()}, 5)["bandwidth"])
+
+
+def compare(module, names, make, args, title):
+    """Median time, its ratio to ours and peak memory of the steps make(name, args), as a table."""
+    memory = {}
+    for name in names:  # in processes of their own, before this one holds the models itself
+        command = [sys.executable, "-m", module, *sys.argv[1:], "--memory-of", name]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
+    steps = {name: make(name, args) for name in names}
+    print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
+    times = {name: median(seconds) for name, seconds in alternate(steps, args.repeat).items()}
+    whole = times["stic_min"]
+    rows = [[name, f"{s:.2f} s", f"{s / whole:.2f}", f"{memory[name]:.2f} GiB"] for name, s in times.items()]
+    table([title, "median", "ratio", "peak memory"], rows)

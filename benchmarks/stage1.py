@@ -11,13 +11,11 @@ autocast, as their trainers do. Peak memory is what a step takes over what was t
 import argparse
 import json
 import logging
-import subprocess
-import sys
 import tempfile
 
 import torch
 
-from benchmarks.common import VOCABULARY, alternate, build, median, peak_memory, pictures, table
+from benchmarks.common import VOCABULARY, build, compare, peak_memory, pictures
 from stic_min import cli, lora
 from stic_min.images import make_tiles
 from stic_min.llava import Example, collate
@@ -162,17 +160,7 @@ def main():
         step = make(args.memory_of, args)
         print(json.dumps(peak_memory(step, torch.device(args.device))))
         return
-    memory = {}
-    for name in STEPS:  # before this process holds the models itself
-        command = [sys.executable, "-m", "benchmarks.stage1", *sys.argv[1:], "--memory-of", name]
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
-    steps = {name: make(name, args) for name in STEPS}
-    print({name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)  # TRL's has no alpha * NLL
-    times = alternate(steps, args.repeat)
-    rows = [[name, f"{median(s):.2f} s", f"{median(s) / median(times['stic_min']):.2f}", f"{memory[name]:.2f} GiB"]
-            for name, s in times.items()]  # fmt: skip
-    table(["a step of one pair", "median", "ratio", "peak memory"], rows)
+    compare("benchmarks.stage1", STEPS, make, args, "a step of one pair")  # TRL's loss has no alpha * NLL
 
 
 if __name__ == "__main__":

@@ -8,13 +8,11 @@ ours is one flat row without padding, with logits at the answers alone. The same
 
 import argparse
 import json
-import subprocess
-import sys
 
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import VOCABULARY, alternate, build, median, peak_memory, pictures, table
+from benchmarks.common import VOCABULARY, build, compare, peak_memory, pictures
 from benchmarks.stage1 import autocast, peft_config
 from stic_min import cli, lora
 from stic_min.images import make_tiles
@@ -99,17 +97,7 @@ def main():
     if args.memory_of:
         print(json.dumps(peak_memory(make(args.memory_of, args), torch.device(args.device))))
         return
-    memory = {}
-    for name in NAMES:  # before this process holds the models itself
-        command = [sys.executable, "-m", "benchmarks.stage2", *sys.argv[1:], "--memory-of", name]
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
-    steps = {name: make(name, args) for name in NAMES}
-    print({name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
-    times = alternate(steps, args.repeat)
-    rows = [[name, f"{median(s):.2f} s", f"{median(s) / median(times['stic_min']):.2f}", f"{memory[name]:.2f} GiB"]
-            for name, s in times.items()]  # fmt: skip
-    table([f"a micro-batch of {args.micro_batch}", "median", "ratio", "peak memory"], rows)
+    compare("benchmarks.stage2", NAMES, make, args, f"a micro-batch of {args.micro_batch}")
 
 
 if __name__ == "__main__":

@@ -7,19 +7,13 @@ import json
 import re
 
 import pytest
+from official import shared
 from test_commands import call
 
 
 @pytest.fixture(scope="module")
-def load(shared):
-    def load(name):
-        path = shared / "scorers" / name
-        if not path.is_file():
-            pytest.skip(f"no shared data: {name}")
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if name.endswith(".json") else [json.loads(line) for line in text.strip().split("\n")]
-
-    return load
+def load():
+    return shared
 
 
 def write(path, value):
