@@ -89,6 +89,8 @@ class Packed:
 class KVCache:
     """Keys and values of B slots, S positions each; a static tensor a layer, longer only when a longer row comes."""
 
+    chunk = 256  # grows by a multiple of this
+
     def __init__(self, config, slots, device, dtype):
         self.length, heads = 0, (config.num_key_value_heads, config.head_dim)
         empty = lambda: torch.zeros((slots, 0, *heads), device=device, dtype=dtype)  # (B, S, K, D)
@@ -99,7 +101,7 @@ class KVCache:
         """Makes room for rows of `length` positions. Filled with zeros: a masked position weighs 0, and 0 times the NaN
         that empty memory may hold would be NaN."""
         if length > self.length:
-            more = -(-length // 256) * 256 - self.length
+            more = -(-length // self.chunk) * self.chunk - self.length
             for tensors in (self.keys, self.values):
                 for layer, tensor in enumerate(tensors):
                     tensors[layer] = F.pad(tensor, (0, 0, 0, 0, 0, more))
@@ -130,8 +132,10 @@ class Decode:
 
     def __init__(self, cache, positions, longest):
         self.cache, self.rows, self.positions = cache, torch.arange(len(positions), device=positions.device), positions
-        seen = torch.arange(longest, device=positions.device) <= positions[:, None]  # (B, S)
-        self.mask = seen[:, None, None]  # (B, 1, 1, S)
+        unseen = torch.arange(longest, device=positions.device) > positions[:, None]  # (B, S)
+        # As the kernels want it, once for all layers: added to the scores, in their dtype.
+        mask = torch.zeros(unseen.shape, device=positions.device, dtype=cache.keys[0].dtype)
+        self.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None]  # (B, 1, 1, S)
 
     def __call__(self, layer, q, k, v):
         keys, values = self.cache.keys[layer], self.cache.values[layer]

@@ -54,9 +54,6 @@ def pick(logits, temperature, top_p, uniform):
     return torch.searchsorted(steps, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
-STRIDES = {"cpu": 1}  # steps between two looks at what was drawn; 8 on other devices
-
-
 @dataclass
 class Request:
     """One response to sample. `tiles` are the pictures (images.Tiles) of its <image> marks, `key` the caller's own."""
@@ -88,6 +85,40 @@ def groups(requests, most):
         yield group
 
 
+# ---------------------------------------------------------------- a step, fast
+
+STRIDES = {"cpu": 1}  # steps between two looks at what was drawn; 8 on other devices
+WIDTHS = {"cpu": 8}  # attention runs over a multiple of this many positions; of 256 on other devices, one graph each
+GRAPHED = {"cuda"}
+
+
+class Graphs:
+    """`step(longest)` as a CUDA graph, one for each `longest`: the host takes longer to launch the thousand kernels of
+    a step than the GPU to run them. `step` may change nothing but the same tensors, in place; `clear` when it has
+    others. What it computes is all in `step`, which the CPU runs as it is."""
+
+    def __init__(self, step):
+        self.step, self.graphs, self.pool = step, {}, None
+
+    def __call__(self, longest):
+        if longest not in self.graphs:
+            self.step(longest)  # the first time as it is: what libraries set up on their first use can't be captured
+            self.graphs[longest] = None
+            return
+        if self.graphs[longest] is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):  # records, without running it
+                self.step(longest)
+            self.graphs[longest], self.pool = graph, graph.pool()  # all take their scratch from the same memory
+        self.graphs[longest].replay()
+
+    def clear(self):
+        self.graphs, self.pool = {}, None
+
+
+# ---------------------------------------------------------------- streaming
+
+
 @torch.no_grad()
 def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=None):
     """Samples a response to each request, `slots` at a time -> yields (key, Sample) as they end.
@@ -103,13 +134,27 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
     positions = torch.zeros(slots, dtype=torch.int64, device=device)  # where the next token goes
     draws = torch.zeros(slots, drawn, dtype=torch.float64, device=device)
     steps = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn so far
+    ids, logps = torch.zeros_like(steps), torch.zeros(slots, device=device)  # the tokens just drawn
+
+    def step(longest):
+        """Draws a token in each slot and computes what follows it; `longest` positions of the cache are looked at."""
+        ids.copy_(pick(logits, temperature, top_p, draws.gather(1, steps[:, None])[:, 0]))  # (B,)
+        logps.copy_(logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0])  # (B,)
+        positions.clamp_(max=longest - 1)
+        x = llava.model(llava.model.embed_tokens(ids), positions, Decode(cache, positions, longest))  # (B, C)
+        logits.copy_(llava.lm_head(x))  # (B, V)
+        positions.add_(1)
+        steps.add_(1).clamp_(max=drawn - 1)
+
+    graphs = Graphs(step)
+    advance = graphs if device.type in GRAPHED else step
+    stride, width = STRIDES.get(device.type, 8), WIDTHS.get(device.type, 256)
     rows, ends = [None] * slots, [0] * slots  # who is in a slot: (key, Sample, limit); where its text stands
-    stride = STRIDES.get(device.type, 8)
     # A group starts when it has room as a whole: a small part of the slots, lest they stand empty till then.
     waiting = groups(requests, min(slots, max(2, slots // 4)))
     group = next(waiting, None)
     while group or any(rows):
-        free = [slot for slot in range(slots) if rows[slot] is None]
+        free, room = [slot for slot in range(slots) if rows[slot] is None], cache.length
         while group and len(free) >= len(group):
             own, free = free[: len(group)], free[len(group) :]
             lengths = prefill(llava, group, cache, own, logits, max_new_tokens)
@@ -120,30 +165,29 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
                 limit = max(0, min(max_new_tokens, config.max_positions - length))
                 rows[slot] = request.key, Sample([], [], "length"), limit
             group = next(waiting, None)
+        if cache.length != room:
+            graphs.clear()  # the cache has moved
 
         # A few steps without looking at what was drawn, so that a GPU never waits for the host. A row that ends among
         # them draws on, into a slot that no one reads any more.
-        ids, logps = [], []
-        longest = min(max(end for end, row in zip(ends, rows) if row) + stride, cache.length)
+        longest = max(end for end, row in zip(ends, rows) if row) + stride
+        longest = min(-(-longest // width) * width, cache.length)
+        said, scored = [], []
         for _ in range(stride):
-            ids.append(pick(logits, temperature, top_p, draws.gather(1, steps[:, None])[:, 0]))  # (B,)
-            logps.append(logits.log_softmax(dim=-1).gather(-1, ids[-1][:, None])[:, 0])  # (B,)
-            positions.clamp_(max=longest - 1)
-            x = llava.model(llava.model.embed_tokens(ids[-1]), positions, Decode(cache, positions, longest))  # (B, C)
-            logits = llava.lm_head(x).float()
-            positions += 1
-            steps = (steps + 1).clamp_max(drawn - 1)
-        ids, logps = torch.stack(ids).T.tolist(), torch.stack(logps).T.tolist()  # (B, stride)
+            advance(longest)
+            said.append(ids.clone())
+            scored.append(logps.clone())
+        said, scored = torch.stack(said, 1).tolist(), torch.stack(scored, 1).tolist()  # (B, stride)
         for slot, row in enumerate(rows):
             if row is None:
                 continue
             ends[slot] += stride
             key, sample, limit = row
-            own = ids[slot][: limit - len(sample.ids)]
+            own = said[slot][: limit - len(sample.ids)]
             if llava.tokenizer.eos in own:
                 own, sample.finish = own[: own.index(llava.tokenizer.eos) + 1], "stop"
             sample.ids += own
-            sample.logps += logps[slot][: len(own)]
+            sample.logps += scored[slot][: len(own)]
             if sample.finish == "stop" or len(sample.ids) == limit:
                 rows[slot] = None
                 yield key, sample

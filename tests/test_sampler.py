@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from stic_min import sampler
 from stic_min.images import open_image
 from stic_min.llava import Example, collate
 from stic_min.loader import load_llava
 from stic_min.loss import token_logps
+from stic_min.mistral import KVCache
 from stic_min.sampler import Request, filtered_probs, pick, row_seed, sample, stream
 from stic_min.text import TEMPLATES
 
@@ -118,6 +121,57 @@ def test_slots_are_refilled(llava, rows, how, slots, stride, monkeypatch):
     order = [0, 1, 2, 3, 4, 3, 0, 0, 1]
     got = dict(stream(llava, requests(llava, rows, order), slots=slots, max_new_tokens=16, **how))
     same([got[place] for place in range(len(order))], [alone[i] for i in order])
+
+
+class Recorder(TorchDispatchMode):
+    """A CUDA graph's semantics on the CPU: records the operations without effect; `replay` runs the same operations
+    on the same tensors, and no Python code between them."""
+
+    def __enter__(self):
+        self.operations, self.before, self.made = [], {}, set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, torch.Tensor) and id(x) not in self.made and id(x) not in self.before:
+                self.before[id(x)] = x, x.clone()
+        out = func(*args, **kwargs or {})
+        self.operations.append((func, args, kwargs or {}, out))  # keeps all tensors, so that ids stay theirs
+        self.made |= {id(x) for x in tree_leaves(out) if isinstance(x, torch.Tensor) and id(x) not in self.before}
+        return out
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for x, value in self.before.values():
+            x.copy_(value)
+
+    def replay(self):
+        now = {}
+        own = lambda x: now.get(id(x), x) if isinstance(x, torch.Tensor) else x
+        for func, args, kwargs, out in self.operations:
+            new = func(*tree_map(own, args), **tree_map(own, kwargs))
+            now |= {id(x): y for x, y in zip(tree_leaves(out), tree_leaves(new)) if id(x) in self.made}
+
+    def pool(self):
+        return 0
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
+def test_replayed_steps_give_the_same(llava, rows, how, slots, monkeypatch):
+    """With recorded steps, as on a GPU: nothing in a step may depend on Python, or on a tensor that is another later."""
+    alone = [sample(llava, [p], [i], [s], max_new_tokens=40, **how)[0] for p, i, s in zip(*rows)]
+    recorders, replays, replay = [], [], Recorder.replay
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorders.append(Recorder()) or recorders[-1])
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(Recorder, "replay", lambda self: replays.append(self) or replay(self))
+    for name, value in {"GRAPHED": {"cpu"}, "STRIDES": {"cpu": 8}, "WIDTHS": {"cpu": 32}}.items():
+        monkeypatch.setattr(sampler, name, value)
+    monkeypatch.setattr(KVCache, "chunk", 32)
+    order = [1, 3, 0, 4, 2, 1, 3]  # longer ones later, so that the cache grows; then short ones again
+    got = dict(stream(llava, requests(llava, rows, order), slots=slots, max_new_tokens=40, **how))
+    same([got[place] for place in range(len(order))], [alone[i] for i in order])
+    assert len(recorders) > 1 and len(replays) > 3 * len(recorders)
 
 
 def test_requests_are_read_as_slots_become_free(llava, rows):
