@@ -14,9 +14,11 @@ import torch
 import transformers as hf
 from PIL import Image, ImageDraw
 
+from stic_min.cli import DTYPES
 from stic_min.clip import ClipConfig
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loader import canonical
+from stic_min.loss import IGNORE
 from stic_min.mistral import DecoderConfig
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -34,6 +36,24 @@ class Tokenizer:
     eos = -1
 
 
+def configuration(size, image_mode):
+    (width, mlp, layers, heads, kv), clip = SIZES[size]
+    decoder = DecoderConfig(width, mlp, layers, heads, kv, VOCABULARY + 64, 1e-6, 1e6, 32768)
+    pinpoints = PINPOINTS if image_mode == "anyres" else None
+    return LlavaConfig(decoder, ClipConfig(*clip), image_mode, pinpoints, "mistral_instruct", 32768)
+
+
+def build_ours(size, image_mode, device, dtype, seed=0):
+    """Ours with random weights."""
+    with torch.device(device):
+        torch.manual_seed(seed)
+        llava = LLaVA(configuration(size, image_mode), Tokenizer())
+    torch.nn.init.normal_(llava.vision_tower.embeddings.class_embedding, std=0.02)
+    if llava.image_newline is not None:
+        torch.nn.init.normal_(llava.image_newline, std=0.02)
+    return llava.to(dtype).eval().requires_grad_(False)
+
+
 def build(size, image_mode, device, dtype, seed=0):
     """(LLaVA, transformers' LlavaNext or Llava) with the same weights."""
     (width, mlp, layers, heads, kv), (vision_width, vision_mlp, vision_layers, vision_heads) = SIZES[size]
@@ -44,7 +64,7 @@ def build(size, image_mode, device, dtype, seed=0):
     text = hf.MistralConfig(
         vocab_size=VOCABULARY + 64, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=32768, sliding_window=None,
-        rope_theta=1e6,
+        rope_theta=1e6, rms_norm_eps=1e-6,
     )  # fmt: skip
     config = {"vision_config": vision, "text_config": text, "image_token_index": VOCABULARY}
     with torch.device(device):
@@ -54,11 +74,7 @@ def build(size, image_mode, device, dtype, seed=0):
             theirs = hf.LlavaNextForConditionalGeneration(config)
         else:
             theirs = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**config))
-        decoder = DecoderConfig(width, mlp, layers, heads, kv, VOCABULARY + 64, text.rms_norm_eps, 1e6, 32768)
-        clip = ClipConfig(vision_width, vision_mlp, vision_layers, vision_heads)
-        pinpoints = PINPOINTS if image_mode == "anyres" else None
-        ours = LLaVA(LlavaConfig(decoder, clip, image_mode, pinpoints, "mistral_instruct", 32768), Tokenizer())
-    theirs, ours = theirs.to(dtype).eval(), ours.to(dtype).eval().requires_grad_(False)
+    theirs, ours = theirs.to(dtype).eval(), build_ours(size, image_mode, device, dtype)
     named = {canonical(key): tensor for key, tensor in theirs.state_dict().items()}
     ours.load_state_dict({key: named[key] for key in ours.state_dict()})
     return ours, theirs
@@ -116,6 +132,17 @@ def peak_memory(step, device):
     return resident("VmHWM") - before
 
 
+def memory_of_each(module, names):
+    """{name: GiB} of what `module` says with --memory-of, in processes of their own. To be called before this one
+    holds the models itself."""
+    memory = {}
+    for name in names:
+        command = [sys.executable, "-m", module, *sys.argv[1:], "--memory-of", name]
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
+    return memory
+
+
 def table(header, rows):
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     for row in [header, ["-" * w for w in widths], *rows]:
@@ -128,16 +155,57 @@ def bandwidth(device):
     return data.numel() * 4 / median(alternate({"bandwidth": lambda: data.sum().item()}, 5)["bandwidth"])
 
 
-def compare(module, names, make, args, title):
-    """Median time, its ratio to ours and peak memory of the steps make(name, args), as a table."""
-    memory = {}
-    for name in names:  # in processes of their own, before this one holds the models itself
-        command = [sys.executable, "-m", module, *sys.argv[1:], "--memory-of", name]
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
+# ---------------------------------------------------------------- needed arithmetic
+
+# Dense bf16 operations a second, as the data sheets have them.
+DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def peak_flops(device, dtype):
+    """(operations a second, where that is from): the data sheet's, or what a large matrix product reaches here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        for name, flops in DATA_SHEET.items():
+            if name in torch.cuda.get_device_name(device):
+                return flops, f"{name}'s data sheet"
+    n = 8192 if device.type == "cuda" else 2048
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / min(alternate({"matrix product": lambda: x @ x}, 5)["matrix product"]), "a large matrix product"
+
+
+def needed_flops(batch, config, r, reference):
+    """Floating point operations that a training step on `batch` can't do without: forward and gradients of activations,
+    LoRA of rank r on all linears of the decoder, causal attention, logits at the scored tokens, CLIP once for each
+    picture; a prompt once for its responses; with `reference` a forward without LoRA. Nothing computed again."""
+    decoder, vision = config.decoder, config.vision
+    C, F, L = decoder.hidden_size, decoder.intermediate_size, decoder.num_hidden_layers
+    heads, shared = (n * decoder.head_dim for n in (decoder.num_attention_heads, decoder.num_key_value_heads))
+    linears = [(C, heads), (C, shared), (C, shared), (heads, C), (C, F), (C, F), (F, C)]
+    tokens, scored = len(batch.ids), int((batch.labels != IGNORE).sum())
+    seen = sum((s.end - s.start) * (s.prefix[1] - s.prefix[0] + (s.end - s.start + 1) / 2) for s in batch.attend.spans)
+    base = 2 * tokens * L * sum(i * o for i, o in linears) + 2 * scored * C * decoder.vocab_size
+    attention = 4 * seen * heads * L
+    lora = 2 * tokens * L * r * sum(i + o for i, o in linears)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    Cv, one = vision.hidden_size, 2 * 4 * vision.hidden_size**2 + 2 * 2 * vision.hidden_size * vision.intermediate_size
+    layers = vision.num_hidden_layers - 1  # the features are those before the last
+    clip = sum(len(t.pixels) for t in batch.tiles) * patches * (layers * (one + 4 * patches * Cv) + 2 * Cv * C)
+    clip += 2 * C * C * patches * sum(len(t.pixels) for t in batch.tiles)  # the projector's second layer
+    forwards = 2 if reference else 1
+    # A linear's backward needs its input's gradient; LoRA's also its weights'; attention's gradients are four products.
+    return clip + forwards * (base + attention) + lora + base + 2 * attention + 2 * lora
+
+
+def compare(module, names, make, args, title, flops):
+    """Median time, its ratio to ours, the share of the peak that the needed `flops` are, and peak memory of the steps
+    make(name, args), as a table."""
+    memory = memory_of_each(module, names)
     steps = {name: make(name, args) for name in names}
     print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
     times = {name: median(seconds) for name, seconds in alternate(steps, args.repeat).items()}
-    whole = times["stic_min"]
-    rows = [[name, f"{s:.2f} s", f"{s / whole:.2f}", f"{memory[name]:.2f} GiB"] for name, s in times.items()]
-    table([title, "median", "ratio", "peak memory"], rows)
+    whole, (peak, source) = times["stic_min"], peak_flops(torch.device(args.device), DTYPES[args.dtype])
+    rows = [
+        [name, f"{s:.3g} s", f"{s / whole:.2f}", f"{flops / s / peak:.0%}", f"{memory[name]:.2f} GiB"]
+        for name, s in times.items()
+    ]
+    table([title, "median", "ratio", "MFU", "peak memory"], rows)
+    print(f"needed: {flops / 1e12:.3g} TFLOP; roofline: {flops / peak:.3g} s at {peak / 1e12:.3g} TFLOP/s ({source})")

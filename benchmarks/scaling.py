@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import VOCABULARY, alternate, build, median, pictures, table
+from benchmarks.common import VOCABULARY, alternate, build_ours, median, pictures, table
 from stic_min import cli, sampler
 from stic_min.images import make_tiles
 from stic_min.text import IMAGE
@@ -38,19 +38,22 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=sorted(cli.DTYPES), default="float32")
     args = parser.parse_args()
-    llava, _ = build(args.size, "anyres", cli.start_device(args.device), cli.DTYPES[args.dtype])
+    llava = build_ours(args.size, "anyres", cli.start_device(args.device), cli.DTYPES[args.dtype])
     usual = {"size": (640, 480), "slots": 8, "tokens": 64}
-    changes = [("rows at a time", "slots", (1, 2, 4, 8, 16)), ("tokens an answer", "tokens", (16, 64, 256)),
-               ("picture", "size", ((336, 336), (640, 480), (1344, 1008)))]  # fmt: skip
-    rows = []
+    changes = [
+        ("rows at a time", "slots", (1, 8, 32, 64, 128) if args.device == "cuda" else (1, 2, 4, 8, 16)),
+        ("tokens an answer", "tokens", (16, 64, 256)),
+        ("picture", "size", ((336, 336), (640, 480), (1344, 1008))),
+    ]
     for what, name, values in changes:
+        rows = []
         for value in values:
             how = usual | {name: value}
             count = max(4, how["slots"] // 2)
             run = lambda how=how, count=count: generate(llava, count=count, **how)
             seconds = median(alternate({what: run}, args.repeat)[what])
-            rows.append([what, str(value), f"{2 * count * how['tokens'] / seconds:.1f}"])
-    table(["generation, anyres", "", "tokens/s"], rows)
+            rows.append([str(value), f"{2 * count * how['tokens'] / seconds:.1f}"])
+        table([what, "tokens/s"], rows)
 
     rows, resident = [], lambda: int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     for count in (8, 32, 128):

@@ -1,8 +1,8 @@
-"""A stage-1 step (one pair: reference, policy, backward) against TRL's DPO trainer and the release's four forwards.
+"""A stage-1 micro-batch (reference, policy, backward) against TRL's DPO trainer and the release's four forwards.
 
   python -m benchmarks.stage1 --size small --image-mode pad
 
-Peers: TRL's DPOTrainer with peft on transformers' LLaVA, its own loss on a batch of one pair; and what the authors'
+Peers: TRL's DPOTrainer with peft on transformers' LLaVA, its own loss on the padded batch; and what the authors'
 trainer does, a forward of policy and of reference for each response, with the logits of the whole sequence. LoRA on all
 linears of the decoder, no optimizer, projector frozen as the peers have it. Peers whose dtype is not fp32 run under
 autocast, as their trainers do. Peak memory is what a step takes over what was there, in a process of its own for each.
@@ -15,7 +15,7 @@ import tempfile
 
 import torch
 
-from benchmarks.common import VOCABULARY, build, compare, peak_memory, pictures
+from benchmarks.common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, pictures
 from stic_min import cli, lora
 from stic_min.images import make_tiles
 from stic_min.llava import Example, collate
@@ -25,49 +25,57 @@ from stic_min.text import IMAGE
 BETA, ALPHA = 0.1, 1 / 1024
 
 
-def sample(args, config):
-    """Tiles of a picture, and ids: prompt in front of and behind it, chosen, rejected."""
+def samples(args, config):
+    """[(tiles of a picture, ids: prompt in front of it and behind it, [chosen, rejected])]."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
-    tiles = make_tiles(pictures(1)[0], args.image_mode, 336, config.pinpoints)
-    return tiles, [1, 2], ids(args.text), ids(args.chosen), ids(args.rejected)
+    tiles = [make_tiles(picture, args.image_mode, 336, config.pinpoints) for picture in pictures(args.micro_batch)]
+    return [(t, [1, 2], ids(args.text), [ids(args.chosen), ids(args.rejected)]) for t in tiles]
+
+
+def ours_batch(args, config, device="cpu"):
+    rows = samples(args, config)
+    examples = [Example("pair", [([*a, IMAGE, *b], False)], responses) for _, a, b, responses in rows]
+    return collate(examples, [[tiles] for tiles, *_ in rows], config, device)
 
 
 def ours_step(args, llava):
     lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
-    tiles, before, text, chosen, rejected = sample(args, llava.config)
-    example = Example("pair", [([*before, IMAGE, *text], False)], [chosen, rejected])
 
     def logps(batch):
         return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)
 
     def step():
-        batch = collate([example], [[tiles]], llava.config, llava.device)
+        batch = ours_batch(args, llava.config, llava.device)
         with torch.no_grad(), lora.disabled(llava):
             reference = logps(batch)
-        loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).sum()
+        loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).mean()
         loss.backward()
         return loss.item()
 
     return step
 
 
-def peer_inputs(args, llava_config, device, dtype):
-    """Chosen and rejected as a padded batch of two, each with the picture, as TRL lays them out."""
-    tiles, before, text, *responses = sample(args, llava_config)
-    prompt = before + [VOCABULARY] * llava_config.image_tokens(tiles.size) + text
-    longest = len(prompt) + max(map(len, responses))
-    pad = lambda row, value: row + [value] * (longest - len(row))
+def peer_inputs(args, config, device, dtype):
+    """All chosen, then all rejected, as a padded batch, each with its picture, as TRL lays them out."""
+    prompts, responses, tiles = [], [], []
+    for which in (0, 1):
+        for own, before, text, both in samples(args, config):
+            prompts.append(before + [VOCABULARY] * config.image_tokens(own.size) + text)
+            responses.append(both[which])
+            tiles.append(own)
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    rows = lambda row: torch.tensor([r + [0] * (longest - len(r)) for r in map(row, prompts, responses)], device=device)
     inputs = {
-        "input_ids": torch.tensor([pad(prompt + r, 0) for r in responses], device=device),
-        "attention_mask": torch.tensor([pad([1] * len(prompt + r), 0) for r in responses], device=device),
-        "completion_mask": torch.tensor([pad([0] * len(prompt) + [1] * len(r), 0) for r in responses], device=device),
+        "input_ids": rows(lambda p, r: p + r),
+        "attention_mask": rows(lambda p, r: [1] * len(p + r)),
+        "completion_mask": rows(lambda p, r: [0] * len(p) + [1] * len(r)),
     }
-    pixels = tiles.pixels.to(device, dtype)
+    pixels = [t.pixels.to(device, dtype) for t in tiles]
     if args.image_mode == "pad":
-        return inputs | {"pixel_values": torch.cat([pixels, pixels])}
-    sizes = torch.tensor([tiles.size[::-1]] * 2, device=device)
-    return inputs | {"pixel_values": torch.stack([pixels, pixels]), "image_sizes": sizes}
+        return inputs | {"pixel_values": torch.cat(pixels)}
+    sizes = torch.tensor([t.size[::-1] for t in tiles], device=device)
+    return inputs | {"pixel_values": torch.stack(pixels), "image_sizes": sizes}
 
 
 def autocast(args):
@@ -112,23 +120,27 @@ def release_step(args, theirs, config):
     from peft import get_peft_model
 
     model = get_peft_model(theirs, peft_config(args)).train()
-    both = peer_inputs(args, config, next(model.parameters()).device, theirs.dtype)
+    all = peer_inputs(args, config, next(model.parameters()).device, theirs.dtype)
+    pairs = [(i, i + args.micro_batch) for i in range(args.micro_batch)]
 
     def logp(row):
-        end = int(both["attention_mask"][row].sum())
-        inputs = {name: value[row : row + 1] for name, value in both.items() if name != "completion_mask"}
+        end = int(all["attention_mask"][row].sum())
+        inputs = {name: value[row : row + 1] for name, value in all.items() if name != "completion_mask"}
         inputs |= {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # of the whole sequence
         taken = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-        return (taken * both["completion_mask"][row : row + 1, 1:end]).sum(-1)
+        return (taken * all["completion_mask"][row : row + 1, 1:end]).sum(-1)
 
     def step():
-        with autocast(args):
-            with torch.no_grad(), model.disable_adapter():
-                reference = logp(0), logp(1)
-            loss = stic_loss(logp(0), logp(1), *reference, BETA, ALPHA).sum()
-        loss.backward()
-        return loss.item()
+        whole = 0.0
+        for w, l in pairs:
+            with autocast(args):
+                with torch.no_grad(), model.disable_adapter():
+                    reference = logp(w), logp(l)
+                loss = stic_loss(logp(w), logp(l), *reference, BETA, ALPHA).mean() / args.micro_batch
+            loss.backward()
+            whole += loss.item()
+        return whole
 
     return step
 
@@ -149,6 +161,7 @@ def main():
     parser.add_argument("--text", type=int, default=30, help="tokens of the prompt behind the picture")
     parser.add_argument("--chosen", type=int, default=270, help="tokens")
     parser.add_argument("--rejected", type=int, default=230, help="tokens")
+    parser.add_argument("--micro-batch", type=int, default=1, help="pairs")
     parser.add_argument("--r", type=int, default=128, help="LoRA's")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
@@ -160,7 +173,10 @@ def main():
         step = make(args.memory_of, args)
         print(json.dumps(peak_memory(step, torch.device(args.device))))
         return
-    compare("benchmarks.stage1", STEPS, make, args, "a step of one pair")  # TRL's loss has no alpha * NLL
+    config = configuration(args.size, args.image_mode)
+    flops = needed_flops(ours_batch(args, config), config, args.r, reference=True)
+    # TRL's loss has no alpha * NLL.
+    compare("benchmarks.stage1", STEPS, make, args, f"a step of {args.micro_batch} pair(s)", flops)
 
 
 if __name__ == "__main__":

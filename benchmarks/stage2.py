@@ -12,7 +12,7 @@ import json
 import torch
 from torch.nn import functional as F
 
-from benchmarks.common import VOCABULARY, build, compare, peak_memory, pictures
+from benchmarks.common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, pictures
 from benchmarks.stage1 import autocast, peft_config
 from stic_min import cli, lora
 from stic_min.images import make_tiles
@@ -31,13 +31,17 @@ def samples(args, config):
     return [(t, [1, 2, IMAGE, *ids(n)], ids(m)) for t, (n, m) in zip(tiles, LENGTHS)]
 
 
+def ours_batch(args, config, device="cpu"):
+    rows = samples(args, config)
+    examples = [Example("row", [(prompt, False), (answer, True)], []) for _, prompt, answer in rows]
+    return collate(examples, [[tiles] for tiles, _, _ in rows], config, device)
+
+
 def ours_step(args, llava):
     lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
-    rows = samples(args, llava.config)
-    examples = [Example("row", [(prompt, False), (answer, True)], []) for _, prompt, answer in rows]
 
     def step():
-        batch = collate(examples, [[tiles] for tiles, _, _ in rows], llava.config, llava.device)
+        batch = ours_batch(args, llava.config, llava.device)
         nll, tokens = sft_loss(llava(batch), batch.labels)
         (nll / tokens).backward()
         return (nll / tokens).item()
@@ -97,7 +101,9 @@ def main():
     if args.memory_of:
         print(json.dumps(peak_memory(make(args.memory_of, args), torch.device(args.device))))
         return
-    compare("benchmarks.stage2", NAMES, make, args, f"a micro-batch of {args.micro_batch}")
+    config = configuration(args.size, args.image_mode)
+    flops = needed_flops(ours_batch(args, config), config, args.r, reference=False)
+    compare("benchmarks.stage2", NAMES, make, args, f"a micro-batch of {args.micro_batch}", flops)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from stic_min import InputError, cli, lora
 from stic_min.data import global_batches, load_tiles
-from stic_min.images import open_image
+from stic_min.images import ahead, open_image
 from stic_min.llava import Projector, collate
 from stic_min.loader import canonical, fill, open_llava, own_rows, read_json
 from stic_min.loss import token_logps
@@ -259,13 +259,19 @@ class Run:
     def steps(self):
         """(step, micro-batches) from where the run stands to the end of the epoch."""
         self.begin = self.last = time.monotonic()
-        for step in range(self.first_step, len(self.batches)):
+        todo = range(self.first_step, len(self.batches))
+        shares = [micro_batches(self.batches[step], self.ranks, self.args.micro_batch) for step in todo]
+        load = lambda indices: [load_tiles(self.items[i], self.llava) for i in indices]
+        self.tiles = ahead(load, [indices for share in shares for indices, _ in share])
+        for step, share in zip(todo, shares):
             # Dropout depends on the step alone, so that a resumed run draws the same.
             torch.manual_seed(row_seed(self.args.seed, step, self.ranks.rank))
-            yield step, micro_batches(self.batches[step], self.ranks, self.args.micro_batch)
+            yield step, share
 
     def collate(self, indices):
-        batch = collate_items(self.llava, [self.items[i] for i in indices])
+        """The next micro-batch; its pictures were made ready meanwhile."""
+        examples = [self.items[i].example for i in indices]
+        batch = collate(examples, next(self.tiles), self.llava.config, self.llava.device)
         self.tokens += len(batch.ids)
         return batch
 

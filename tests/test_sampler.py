@@ -159,7 +159,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
 def test_replayed_steps_give_the_same(llava, rows, how, slots, monkeypatch):
-    """With recorded steps, as on a GPU: nothing in a step may depend on Python, or on a tensor that is another later."""
+    """With recorded steps, as on a GPU: nothing in a step may depend on Python, or on a tensor that is replaced."""
     alone = [sample(llava, [p], [i], [s], max_new_tokens=40, **how)[0] for p, i, s in zip(*rows)]
     recorders, replays, replay = [], [], Recorder.replay
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorders.append(Recorder()) or recorders[-1])
