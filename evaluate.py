@@ -68,13 +68,14 @@ def run_benchmark(args):
     descriptions = {}
     if args.dar:
         limit = DESCRIPTION_TOKENS if args.max_new_tokens == new_tokens(benchmark) else args.max_new_tokens
-        output = Output(f"{stem}.descriptions.jsonl", "image", settings | {"max_new_tokens": limit}, ranks)
+        output = Output(f"{stem}.descriptions.jsonl", "image", settings | {"max_new_tokens": limit}, ranks).start()
         shown = {"": {"image": None}} if args.blind else {q["image"]: q for q in questions if q["image"] is not None}
         descriptions = dar.describe_pictures(llava, shown, read, output, args, limit)
     key = scoring.key_of(scorer)
     entries = scoring.entries_of(questions, key)
     output = Output(f"{stem}.jsonl", key, settings, ranks)
     scoring.check_prompts(output.path, output.done.values(), entries, key)
+    output.start()
     if ranks.first and not entries.keys() <= output.done.keys():
         Path(f"{stem}.scores.json").unlink(missing_ok=True)  # of other answers than there will be
     behind = {q[key]: scoring.description_of(q, descriptions) for q in questions}

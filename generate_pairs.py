@@ -15,11 +15,11 @@ import argparse
 import random
 from pathlib import Path
 
-from stic_min import InputError, cli, sampler
+from stic_min import InputError, check, cli, lora, sampler
 from stic_min.data import image_records, parse_instruction
 from stic_min.files import Output, subset
 from stic_min.images import ahead, corrupt, image_path, list_images, open_image
-from stic_min.loader import load_llava
+from stic_min.loader import canonical, load_llava, open_llava
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
 
 
@@ -80,7 +80,7 @@ def description_rows(id, name, picture, seed):
 
 
 def names_to_pair(args):
-    """{name: name} of the pictures that get a pair: all of --images, or those of --names."""
+    """Names of the pictures that get a pair: all of --images, or those of --names."""
     if not args.names:
         names = list_images(args.images)
     else:
@@ -91,7 +91,7 @@ def names_to_pair(args):
         names = [line.strip() for line in lines if line.strip()]
         if not names:
             raise InputError(f"{args.names}: no names in it")
-    return {name: name for name in names}
+    return names
 
 
 def records_to_describe(args, ranks):
@@ -122,6 +122,7 @@ def main():
     parser.add_argument("--describe", metavar="FILE", help="LLaVA instruction data: describe its pictures instead")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, appended to")
     cli.add_model_flags(parser)
+    cli.add_check_flag(parser)
     cli.add_limit_flag(parser)
     cli.add_sampling_flags(parser, temperature=0.2, batch_size=8)
     args = parser.parse_args()
@@ -132,22 +133,33 @@ def main():
     # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
     if args.describe:
         records = records_to_describe(args, ranks)
-        items = {id: record["image"] for id, (_, _, record) in records.items()}
+        items = asked = {id: record["image"] for id, (_, _, record) in records.items()}
     else:
-        items = names_to_pair(args)
+        asked = names_to_pair(args)
+        items = {name: name for name in asked}
     keys = subset(list(items), args.limit, args.seed)
     for key in keys if args.describe else ():
         parse_instruction(*records[key])  # what is wrong with it is said now, not in stage 2
 
-    cli.say_loading(args, ranks)
-    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    options = cli.model_options(args, ranks)
+    if args.check:
+        llava, _ = open_llava(args.model, **options)  # without its weights
+        if args.adapter:
+            lora.attach(llava, lora.read_adapter(args.adapter, llava, canonical))
+    else:
+        cli.say_loading(args, ranks)
+        llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
     settings = {"images": Path(args.images).resolve().name, **cli.run_settings(args, llava)}
+    if args.check and not args.dtype:
+        del settings["dtype"]  # a GPU's default is another than this machine's
     output = Output(args.out, "id" if args.describe else "image", settings, ranks)
+    if not args.check:
+        output.start()
     todo = [key for key in keys if key not in output.done]
     what = "descriptions" if args.describe else "pairs"
     ranks.say(f"{len(keys)} {what} to make, {len(keys) - len(todo)} of them already in {args.out}")
 
-    todo = todo[ranks.rank :: ranks.world]
+    left, todo = len(todo), keys if args.check else todo[ranks.rank :: ranks.world]
     progress = cli.Progress(what, len(todo), ranks)
     template, under_way = TEMPLATES[llava.config.template], {}  # {key: its samples so far, the function for its record}
 
@@ -170,6 +182,16 @@ def main():
         ids = [llava.tokenizer.encode_prompt(template.prompt(with_image(p))) for p, _, _ in rows]
         requests = [sampler.Request((key, i), ids[i], [tiles[id(v)]], seed) for i, (_, v, seed) in enumerate(rows)]
         return key, record, requests
+
+    if args.check:
+        made, skipped = {}, []
+        for key, record, found in ahead(prepare, todo):
+            progress.add()
+            if record is None:
+                skipped.append(str(found))
+            else:
+                made[key] = [len(r.ids) - 1 + llava.config.image_tokens(r.tiles[0].size) for r in found]
+        return check.generation(args, llava, what, made, left, skipped, list(asked), ranks)
 
     def requests():
         for key, record, made in ahead(prepare, todo):

@@ -12,9 +12,10 @@ import math
 
 import torch
 
-from stic_min import InputError, cli, lora, training
-from stic_min.data import pair_item, read_pairs
+from stic_min import InputError, check, cli, lora, training
+from stic_min.data import each, load_tiles, pair_item, read_pairs
 from stic_min.files import subset
+from stic_min.llava import collate
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 
 
@@ -50,20 +51,23 @@ def main():
     cli.add_limit_flag(parser)
     training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)
     args = parser.parse_args()
-    training.check_out(args.out)
+    check.training_out(args.out)
     ranks = cli.start_ranks(args.device, backend=None)
 
-    pairs = subset(read_pairs(args.pairs), args.limit, args.seed)
+    problems = [] if args.check else None  # where --check collects them; else the first one ends the run
+    pairs = subset(read_pairs(args.pairs, problems), args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad=1024)
-    items = [pair_item(pair, llava, args.images, max_length) for pair in pairs]
+    items = each(lambda pair: pair_item(pair, llava, args.images, max_length), pairs, problems)
     ranks.say(f"{len(items)} pairs, {sum(item.cut for item in items)} cut to {max_length} tokens")
-    training.check_pictures(items, ranks)
-    training.check_picture_matters(llava, items[0])
-    check_reference(llava, training.collate_items(llava, items[:1]), args.beta)
-
+    check.pictures(items, ranks, problems)
     own = {"beta": args.beta, "alpha": args.alpha, "pairs": training.sha256(args.pairs)}
     settings = training.settings(args, llava, adapter, max_length, **own)
+    if args.check:
+        return check.training(args, llava, adapter, items, settings, problems, ranks, reference=True)
+    check.picture_matters(llava, items[0])
+    first = collate([items[0].example], [load_tiles(items[0], llava)], llava.config, llava.device)
+    check_reference(llava, first, args.beta)
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         pairs_in_batch = len(run.batches[step])  # the global batch

@@ -12,8 +12,8 @@ again resumes a run that was stopped.
 
 import argparse
 
-from stic_min import cli, training
-from stic_min.data import instruction_item, read_infused
+from stic_min import check, cli, training
+from stic_min.data import each, instruction_item, read_infused
 from stic_min.files import subset
 from stic_min.loss import sft_loss
 
@@ -32,21 +32,24 @@ def main():
     args = parser.parse_args()
     if args.plain and args.one_line:
         parser.error("--one-line is how descriptions are put, --plain leaves them out")
-    training.check_out(args.out)
+    check.training_out(args.out)
     ranks = cli.start_ranks(args.device, backend=None)
 
-    instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain)
+    problems = [] if args.check else None  # where --check collects them; else the first one ends the run
+    instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain, problems)
     instructions = subset(instructions, args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
-    items = [instruction_item(instruction, llava, args.images, max_length) for instruction in instructions]
+    items = each(lambda entry: instruction_item(entry, llava, args.images, max_length), instructions, problems)
     ranks.say(f"{summary}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
-    training.check_pictures(items, ranks)
-    training.check_picture_matters(llava, items[0])
+    check.pictures(items, ranks, problems)
 
     own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
     own |= {"plain": True} if args.plain else {}
     settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, **own)
+    if args.check:
+        return check.training(args, llava, adapter, items, settings, problems, ranks, reference=False)
+    check.picture_matters(llava, items[0])
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         tokens_in_batch = sum(items[i].scored for i in run.batches[step])  # the global batch

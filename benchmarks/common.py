@@ -14,6 +14,7 @@ import torch
 import transformers as hf
 from PIL import Image, ImageDraw
 
+from stic_min import check
 from stic_min.cli import DTYPES
 from stic_min.clip import ClipConfig
 from stic_min.llava import LLaVA, LlavaConfig
@@ -173,26 +174,14 @@ def peak_flops(device, dtype):
 
 
 def needed_flops(batch, config, r, reference):
-    """Floating point operations that a training step on `batch` can't do without: forward and gradients of activations,
-    LoRA of rank r on all linears of the decoder, causal attention, logits at the scored tokens, CLIP once for each
-    picture; a prompt once for its responses; with `reference` a forward without LoRA. Nothing computed again."""
-    decoder, vision = config.decoder, config.vision
-    C, F, L = decoder.hidden_size, decoder.intermediate_size, decoder.num_hidden_layers
-    heads, shared = (n * decoder.head_dim for n in (decoder.num_attention_heads, decoder.num_key_value_heads))
-    linears = [(C, heads), (C, shared), (C, shared), (heads, C), (C, F), (C, F), (F, C)]
-    tokens, scored = len(batch.ids), int((batch.labels != IGNORE).sum())
-    seen = sum((s.end - s.start) * (s.prefix[1] - s.prefix[0] + (s.end - s.start + 1) / 2) for s in batch.attend.spans)
-    base = 2 * tokens * L * sum(i * o for i, o in linears) + 2 * scored * C * decoder.vocab_size
-    attention = 4 * seen * heads * L
-    lora = 2 * tokens * L * r * sum(i + o for i, o in linears)
-    patches = (vision.image_size // vision.patch_size) ** 2
-    Cv, one = vision.hidden_size, 2 * 4 * vision.hidden_size**2 + 2 * 2 * vision.hidden_size * vision.intermediate_size
-    layers = vision.num_hidden_layers - 1  # the features are those before the last
-    clip = sum(len(t.pixels) for t in batch.tiles) * patches * (layers * (one + 4 * patches * Cv) + 2 * Cv * C)
-    clip += 2 * C * C * patches * sum(len(t.pixels) for t in batch.tiles)  # the projector's second layer
-    forwards = 2 if reference else 1
-    # A linear's backward needs its input's gradient; LoRA's also its weights'; attention's gradients are four products.
-    return clip + forwards * (base + attention) + lora + base + 2 * attention + 2 * lora
+    """Of a training step on `batch`, as check.decoder_flops counts, and CLIP once for each picture."""
+    spans = [(span.end - span.start, span.prefix[1] - span.prefix[0]) for span in batch.attend.spans]
+    decoder = check.decoder_flops(config.decoder, spans, int((batch.labels != IGNORE).sum()), r, reference)
+    vision, C, Cv = config.vision, config.decoder.hidden_size, config.vision.hidden_size
+    patches = sum(len(t.pixels) for t in batch.tiles) * vision.patches**2
+    layer = 8 * Cv**2 + 4 * Cv * vision.intermediate_size + 4 * vision.patches**2 * Cv
+    projector = 2 * Cv * C + 2 * C * C
+    return decoder + patches * ((vision.num_hidden_layers - 1) * layer + projector)  # its last layer is not used
 
 
 def compare(module, names, make, args, title, flops):

@@ -4,7 +4,10 @@ import argparse
 import errno
 import hashlib
 import os
+import select
+import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,6 +66,11 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
     group.add_argument("--dtype", choices=sorted(DTYPES), help="(default: bfloat16 on a GPU, else float32)")
     group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one; this rank's under torchrun)")
     parser.add_argument("--seed", type=seed, default=0, help="of everything random")
+
+
+def add_check_flag(parser):
+    text = "read all input, report on it and on what the run will take, and end; with status 1 if it would fail"
+    parser.add_argument("--check", action="store_true", help=text)
 
 
 def add_limit_flag(parser):
@@ -221,12 +229,79 @@ def warn(text):
     sys.stderr.flush()
 
 
+# ---------------------------------------------------------------- being stopped
+
+
+class Stop:
+    """Within it, SIGTERM and Ctrl-C only set `asked`, for a loop to look at; it sets `heard` when it does.
+
+    A loop that does not come to that, as it waits for a rank that has died or computes for long, is ended after
+    `patience` seconds, or at once when the wish is repeated. torchrun passes SIGTERM on, and kills 30 seconds later.
+    """
+
+    patience = 20
+
+    def __init__(self):
+        self.asked, self.heard, self.before = None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
+            ask = lambda number, frame: setattr(self, "asked", number)
+            self.before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            # Python runs `ask` only between two lines of its own. What C code holds up, a thread sees by this pipe.
+            self.signals, write = os.pipe()
+            os.set_blocking(write, False)
+            self.write = os.fdopen(write, "wb", buffering=0)
+            self.old = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.before:
+            signal.set_wakeup_fd(self.old)
+            self.write.close()  # which ends the thread
+
+    def watch(self):
+        with os.fdopen(self.signals, "rb", buffering=0) as signals:
+            if not (number := signals.read(1)):
+                return
+            time.sleep(1)  # torchrun and the terminal may both have sent one
+            os.set_blocking(signals.fileno(), False)
+            signals.read(64)
+            os.set_blocking(signals.fileno(), True)
+            ready, _, _ = select.select([signals], [], [], self.patience)
+            if (ready and not signals.read(1)) or self.heard:
+                return
+            sys.stderr.write("stopped at once; the last checkpoint is whole\n")
+            sys.stderr.flush()
+            os._exit(128 + number[0])
+
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+def died_elsewhere(error):
+    """Whether this rank failed because another one is gone."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
+
+
 # ---------------------------------------------------------------- the end
+
+OUT_OF_MEMORY = (
+    "out of memory ({}). Training: a smaller --micro-batch, --checkpoint-activations, --shard full on more GPUs, "
+    "a smaller --max-length. Generation and evaluation: a smaller --batch-size or --max-new-tokens"
+)
 
 
 def run(main):
     """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
-    status = 0
+    status, rank = 0, int(os.environ.get("RANK", 0))
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)  # ends like Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
     try:
@@ -236,13 +311,25 @@ def run(main):
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             error = f"{error.filename or 'writing'}: {error.strerror}"
-        if int(os.environ.get("RANK", 0)):
+        if rank:
             time.sleep(2)  # when all ranks fail alike, torchrun ends this one before it says the same again
         sys.stderr.write(f"error: {error}\n")
         status = 1
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; what was finished is kept\n")
+    except KeyboardInterrupt as stopped:
+        if rank == 0:
+            sys.stderr.write(f"{str(stopped) or 'stopped; what was finished is kept'}\n")
         status = 130
+    except MemoryError as error:
+        sys.stderr.write(f"error: {OUT_OF_MEMORY.format(first_line(error) or 'of the machine')}\n")
+        status = 1
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            sys.stderr.write(f"error: {OUT_OF_MEMORY.format(first_line(error))}\n")
+        elif dist.is_initialized() and died_elsewhere(error):
+            sys.stderr.write(f"rank {rank} ends, as another one has: {first_line(error)}\n")
+        else:
+            raise
+        status = 1
     if dist.is_initialized():
         if status == 0:  # after an error of one rank alone it would wait for the others
             dist.destroy_process_group()

@@ -14,6 +14,20 @@ from stic_min.images import image_path, image_size, open_image
 from stic_min.llava import Example
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
 
+
+def each(make, entries, problems=None):
+    """[make(entry), ...]. With a list of `problems`, what is wrong with entries goes there, and they are left out."""
+    made = []
+    for entry in entries:
+        try:
+            made.append(make(entry))
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
+    return made
+
+
 # ---------------------------------------------------------------- preference pairs (Algorithm 1)
 
 
@@ -40,27 +54,28 @@ def image_first(text, where):
     return with_image(without_marks(text))
 
 
-def read_pairs(path):
-    """Preference pairs as published or as `generate_pairs.py` writes them -> [Pair]."""
-    pairs = []
-    for where, record in read_records(path):
-        image = field(record, "image", where)
-        where = f"{where} ({image})"
-        turns = {}
-        for side in ("chosen", "rejected"):
-            messages = record.get(side)
-            messages = messages if isinstance(messages, list) else []
-            roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-            if roles != ["user", "assistant"]:
-                raise InputError(f"{where}: {side} is not one user and one assistant message")
-            turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in messages]
-        if image_first(turns["chosen"][0], where) != image_first(turns["rejected"][0], where):
-            raise InputError(f"{where}: chosen and rejected answer different prompts")
-        stopped = lambda side: record.get(f"{side}_finish", "stop") != "length"
-        prompt = image_first(turns["chosen"][0], where)
-        chosen, rejected = turns["chosen"][1], turns["rejected"][1]
-        pairs.append(Pair(where, image, prompt, chosen, rejected, stopped("chosen"), stopped("rejected")))
-    return pairs
+def parse_pair(where, record):
+    """A record as published or as `generate_pairs.py` writes it -> Pair. Raises InputError naming it."""
+    image = field(record, "image", where)
+    where = f"{where} ({image})"
+    turns = {}
+    for side in ("chosen", "rejected"):
+        messages = record.get(side)
+        messages = messages if isinstance(messages, list) else []
+        roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+        if roles != ["user", "assistant"]:
+            raise InputError(f"{where}: {side} is not one user and one assistant message")
+        turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in messages]
+    if image_first(turns["chosen"][0], where) != image_first(turns["rejected"][0], where):
+        raise InputError(f"{where}: chosen and rejected answer different prompts")
+    stopped = lambda side: record.get(f"{side}_finish", "stop") != "length"
+    prompt = image_first(turns["chosen"][0], where)
+    return Pair(where, image, prompt, turns["chosen"][1], turns["rejected"][1], stopped("chosen"), stopped("rejected"))
+
+
+def read_pairs(path, problems=None):
+    """All pairs of a JSON list or JSON lines -> [Pair]; `problems` as `each` takes them."""
+    return each(lambda entry: parse_pair(*entry), read_records(path), problems)
 
 
 # ---------------------------------------------------------------- instructions and descriptions (Algorithm 2)
@@ -124,19 +139,20 @@ def infuse(instruction, description, one_line=False):
     return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later])
 
 
-def read_infused(instructions, descriptions, one_line=False, plain=False):
+def read_infused(instructions, descriptions, one_line=False, plain=False, problems=None):
     """The described instructions, infused -> [Instruction] and a line of counts. `plain` leaves the descriptions out.
 
     Descriptions carry the record's id; published ones that have none join on the image, the k-th description of a
-    picture with its k-th record.
+    picture with its k-th record. `problems` as `each` takes them.
     """
     records, total = image_records(instructions)
     by_id = {id: (where, id, record) for where, id, record in records}
     by_image = {}
     for entry in records:
         by_image.setdefault(entry[2]["image"], []).append(entry)
-    described, taken = [], set()
-    for where, record in read_records(descriptions):
+    taken = set()
+
+    def describe(where, record):
         image, text = field(record, "image", where), field(record, "description", where)
         if record.get("id") is not None:
             entry = by_id.get(str(record["id"]))
@@ -150,7 +166,9 @@ def read_infused(instructions, descriptions, one_line=False, plain=False):
         if instruction.id in taken:
             raise InputError(f"{where}: {instruction.id} is described twice")
         taken.add(instruction.id)
-        described.append(instruction if plain else infuse(instruction, text, one_line))
+        return instruction if plain else infuse(instruction, text, one_line)
+
+    described = each(lambda entry: describe(*entry), read_records(descriptions), problems)
     counts = f"{len(described)} described of {len(records)} records with an image, {total} in all"
     return described, counts
 

@@ -1,5 +1,6 @@
 """JSON lines in and out: reading what others wrote, and output files that survive a kill. No model code."""
 
+import fcntl
 import json
 import os
 import random
@@ -66,6 +67,19 @@ def subset(items, limit, seed):
 # ---------------------------------------------------------------- files out
 
 
+def lock(path, what):
+    """Keeps other runs from writing `what` too, until the file that is returned is closed or this process ends, however
+    it does. Raises InputError if there is another run."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is writing to {what}") from None
+    except OSError:
+        pass  # a file system that has no locks
+    return file
+
+
 class Output:
     """JSON lines that survive a kill at any moment; a restart skips what is there.
 
@@ -78,22 +92,29 @@ class Output:
         self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
         if self.path.is_dir():
             raise InputError(f"--out {path} is a folder, it has to name a file")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for file in [self.path, *self.parts()]:  # on every rank, so that all of them end if one is not ours
-            self.read(file)
-        ranks.barrier()
-        if ranks.first:
-            self.merge([])  # what an earlier run, of any number of ranks, left behind
-        ranks.barrier()
-        self.done = {record[key]: record for record in self.read(self.path)}
         self.own = self.path if ranks.world == 1 else self.part(ranks.rank)
+        # On every rank, so that all of them end if a file is not ours.
+        self.done = {record[key]: record for file in [self.path, *self.parts()] for record in self.read(file)}
+
+    def start(self):
+        """Makes it ready to append to, by this run alone -> itself."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.locked = self.path.with_name(f"{self.path.name}.lock")
+        self.lock = lock(self.locked, self.path) if self.ranks.first else None
+        self.ranks.barrier()
+        if self.ranks.first:
+            self.merge([])  # what an earlier run, of any number of ranks, left behind
+        self.ranks.barrier()
+        self.done = {record[self.key]: record for record in self.read(self.path)}
+        return self
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.part{rank}")
 
     def parts(self):
         pattern = re.compile(re.escape(self.path.name) + r"\.part\d+")
-        return sorted(p for p in self.path.parent.iterdir() if pattern.fullmatch(p.name))
+        folder = self.path.parent
+        return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name)) if folder.is_dir() else []
 
     def read(self, path):
         """Records of one file; a last line that a kill cut off is dropped."""
@@ -146,4 +167,7 @@ class Output:
         """After the last record of every rank. Returns the records of `keys`, on the first rank only."""
         self.ranks.barrier()
         records = self.merge(keys) if self.ranks.first else {}
+        if self.ranks.first:
+            self.lock.close()
+            self.locked.unlink(missing_ok=True)
         return [records[k] for k in keys if k in records]

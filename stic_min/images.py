@@ -9,6 +9,7 @@ no EXIF rotation, transparency dropped.
 
 import math
 import os
+import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ BACKGROUND = tuple(int(255 * m) for m in CLIP_MEAN)  # (122, 116, 104), what `pa
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 THINNEST = 500  # long side to short side; h(v) makes the short one 20 pixels, and pad mode a square of the long one
 LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels a side
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_pixels` makes it an error
 # What Pillow raises for damaged files, all formats together.
 UNREADABLE = OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError
 LOW_RESOLUTION = 20  # pixels on the short side
@@ -37,20 +39,24 @@ BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue s
 
 
 def image_path(folder, name):
-    """The file `name` inside `folder`. Raises InputError if the name climbs out of it or nothing is there."""
+    """The file `name` inside `folder`. Raises InputError if it leads out of it, by its name or by a link, or nothing is
+    there."""
     try:
         str(name).encode()
     except UnicodeEncodeError:
         raise InputError(f"image name {ascii(name)} is not valid Unicode") from None
     path = Path(folder) / str(name)
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links may lead anywhere, names not
+    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
         raise InputError(f"image {str(name)!r} points outside the image folder {folder}")
     try:
         found = path.is_file()
+        outside = found and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except (OSError, ValueError):  # a name that no file can have
         found = False
     if not found:
         raise InputError(f"no such image: {str(path)!r}")
+    if outside:
+        raise InputError(f"image {str(name)!r} is a link that leads outside the image folder {folder}")
     return path
 
 
@@ -65,11 +71,18 @@ def list_images(folder):
     return names
 
 
+def check_pixels(opened):
+    """Pillow only warns between its limit and twice that; a few KB can unpack to so much. Raises as Pillow does."""
+    if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{opened.width}x{opened.height} are too many pixels, it may be a bomb")
+
+
 def open_image(source, name=None):
     """RGB picture, fully decoded, from a path or an open file of this name. Raises InputError naming it."""
     path = name or source
     try:
         with Image.open(source) as opened:
+            check_pixels(opened)
             picture = opened.convert("RGB")
     except UNREADABLE as error:
         said = "not a picture that Pillow reads" if isinstance(error, UnidentifiedImageError) and name else error
@@ -84,6 +97,7 @@ def image_size(path):
     """(width, height) from the file's header, without decoding it."""
     try:
         with Image.open(path) as picture:
+            check_pixels(picture)
             return picture.size
     except UNREADABLE as error:
         raise InputError(f"can't read image {path}: {error}") from None

@@ -166,6 +166,16 @@ def read_adapter(folder, llava, canonical):
     return Adapter(r, alpha, config.get("lora_dropout", 0.0), modules, tensors)
 
 
+def read_written(folder):
+    """The tensors of `write_adapter`'s files under the names they had. Raises InputError if a file can't be read."""
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    tensors = {key.removeprefix(PREFIX).removesuffix(".weight"): value for key, value in tensors.items()}
+    if (folder / PROJECTOR_FILE).is_file():
+        projector = read_tensors(folder / PROJECTOR_FILE)
+        tensors |= {key.removeprefix("model."): value for key, value in projector.items()}
+    return tensors
+
+
 def read_projector(folder, parameters):
     """The trained projector beside an adapter: ours, or LLaVA's non_lora_trainables.bin (which may be empty)."""
     file = next((f for f in (folder / PROJECTOR_FILE, folder / "non_lora_trainables.bin") if f.is_file()), None)

@@ -5,6 +5,7 @@ whatever the number of ranks and the size of a micro-batch: the loss is normalis
 changes the result. (Dropout does: its draws follow the micro-batches.)
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -20,12 +21,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stic_min import InputError, cli, lora
+from stic_min import InputError, checkpoint, cli, lora
 from stic_min.data import global_batches, load_tiles
-from stic_min.images import ahead, open_image
+from stic_min.files import lock
+from stic_min.images import ahead
 from stic_min.llava import Projector, collate
-from stic_min.loader import canonical, fill, open_llava, own_rows, read_json
-from stic_min.loss import token_logps
+from stic_min.loader import canonical, fill, open_llava, own_rows
 from stic_min.sampler import row_seed
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
@@ -38,6 +39,7 @@ WARMUP = 0.03  # of all steps
 
 def add_flags(parser, *, lr, batch_size, dropout, max_length):
     """The training flags of both scripts; `max_length` for pad mode, anyres takes 4096."""
+    cli.add_check_flag(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=cli.not_negative, default=lr, help="of LoRA")
     group.add_argument("--projector-lr", type=cli.not_negative, default=2e-5, help="0 freezes the projector")
@@ -53,6 +55,7 @@ def add_flags(parser, *, lr, batch_size, dropout, max_length):
     group.add_argument("--checkpoint-activations", action="store_true", help="recompute in the backward: less memory")
     group.add_argument("--save-every", type=cli.positive, metavar="STEPS",
                        help="checkpoint to resume from (default: a tenth of the run)")
+    group.add_argument("--keep", type=cli.positive, metavar="N", default=2, help="how many of them to keep, the newest")
 
 
 def length_limit(args, llava, pad, anyres=4096):
@@ -107,11 +110,12 @@ def build(args, ranks, keep_reference):
     """Model on its devices with LoRA (and, unless --projector-lr 0, the projector) trainable in fp32.
 
     `keep_reference`: also theta_0's projector, where the projector trains. Returns (llava, adapter), the adapter for
-    its settings: new, or the one that --adapter names.
+    its settings: new, or the one that --adapter names. With --check the model has no weights.
     """
     options = cli.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
-    cli.say_loading(args, ranks)
+    if not args.check:
+        cli.say_loading(args, ranks)
     llava, source = open_llava(args.model, **options)
     given = getattr(args, "adapter", None)
     if given:
@@ -138,63 +142,17 @@ def build(args, ranks, keep_reference):
             source |= {name.replace("mm_", "reference_"): value for name, value in projector.items()}
     for layer in llava.model.layers:
         layer.checkpoint_activations = args.checkpoint_activations
-    if ranks.world > 1 and args.shard == "full":
+    if ranks.world > 1 and args.shard == "full" and not args.check:
         mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         for layer in llava.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(llava, mesh=mesh)
         llava.to_empty(device=ranks.device)
-    fill(llava, source, ranks.device)
+    if not args.check:
+        fill(llava, source, ranks.device)
     # LoRA is in the model now. A projector that came with the adapter is kept: untrained, it is written as it was.
     adapter.tensors = {name: value for name, value in adapter.tensors.items() if name.startswith("mm_projector.")}
     return llava, adapter
-
-
-def check_out(out):
-    """Raises InputError, before anything is loaded, if `out` holds a finished run or can hold none."""
-    if (Path(out) / "adapter_config.json").exists():
-        raise InputError(f"{out} holds a finished run; name another --out, or delete it")
-    if Path(out).exists() and not Path(out).is_dir():
-        raise InputError(f"--out {out} is a file, it has to name a folder")
-
-
-def check_pictures(items, ranks):
-    """Decodes every picture once, shared out over the ranks: better now than in hour three."""
-    own = sorted({item.image for item in items})[ranks.rank :: ranks.world]
-    progress, broken = cli.Progress("checking pictures", len(own), ranks), None
-    for path in own:
-        try:
-            open_image(path)
-        except InputError as error:
-            broken = broken or str(error)
-        progress.add()
-    found = [broken]
-    if ranks.world > 1:
-        found = [None] * ranks.world
-        dist.all_gather_object(found, broken)
-    if any(found):
-        raise InputError(next(f for f in found if f))
-
-
-def collate_items(llava, items):
-    return collate([i.example for i in items], [load_tiles(i, llava) for i in items], llava.config, llava.device)
-
-
-@torch.no_grad()
-def check_picture_matters(llava, item):
-    """A model trained without its pictures learns nothing from them: log p has to differ from that with a blank one.
-
-    Every rank has to call it. Raises InputError if it does not differ.
-    """
-    tiles = load_tiles(item, llava)
-    logps = []
-    for blank in (False, True):
-        for t in tiles if blank else []:
-            t.pixels = torch.zeros_like(t.pixels)  # CLIP's mean colour
-        batch = collate([item.example], [tiles], llava.config, llava.device)
-        logps.append(token_logps(llava(batch), batch.labels))
-    if torch.equal(*logps):
-        raise InputError(f"{item.example.name}: log p is the same with a blank picture, so {item.image} has no effect")
 
 
 def settings(args, llava, adapter, max_length, **own):
@@ -232,7 +190,8 @@ class Run:
         run.update(step)
 
     A run that was killed goes on from its last checkpoint when the same command is given again, and gives what it would
-    have given. `out` holds the adapter at its top once it is finished, log.jsonl, and checkpoint-N meanwhile.
+    have given; SIGTERM and Ctrl-C save one first. `out` holds the adapter at its top once it is finished, log.jsonl,
+    and checkpoint-N meanwhile.
     """
 
     def __init__(self, args, llava, adapter, items, ranks, settings):
@@ -249,24 +208,40 @@ class Run:
             groups.append({"params": list(projector.values()), "peak": args.projector_lr})
         self.parameters |= projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        self.begin, self.shown, self.first_step, self.tokens, self.sums = None, 0.0, 0, 0, {}
+        self.begin, self.shown, self.first_step, self.saved, self.tokens, self.sums = None, 0.0, 0, 0, 0, {}
         self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         llava.train()
-        self.resume()
 
     # ------------------------------------------------------------ steps
 
     def steps(self):
         """(step, micro-batches) from where the run stands to the end of the epoch."""
-        self.begin = self.last = time.monotonic()
-        todo = range(self.first_step, len(self.batches))
-        shares = [micro_batches(self.batches[step], self.ranks, self.args.micro_batch) for step in todo]
-        load = lambda indices: [load_tiles(self.items[i], self.llava) for i in indices]
-        self.tiles = ahead(load, [indices for share in shares for indices, _ in share])
-        for step, share in zip(todo, shares):
-            # Dropout depends on the step alone, so that a resumed run draws the same.
-            torch.manual_seed(row_seed(self.args.seed, step, self.ranks.rank))
-            yield step, share
+        self.out.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if self.ranks.first:
+                stack.enter_context(lock(self.out / ".lock", self.out))
+            self.resume()
+            self.stop = stack.enter_context(cli.Stop())
+            self.begin = self.last = time.monotonic()
+            todo = range(self.first_step, len(self.batches))
+            shares = [micro_batches(self.batches[step], self.ranks, self.args.micro_batch) for step in todo]
+            load = lambda indices: [load_tiles(self.items[i], self.llava) for i in indices]
+            self.tiles = ahead(load, [indices for share in shares for indices, _ in share])
+            for step, share in zip(todo, shares):
+                # Dropout depends on the step alone, so that a resumed run draws the same.
+                torch.manual_seed(row_seed(self.args.seed, step, self.ranks.rank))
+                yield step, self.until_stopped(step, share)
+
+    def until_stopped(self, step, share):
+        """The micro-batches of a step; on SIGTERM or Ctrl-C, to any rank, all ranks leave before the next one."""
+        for micro_batch in share:
+            [stops] = self.total(bool(self.stop.asked))
+            if stops:
+                self.stop.heard = True
+                if step > self.first_step:
+                    self.save_checkpoint(step)
+                raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
+            yield micro_batch
 
     def collate(self, indices):
         """The next micro-batch; its pictures were made ready meanwhile."""
@@ -302,13 +277,18 @@ class Run:
                 gradient.copy_(part.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), CLIP_NORM)
         norm = full(norm).item()
-        if not math.isfinite(norm):
-            raise InputError(f"step {step + 1}: the gradient is {norm}; --lr may be too high")
+        values = dict(zip(self.sums, self.total(*self.sums.values())))
+        if not math.isfinite(norm + sum(values.values())):
+            if step > self.first_step:
+                self.save_checkpoint(step)
+            names = ", ".join(self.items[i].example.name for i in self.batches[step])
+            raise InputError(f"step {step + 1}: the loss is {values['loss']} and the gradient {norm}; --lr may be too "
+                             f"high, or one of its samples is off: {names}")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate(step, len(self.batches))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.log(step, dict(zip(self.sums, self.total(*self.sums.values()))), norm)
+        self.log(step, values, norm)
         self.sums = {}
         if (step + 1) % self.save_every == 0 and step + 1 < len(self.batches):
             self.save_checkpoint(step + 1)
@@ -332,65 +312,57 @@ class Run:
 
     # ------------------------------------------------------------ checkpoints
 
-    def save_checkpoint(self, step):
-        """LoRA, projector and Adam's two moments, written beside and renamed; then the older one goes."""
-        tensors = {}
-        for name, parameter in self.parameters.items():
-            state = self.optimizer.state[parameter]
-            for kind, value in (("", parameter), ("exp_avg.", state["exp_avg"]), ("exp_avg_sq.", state["exp_avg_sq"])):
-                value = full(value)
-                if self.ranks.first:
-                    tensors[kind + name] = value.contiguous()
-        if self.ranks.first:
-            folder, beside = self.out / f"checkpoint-{step}", self.out / "checkpoint.new"
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir()
-            lora.write_tensors(tensors, beside / "state.safetensors")
-            (beside / "run.json").write_text(json.dumps(self.settings | {"step": step}, indent=2) + "\n")
-            beside.rename(folder)
-            for old in self.checkpoints():
-                if old != folder:
-                    shutil.rmtree(old)
-        self.ranks.barrier()
+    def whole(self, tensors):
+        """{name: maybe sharded tensor} -> {name: all of it, on the CPU}, on the first rank; all have to call it."""
+        whole = {}
+        for name, tensor in tensors.items():
+            value = full(tensor).contiguous()
+            if self.ranks.first:
+                whole[name] = value
+        return whole
 
-    def checkpoints(self):
-        found = [p for p in self.out.glob("checkpoint-*") if p.name[11:].isdigit()]
-        return sorted(found, key=lambda p: int(p.name[11:]))
+    def save_checkpoint(self, step):
+        """Of the state after `step` steps, unless there is one; every rank has to call it."""
+        if step == self.saved:
+            return
+        self.adapter.tensors |= self.whole(self.parameters)
+        moments = {
+            f"{kind}.{name}": self.optimizer.state[parameter][kind]
+            for name, parameter in self.parameters.items()
+            for kind in ("exp_avg", "exp_avg_sq")
+        }
+        moments = self.whole(moments)
+        if self.ranks.first:
+            checkpoint.save(self.out, step, self.adapter, moments, self.settings, self.args.keep)
+        self.saved = step
 
     def resume(self):
         """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
         self.ranks.barrier()
-        self.out.mkdir(parents=True, exist_ok=True)
-        checkpoints = self.checkpoints()
-        if not checkpoints:
+        saved = checkpoint.newest(self.out, self.settings)
+        if saved is None:
             for left_behind in ("log.jsonl", "adapter_model.safetensors", lora.PROJECTOR_FILE):
                 (self.out / left_behind).unlink(missing_ok=True)
             return
-        folder = checkpoints[-1]
-        saved = read_json(folder / "run.json")
-        for name, value in self.settings.items():
-            if saved.get(name) != value:
-                raise InputError(f"{folder} is of a run with {name} {saved.get(name)!r}, this one has {value!r}; "
-                                 "name another --out, or delete it")
-        self.first_step = saved["step"]
-        tensors = lora.read_tensors(folder / "state.safetensors")
+        self.first_step, tensors, moments = saved
+        self.saved = self.first_step
         for name, parameter in self.parameters.items():
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             with torch.no_grad():
                 local(parameter).copy_(own_rows(tensors[name], parameter))
                 for kind, value in state.items():
-                    local(value).copy_(own_rows(tensors[f"{kind}.{name}"], parameter))
+                    local(value).copy_(own_rows(moments[f"{kind}.{name}"], parameter))
             self.optimizer.state[parameter] = state | {"step": torch.tensor(float(self.first_step))}
         if self.ranks.first:
             log, beside = self.out / "log.jsonl", self.out / "log.jsonl.new"
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             beside.write_text("".join(lines[: self.first_step]))
             beside.replace(log)
-        self.ranks.say(f"resuming after step {self.first_step} from {folder}")
+        self.ranks.say(f"resuming after step {self.first_step} from {checkpoint.folders(self.out)[-1]}")
 
     def finish(self):
         """Writes the adapter at the top of `out` and removes the checkpoints."""
-        self.adapter.tensors |= {name: full(parameter) for name, parameter in self.parameters.items()}
+        self.adapter.tensors |= self.whole(self.parameters)
         if self.ranks.first:
             (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
             beside = self.out / "adapter.new"
@@ -400,7 +372,8 @@ class Run:
             for file in sorted(beside.iterdir(), key=lambda f: f.name == "adapter_config.json"):
                 os.replace(file, self.out / file.name)
             beside.rmdir()
-            for old in self.checkpoints():
+            (self.out / ".lock").unlink(missing_ok=True)
+            for old in checkpoint.folders(self.out):
                 shutil.rmtree(old)
             print(f"wrote {', '.join(sorted(file.name for file in self.out.iterdir()))} to {self.out}")
         self.ranks.barrier()

@@ -233,7 +233,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "other prompt": ("stage1", says("Why?", "So."), "", rf"line 1 \({A}\): chosen and rejected answer different"),
     "two marks": ("stage1", says("<image><image>", "So."), "", rf"line 1 \({A}\): 2 <image> in the text but 1 picture"),
     "no effect": ("stage1", weights(MODEL, blind), "", rf"line 1 \({A}\): log p is the same with a blank"),
-    "too fast": ("stage1", None, "--lr 1e30 --batch-size 1", r"step 2: the gradient is (nan|inf); --lr may be"),
+    "too fast": ("stage1", None, "--lr 1e30 --batch-size 1", r"step 2: the loss is .* the gradient .*, line 2"),
     "long question": ("ask", config(tokenizer_model_max_length=20), "", r"the question is \d+ tokens longer than the"),
     "long prompt": ("stage1", None, "--max-length 20", rf"line 1 \({A}\): the prompt takes \d+ tokens"),
     # instructions and descriptions
@@ -449,15 +449,16 @@ def test_the_same_run_does(w, capsys, name, flags):
     assert "resuming after step 1" in said(capsys)[0] and len((w / "out/log.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_checkpoint_every_tenth_of_a_run_one_at_a_time(w, capsys):
+def test_a_checkpoint_every_tenth_of_a_run_the_newest_are_kept(w, capsys):
     write(w / PAIRS, [pair(A)] * 25)
     made = []
     save = lambda run, step, save=training.Run.save_checkpoint: made.append(step) or save(run, step)
     with mock.patch.object(training.Run, "save_checkpoint", save):
         stopped(w, "stage1", "--batch-size", 1)
     assert made == list(range(3, 25, 3))
-    assert [path.name for path in (w / "out").glob("checkpoint*")] == ["checkpoint-24"]
-    shutil.rmtree(w / "out/checkpoint-24")  # as if killed before the first: the log begins anew
+    assert sorted(path.name for path in (w / "out").glob("checkpoint*")) == ["checkpoint-21", "checkpoint-24"]
+    for path in (w / "out").glob("checkpoint*"):
+        shutil.rmtree(path)  # as if killed before the first: the log begins anew
     assert outcome(w, "stage1", "--batch-size", 1) == 0
     assert len((w / "out/log.jsonl").read_text().splitlines()) == 25
 

@@ -214,9 +214,18 @@ def test_subset():
     assert files.subset(items, None, 1) == files.subset(items, 100, 1) == files.subset(items, 101, 1) == items
 
 
+RUNNING = []
+
+
 def output(path, rank=0, world=1, **settings):
     ranks = SimpleNamespace(rank=rank, world=world, first=rank == 0, barrier=lambda: None)  # here one after another
-    return files.Output(path, "image", {"model": "M", "seed": 0} | settings, ranks)
+    if rank == 0:
+        for earlier in RUNNING:  # it has been killed
+            earlier.lock.close()
+        RUNNING.clear()
+    started = files.Output(path, "image", {"model": "M", "seed": 0} | settings, ranks).start()
+    RUNNING.extend([started] if rank == 0 else [])
+    return started
 
 
 def test_output_after_a_kill(tmp_path):
@@ -256,6 +265,18 @@ def test_output_of_several_ranks(tmp_path):
     two[1].append({"image": "e"})
     assert two[1].finish("abcdef") == [] and [r["image"] for r in two[0].finish("abcdef")] == list("abcde")
     assert names(path) == list("abcde") and list(tmp_path.iterdir()) == [path]
+
+
+def test_output_of_a_run_that_is_going_on_is_refused(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first = output(path)
+    first.append({"image": "a"})
+    second = files.Output(path, "image", first.settings, first.ranks)
+    with pytest.raises(InputError, match=f"another run is writing to {path}"):
+        second.start()
+    first.append({"image": "b"})
+    assert [r["image"] for r in first.finish("ab")] == ["a", "b"] and list(tmp_path.iterdir()) == [path]
+    assert list(second.start().done) == ["a", "b"]
 
 
 def test_output_of_another_run_is_refused(tmp_path):

@@ -88,7 +88,7 @@ def test_descriptions_in_their_file(llava, picture, tmp_path, capsys):
         return question
 
     def describe(name, batch_size, shown):
-        output = Output(tmp_path / f"{name}.jsonl", "image", {}, Ranks(0, 1, None))
+        output = Output(tmp_path / f"{name}.jsonl", "image", {}, Ranks(0, 1, None)).start()
         args = arguments(batch_size=batch_size)
         args.temperature = 0.7
         return dar.describe_pictures(llava, shown, read, output, args, 8)

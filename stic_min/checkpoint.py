@@ -1,0 +1,75 @@
+"""Checkpoints of a training run. Each is a folder that is whole or not there: written beside and renamed.
+
+checkpoint-N holds the adapter as after step N, in PEFT's format and usable as it is, Adam's two moments, and run.json:
+the step, and the settings that the run's result depends on. Learning rate, order of the data and dropout follow from
+step and settings, so nothing else is needed. Tensors are whole, whatever the ranks that wrote them held, and are read
+by any number of ranks.
+"""
+
+import json
+import os
+import shutil
+
+from safetensors import SafetensorError
+
+from stic_min import InputError, lora
+from stic_min.loader import read_json
+
+NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.new"
+
+
+def folders(out):
+    """The checkpoints in `out`, oldest first."""
+    found = [p for p in out.glob(f"{NAME}*") if p.name.removeprefix(NAME).isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix(NAME)))
+
+
+def save(out, step, adapter, moments, settings, keep):
+    """Writes checkpoint-`step` and removes all but the newest `keep`. Where it can't be written (a full disk), raises
+    InputError; the older ones are whole then."""
+    beside = out / BESIDE
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        lora.write_adapter(beside, adapter)
+        lora.write_tensors(moments, beside / OPTIMIZER)
+        (beside / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n")
+        for path in [*beside.iterdir(), beside]:
+            sync(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        older = folders(out)
+        kept = f"{older[-1]} is whole, and the same command goes on from there" if older else "there is none before it"
+        raise InputError(f"can't write a checkpoint of step {step} to {out} ({error}); {kept}") from None
+    beside.rename(out / f"{NAME}{step}")
+    sync(out)
+    for old in folders(out)[:-keep]:
+        shutil.rmtree(old)
+
+
+def sync(path):
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def compare(folder, settings):
+    """The step of a checkpoint. Raises InputError naming what differs if it is of a run with other settings."""
+    saved = read_json(folder / "run.json")
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise InputError(f"{folder} is of a run with {name} {saved.get(name)!r}, this one has {value!r}; "
+                             "name another --out, or delete it")
+    return saved["step"]
+
+
+def newest(out, settings):
+    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None if there is none.
+
+    Raises InputError if it is of a run with other settings, or damaged.
+    """
+    if not (found := folders(out)):
+        return None
+    step = compare(found[-1], settings)
+    return step, lora.read_written(found[-1]), lora.read_tensors(found[-1] / OPTIMIZER)
+
