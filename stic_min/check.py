@@ -138,13 +138,13 @@ def training(args, llava, adapter, items, settings, problems, ranks, reference):
     if not ranks.first:
         return
     lines = [("samples", f"{len(items)} that can be trained on, {len({i.image for i in items})} pictures")]
-    if again := repeated(item.image for item in items):
+    if again := repeated(item.image.name for item in items):
         lines.append(("repeated", f"{len(again)} pictures come more than once: {names(again, 5)}"))
     if items:
         cut = [item.example.name for item in items if item.cut]
         lines.append(("tokens", f"a sample: {percentiles([item.length for item in items])}"))
         lines.append(("scored", f"of them: {percentiles([item.scored for item in items])}"))
-        lines.append(("cut", f"{len(cut)} to {settings['max_length']} tokens{': ' * bool(cut)}{names(cut)}"))
+        lines.append(("cut", f"{len(cut)} to {settings['max_length']} tokens{': ' * bool(cut)}{names(cut, 5)}"))
         lines += training_cost(args, llava, adapter, items, reference)
     end(lines, problems)
 
@@ -161,7 +161,7 @@ def training_cost(args, llava, adapter, items, reference):
         "activations": longest * (kept or activations(config, adapter.r, size)) + trained * (size if size < 4 else 0),
         "logits": 3 * 4 * scored * config.vocab_size,
     }
-    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in memory.items())
+    parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in memory.items())
     flops = 0
     for item in items:
         trunk = sum(len(ids) for ids, _ in item.example.trunk)
@@ -172,7 +172,7 @@ def training_cost(args, llava, adapter, items, reference):
     again = 4 / 3 if args.checkpoint_activations else 1
     steps = -(-len(items) // args.batch_size)
     return [
-        ("memory", f"about {sum(memory.values()) / 1e9:.1f} GB a GPU with --shard none: {parts}"),
+        ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB a GPU with --shard none: {parts}"),
         ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {cli.clock(again * flops / GPU_FLOPS)} on one GPU "
                  f"that does {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40 %)"),
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def generation_cost(args, llava, lengths):
     steps = len(lengths) * answer / slots
     seconds = 2 * base * sum(lengths) / GPU_FLOPS + steps * max(read / GPU_BANDWIDTH, 2 * base * slots / GPU_FLOPS)
     return [
-        ("memory", f"about {(held + cache) / 1e9:.1f} GB a GPU: weights {held / 1e9:.1f}, cache of {slots} rows "
-                   f"(--batch-size) {cache / 1e9:.1f}"),
+        ("memory", f"about {(held + cache) / 1e9:.3g} GB a GPU: weights {held / 1e9:.3g}, cache of {slots} rows "
+                   f"(--batch-size) {cache / 1e9:.3g}"),
         ("time", f"{len(lengths)} answers of {answer} tokens, say: about {cli.clock(seconds)} on one H200"),
     ]  # fmt: skip

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from stic_min import InputError, lora
 from stic_min.loader import read_json
 
+DRAWS = "ranks", "micro_batch"  # settings that change nothing but which inputs dropout hits
 NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.new"
 
 
@@ -54,22 +55,26 @@ def sync(path):
 
 
 def compare(folder, settings):
-    """The step of a checkpoint. Raises InputError naming what differs if it is of a run with other settings."""
+    """The step of a checkpoint, and what of DRAWS differs. Raises InputError naming it if anything else does."""
     saved = read_json(folder / "run.json")
-    for name, value in settings.items():
-        if saved.get(name) != value:
+    differ = [name for name, value in settings.items() if saved.get(name) != value]
+    for name in differ:
+        if name not in DRAWS:
+            value = settings[name]
             raise InputError(f"{folder} is of a run with {name} {saved.get(name)!r}, this one has {value!r}; "
                              "name another --out, or delete it")
-    return saved["step"]
+    return saved["step"], [f"{name} {saved.get(name)!r} before" for name in differ]
 
 
-def newest(out, settings):
+def newest(out, settings, say):
     """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None if there is none.
 
     Raises InputError if it is of a run with other settings, or damaged.
     """
     if not (found := folders(out)):
         return None
-    step = compare(found[-1], settings)
+    step, differ = compare(found[-1], settings)
+    if differ:
+        say(f"with {' and '.join(differ)}: LoRA's dropout draws differently from here on")
     return step, lora.read_written(found[-1]), lora.read_tensors(found[-1] / OPTIMIZER)
 

@@ -339,7 +339,7 @@ class Run:
     def resume(self):
         """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
         self.ranks.barrier()
-        saved = checkpoint.newest(self.out, self.settings)
+        saved = checkpoint.newest(self.out, self.settings, self.ranks.say)
         if saved is None:
             for left_behind in ("log.jsonl", "adapter_model.safetensors", lora.PROJECTOR_FILE):
                 (self.out / left_behind).unlink(missing_ok=True)

@@ -1,21 +1,28 @@
 """Bad input of every kind, through the commands' own entry points: one line that names the file or the sample and exit
 status 1, never a traceback; in generation a bad picture costs itself alone, in training the start of the run."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from stic_min import cli, mistral, training
+from stic_min import check, cli, data, lora, mistral, training
+from stic_min.clip import ClipConfig
+from stic_min.llava import Example, LLaVA, LlavaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 A, B = "scene_01.jpg", "scene_02.png"
@@ -76,7 +83,10 @@ def commands(w):
 
 @pytest.fixture(scope="module")
 def good(tiny, tmp_path_factory):
-    w = tmp_path_factory.mktemp("good")
+    return small_world(tiny, tmp_path_factory.mktemp("good"))
+
+
+def small_world(tiny, w):
     shutil.copytree(tiny / "llava-v1.5-tiny", w / "model")
     shutil.copytree(tiny / "llava-v1.6-tiny", w / "model16")
     for name in ("clip-tiny", "scienceqa"):
@@ -139,6 +149,18 @@ def first(name, **values):
 def line(name, text):
     """Another second line."""
     return lambda w: (w / name).write_text((w / name).read_text(encoding="utf-8").splitlines()[0] + f"\n{text}\n")
+
+
+def link(name, target):
+    """A link in place of a picture or a folder, to one outside of --images."""
+
+    def damage(w):
+        (w / "elsewhere").mkdir()
+        shutil.copy(w / "images" / A, w / "elsewhere/x.jpg")
+        (w / name).unlink(missing_ok=True)
+        (w / name).symlink_to(w / target)
+
+    return damage
 
 
 def says(question, answer, role="assistant"):
@@ -216,6 +238,11 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "missing picture": ("stage1", drops(f"images/{A}"), "", rf"no such image: '?{{w}}/images/{A}"),
     "climbing": ("stage1", first(PAIRS, image="../x.png"), "", r"'../x.png' points outside .*{w}/images"),
     "absolute": ("stage1", first(PAIRS, image="/x.png"), "", r"'/x.png' points outside .*{w}/images"),
+    "a link": ("stage1", link(f"images/{A}", "elsewhere/x.jpg"), "", rf"'{A}' is a link that leads outside .*{{w}}"),
+    "a linked folder": ("stage1", lambda w: [link("images/sub", "elsewhere")(w), first(PAIRS, image="sub/x.jpg")(w)],
+                        "", r"'sub/x.jpg' is a link that leads outside .*{w}/images"),
+    "a bomb": ("stage1", lambda w: Image.new("1", (10000, 10000)).save(w / "images" / B), "",
+               rf"can't read image {{w}}/images/{B}: 10000x10000 are too many pixels"),
     "no picture to ask": ("ask", None, "--image {w}/none.png", r"can't read image {w}/none.png"),
     # pairs
     "no file": ("stage1", None, "--pairs {w}/none.jsonl", r"can't read {w}/none.jsonl: No such file"),
@@ -276,6 +303,84 @@ def test_one_line_that_names_it(case, w, capsys):
     assert lines[-1].startswith("error: ")
     assert re.search(message.replace("{w}", re.escape(str(w))), lines[-1]), lines[-1]
     assert not (w / "new.jsonl").exists() and not (w / "out/adapter_config.json").exists()
+
+
+def test_the_table_of_them_is_up_to_date():
+    """bad_input.md has each with its message."""
+    lines = Path(__file__).with_name("bad_input.md").read_text(encoding="utf-8").splitlines()
+    rows = dict(re.fullmatch(r"\| (.+?) \| `.+?` \| (.+) \|", line).groups() for line in lines[5:])
+    assert len(CASES) > 60
+    for case, (_, _, _, message) in CASES.items():
+        assert re.search(message.replace("{w}", "W"), rows[case]), case
+
+
+CHECKED = [case for case, (name, *_) in CASES.items() if name in ("pairs", "describe", "stage1", "stage2")]
+
+
+@pytest.mark.parametrize("case", [c for c in CHECKED if c not in ("no effect", "too fast", "only broken")])
+def test_check_fails_where_the_run_would(case, w, capsys):
+    """All but what needs the weights: --check says the same, and leaves nothing behind."""
+    name, damage, flags, message = CASES[case]
+    if damage:
+        damage(w)
+    before = sorted(w.rglob("*"))
+    assert outcome(w, name, *flags.format(w=w).split(), "--check") == 1
+    out, lines = said(capsys)
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    problems = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("  problem ")]
+    message = message.replace("{w}", re.escape(str(w)))
+    assert any(re.search(message, text) for text in (lines if not problems else problems))
+    assert sorted(w.rglob("*")) == before
+
+
+def test_check_names_all_that_is_wrong(w, capsys):
+    records = [pair(A), pair("none.png"), pair(B), pair(A), {"image": B}]
+    write(w / PAIRS, records)
+    cut(w / "images" / B)
+    assert outcome(w, "stage1", "--check", "--max-length", 300) == 1
+    out, lines = said(capsys)
+    assert [re.sub(r".*(none.png|line 5|scene_02.png: ).*", r"\1", x) for x in out.splitlines() if "problem" in x] == [
+        "line 5", "none.png", "scene_02.png: "]
+    assert "3 that can be trained on, 2 pictures" in out and f"1 pictures come more than once: {A}" in out
+    assert lines == ["error: the run would fail: 3 problem(s)"]
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "pairs", "describe"])
+def test_check_of_what_is_right(w, capsys, name):
+    before = sorted(w.rglob("*"))
+    assert outcome(w, name, "--check") == 0
+    out, lines = said(capsys)
+    for word in ("tokens", "memory", "time"):
+        assert re.search(rf"^  {word} +\S", out, re.MULTILINE)
+    assert out.endswith("nothing stands in the way of this run\n") and not lines and sorted(w.rglob("*")) == before
+
+
+def test_check_counts_what_would_be_cut_or_skipped(w, capsys):
+    assert outcome(w, "stage1", "--check", "--max-length", 97) == 0
+    out = said(capsys)[0]
+    assert re.search(rf"^  cut +2 to 97 tokens: \S+/pairs.jsonl, line 1 \({A}\), ", out, re.MULTILINE), out
+    cut(w / "images" / A)
+    (w / "names").write_text(f"{A}\n{B}\n{B}\nnone.png\n")
+    assert outcome(w, "pairs", "--check", "--names", w / "names") == 0  # a run would only warn
+    out = said(capsys)[0]
+    assert "  skipped      2, each with a warning" in out
+    assert f"1 names come more than once and are made once: {B}" in out
+
+
+def test_what_check_estimates(w, capsys):
+    """The memory of a 7B step as in README.md, from shapes alone."""
+    decoder = mistral.DecoderConfig(4096, 14336, 32, 32, 8, 32000, 1e-5, 1e6, 32768)
+    with torch.device("meta"):
+        llava = LLaVA(LlavaConfig(decoder, ClipConfig(), "pad", None, "mistral_instruct", 4096)).bfloat16()
+        llava.requires_grad_(False)
+    modules = [n for n, _ in llava.model.named_modules(prefix="model") if n.rpartition(".")[2] in lora.TARGETS]
+    lora.attach(llava, adapter := lora.Adapter(128, 256, 0.0, modules, {}))
+    llava.mm_projector.requires_grad_(True)
+    item = data.Item(Example("", [([1] * 630, False)], [[1] * 250] * 2), Path("x"), 1130, 500, False)
+    args = SimpleNamespace(dtype=None, micro_batch=1, batch_size=4, checkpoint_activations=False)
+    (_, memory), (_, time) = check.training_cost(args, llava, adapter, [item] * 6000, reference=True)
+    assert memory.startswith("about 28.7 GB a GPU with --shard none: weights 15.1, LoRA")  # the table's 29
+    assert time.startswith("1500 steps, 307 PFLOP: about 12:4")
 
 
 # ---------------------------------------------------------------- what goes on, what is counted
@@ -429,7 +534,6 @@ def stopped(w, name, *flags):
     ("fingerprint", "stage1", weights(MODEL, wider), ""),
     ("fingerprint", "stage2", weights(ADAPTER, double), ""),
     ("lora_dropout", "stage2", None, "--lora-dropout 0.1"), ("one_line", "stage2", None, "--one-line"),
-    ("micro_batch", "stage2", None, "--micro-batch 2"),
     ("instructions", "stage2", talk(human("a"), gpt("b")), ""),
     ("descriptions", "stage2", first(TOLD, description="Blue."), "")])
 def test_another_run_does_not_go_on_with_it(w, capsys, setting, name, damage, flags):
@@ -447,6 +551,13 @@ def test_the_same_run_does(w, capsys, name, flags):
     stopped(w, name, "--batch-size", 1)
     assert outcome(w, name, "--batch-size", 1, *flags.split()) == 0
     assert "resuming after step 1" in said(capsys)[0] and len((w / "out/log.jsonl").read_text().splitlines()) == 2
+
+
+def test_another_micro_batch_goes_on_and_says_what_that_changes(w, capsys):
+    stopped(w, "stage2", "--batch-size", 1)
+    capsys.readouterr()
+    assert outcome(w, "stage2", "--batch-size", 1, "--micro-batch", 2) == 0
+    assert "with micro_batch 1 before: LoRA's dropout draws differently from here on" in said(capsys)[0].splitlines()
 
 
 def test_a_checkpoint_every_tenth_of_a_run_the_newest_are_kept(w, capsys):
@@ -498,3 +609,42 @@ def test_the_shell_sees_status_1_and_no_traceback(w, name, damage, message):
     done = subprocess.run([sys.executable, ROOT / f"{module}.py", *args], capture_output=True, text=True, cwd=w.parent)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and message in done.stderr.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- the table: python tests/test_bad_input.py
+
+
+@contextlib.contextmanager
+def caught():
+    """stderr, as a file in memory; stdout goes nowhere."""
+    out, err = io.StringIO(), io.StringIO()
+    out.reconfigure = err.reconfigure = lambda **how: None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        yield err
+
+
+def print_table():
+    """bad_input.md: each case with what its command says; W is the folder that all is in."""
+    from tiny import write_all
+
+    print("Bad input and the one line that it gets, with exit status 1; W stands for the folder that all is in.")
+    print("Made by `python tests/test_bad_input.py`.\n\n| what | command | message |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        (folder / "tiny").mkdir()
+        write_all(folder / "tiny")
+        with caught():
+            small_world(folder / "tiny", folder / "good")
+        for case, (name, damage, flags, _) in CASES.items():
+            w = shutil.copytree(folder / "good", folder / "w")
+            with caught() as err:
+                if damage:
+                    damage(w)
+                assert outcome(w, name, *flags.format(w=w).split()) == 1
+            message = err.getvalue().splitlines()[-1].replace(str(w), "W").replace("|", "\\|")
+            print(f"| {case} | `{commands(w)[name][0]}` | {message} |")
+            shutil.rmtree(w)
+
+
+if __name__ == "__main__":
+    print_table()

@@ -232,6 +232,36 @@ def test_image_path_stays_in_its_folder(tmp_path):
             image_path(folder, name)
 
 
+def test_links_stay_in_the_folder_too(tmp_path):
+    folder, real = tmp_path / "images", tmp_path / "real"
+    (real / "sub").mkdir(parents=True)
+    folder.symlink_to(real)  # that the folder is a link is its user's own choice
+    for place in (real, real / "sub", tmp_path):
+        noise(4, 4).save(place / "a.png")
+    links = {"near.png": "sub/a.png", "far.png": "../a.png", "up": tmp_path, "loop.png": "loop.png"}
+    for name, target in links.items():
+        (real / name).symlink_to(target)
+    assert image_path(folder, "near.png").samefile(real / "sub" / "a.png")
+    for name in ("far.png", "up/a.png"):
+        with pytest.raises(InputError, match=f"image '{name}' is a link that leads outside the image folder {folder}"):
+            image_path(folder, name)
+    with pytest.raises(InputError, match="no such image"):
+        image_path(folder, "loop.png")
+
+
+@pytest.mark.parametrize("side, limit, fits", [(64, 4096, True), (65, 4096, False)])
+def test_more_pixels_than_pillows_limit_are_an_error(tmp_path, monkeypatch, side, limit, fits):
+    """Pillow itself only warns, up to twice its limit."""
+    noise(64, side).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    for read in (open_image, image_size):
+        if fits:
+            assert read(tmp_path / "a.png")
+        else:
+            with pytest.raises(InputError, match=r"can't read image \S+a.png: 64x65 are too many pixels"):
+                read(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("name", ["a\0b.png", "a caption where the name belongs " * 10])
 def test_names_that_no_file_can_have(tmp_path, name):
     with pytest.raises(InputError):
