@@ -226,7 +226,8 @@ class Run:
             todo = range(self.first_step, len(self.batches))
             shares = [micro_batches(self.batches[step], self.ranks, self.args.micro_batch) for step in todo]
             load = lambda indices: [load_tiles(self.items[i], self.llava) for i in indices]
-            self.tiles = ahead(load, [indices for share in shares for indices, _ in share])
+            tiles = ahead(load, [indices for share in shares for indices, _ in share])
+            self.tiles = stack.enter_context(contextlib.closing(tiles))
             for step, share in zip(todo, shares):
                 # Dropout depends on the step alone, so that a resumed run draws the same.
                 torch.manual_seed(row_seed(self.args.seed, step, self.ranks.rank))
@@ -252,9 +253,10 @@ class Run:
 
     def total(self, *values):
         """Sums of numbers over the ranks."""
+        if self.ranks.world == 1:
+            return list(map(float, values))
         values = torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
-        if self.ranks.world > 1:
-            dist.all_reduce(values)
+        dist.all_reduce(values)
         return values.tolist()
 
     def backward(self, loss):
