@@ -12,11 +12,12 @@ skips what is there. A picture that can't be read is one warning and is counted 
 """
 
 import argparse
+import os
 import random
 from pathlib import Path
 
 from stic_min import InputError, check, cli, lora, sampler
-from stic_min.data import image_records, parse_instruction
+from stic_min.data import each, image_records, parse_instruction
 from stic_min.files import Output, subset
 from stic_min.images import ahead, corrupt, image_path, list_images, open_image
 from stic_min.loader import canonical, load_llava, open_llava
@@ -100,19 +101,12 @@ def records_to_describe(args, ranks):
     LLaVA's own data spans five collections of pictures, so --limit is drawn from what is there.
     """
     records = {entry[1]: entry for entry in image_records(args.describe)[0]}
-    here = {id: entry for id, entry in records.items() if has_image(args.images, entry[2]["image"])}
+    here = {id: e for id, e in records.items() if os.path.isfile(os.path.join(args.images, e[2]["image"]))}
     if len(here) < len(records):
         ranks.say(f"{len(records) - len(here)} of {len(records)} records have no picture in {args.images}: left out")
     if not here:
         raise InputError(f"no picture of {args.describe} is in {args.images}")
     return here
-
-
-def has_image(folder, name):
-    try:
-        return bool(image_path(folder, name))
-    except InputError:
-        return False
 
 
 def main():
@@ -128,18 +122,19 @@ def main():
     args = parser.parse_args()
     if args.describe and args.names:
         parser.error("--names goes with pairs; --describe takes its pictures from the instructions")
-    ranks = cli.start_ranks(args.device)
+    ranks = cli.start_ranks("cpu" if args.check else args.device)
 
     # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
     if args.describe:
         records = records_to_describe(args, ranks)
-        items = asked = {id: record["image"] for id, (_, _, record) in records.items()}
+        asked = items = {id: record["image"] for id, (_, _, record) in records.items()}
     else:
         asked = names_to_pair(args)
         items = {name: name for name in asked}
     keys = subset(list(items), args.limit, args.seed)
-    for key in keys if args.describe else ():
-        parse_instruction(*records[key])  # what is wrong with it is said now, not in stage 2
+    problems = [] if args.check else None
+    if args.describe:  # what is wrong with them is said now, not in stage 2
+        each(lambda key: parse_instruction(*records[key]), keys, problems)
 
     options = cli.model_options(args, ranks)
     if args.check:
@@ -184,6 +179,8 @@ def main():
         return key, record, requests
 
     if args.check:
+        if not ranks.first:
+            return
         made, skipped = {}, []
         for key, record, found in ahead(prepare, todo):
             progress.add()
@@ -191,7 +188,7 @@ def main():
                 skipped.append(str(found))
             else:
                 made[key] = [len(r.ids) - 1 + llava.config.image_tokens(r.tiles[0].size) for r in found]
-        return check.generation(args, llava, what, made, left, skipped, list(asked), ranks)
+        return check.generation(args, llava, what, made, left, skipped, asked, problems)
 
     def requests():
         for key, record, made in ahead(prepare, todo):

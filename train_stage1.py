@@ -52,7 +52,7 @@ def main():
     training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)
     args = parser.parse_args()
     check.training_out(args.out)
-    ranks = cli.start_ranks(args.device, backend=None)
+    ranks = cli.start_ranks("cpu" if args.check else args.device, backend=None)
 
     problems = [] if args.check else None  # where --check collects them; else the first one ends the run
     pairs = subset(read_pairs(args.pairs, problems), args.limit, args.seed)
@@ -82,7 +82,6 @@ def main():
             run.add(real / pairs_in_batch, loss=losses, dpo=losses + args.alpha * logp_w,
                     alpha_nll=-args.alpha * logp_w, margin=margin, accuracy=margin > 0)
         run.update(step)
-    run.finish()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main():
     if args.plain and args.one_line:
         parser.error("--one-line is how descriptions are put, --plain leaves them out")
     check.training_out(args.out)
-    ranks = cli.start_ranks(args.device, backend=None)
+    ranks = cli.start_ranks("cpu" if args.check else args.device, backend=None)
 
     problems = [] if args.check else None  # where --check collects them; else the first one ends the run
     instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain, problems)
@@ -45,8 +45,8 @@ def main():
     check.pictures(items, ranks, problems)
 
     own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
-    own |= {"plain": True} if args.plain else {}
-    settings = training.settings(args, llava, adapter, max_length, one_line=args.one_line, **own)
+    own |= {"plain": args.plain, "one_line": args.one_line}
+    settings = training.settings(args, llava, adapter, max_length, **own)
     if args.check:
         return check.training(args, llava, adapter, items, settings, problems, ranks, reference=False)
     check.picture_matters(llava, items[0])
@@ -61,7 +61,6 @@ def main():
             run.add(real / tokens_in_batch, loss=nll)
             run.add(real, answer_tokens=tokens)
         run.update(step)
-    run.finish()
 
 
 if __name__ == "__main__":

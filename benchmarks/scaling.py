@@ -57,6 +57,8 @@ def main():
 
     rows, resident = [], lambda: int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     for count in (8, 32, 128):
+        if args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         generate(llava, (640, 480), 8, 2, count)
         peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else resident()
         rows.append([str(count), f"{peak:.0f} MiB"])

@@ -1,19 +1,23 @@
 """What is checked before a run, and what --check reports instead of one: it needs neither a GPU nor the weights in
 memory, and fails where the run would."""
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from stic_min import InputError, checkpoint, cli
-from stic_min.data import load_tiles
+from stic_min import InputError, checkpoint, cli, lora
+from stic_min.data import each, load_tiles
+from stic_min.files import check_place
 from stic_min.images import open_image
 from stic_min.llava import collate
+from stic_min.loader import read_json
 from stic_min.loss import token_logps
 
-GPU_FLOPS, GPU_BANDWIDTH = 400e12, 3.2e12  # what 7B reaches of an H100 or H200: about 40 %, and two thirds
-ANSWER = 250  # tokens, of a description by LLaVA
+# Assumed for the estimates: 40 % of an H100's or H200's arithmetic, two thirds of an H200's memory bandwidth, and the
+# length of LLaVA's descriptions in tokens.
+GPU_FLOPS, GPU_BANDWIDTH, ANSWER = 400e12, 3.2e12, 250
 
 
 def training_out(out):
@@ -22,6 +26,7 @@ def training_out(out):
         raise InputError(f"{out} holds a finished run; name another --out, or delete it")
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"--out {out} is a file, it has to name a folder")
+    check_place(out)
 
 
 def pictures(items, ranks, problems=None):
@@ -83,7 +88,7 @@ def decoder_flops(config, spans, scored, r, reference):
 def activations(config, r, size):
     """Bytes that one token leaves in all layers for the backward; measured on a block of true size (README.md)."""
     C, F, shared = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
-    return size * config.num_hidden_layers * (4 * F + 9 * C + 2 * shared + len(("q", "k", "v", "o")) * r + 3 * r)
+    return size * config.num_hidden_layers * (4 * F + 9 * C + 2 * shared + len(lora.TARGETS) * r)
 
 
 def weights(llava):
@@ -106,12 +111,8 @@ def names(found, most=20):
 
 
 def repeated(found):
-    seen, again = set(), []
-    for name in map(str, found):
-        if name in seen and name not in again:
-            again.append(name)
-        seen.add(name)
-    return again
+    """Those that come more than once, in the order of their first coming."""
+    return [name for name, count in Counter(map(str, found)).items() if count > 1]
 
 
 def end(lines, problems):
@@ -122,23 +123,20 @@ def end(lines, problems):
         print(f"  problem      {problem}")
     if problems:
         more = ", the first 100 of them above" if len(problems) > 100 else ""
-        raise InputError(f"the run would fail: {len(problems)} problem(s){more}")
+        raise InputError(f"the run would fail, for {len(problems)} reason{'s' * (len(problems) > 1)}{more}")
     print("nothing stands in the way of this run")
 
 
 def training(args, llava, adapter, items, settings, problems, ranks, reference):
     """The report on a stage: what is read, how long it is, what is cut, what it takes."""
-    if not args.dtype:  # a GPU's default is another than this machine's
-        settings = {name: value for name, value in settings.items() if name != "dtype"}
-    if Path(args.out).is_dir() and (found := checkpoint.folders(Path(args.out))):
-        try:
-            checkpoint.compare(found[-1], settings)
-        except InputError as error:
-            problems.append(str(error))
     if not ranks.first:
         return
+    if found := checkpoint.folders(Path(args.out)):
+        if not args.dtype:  # a GPU's default is another than this machine's
+            settings["dtype"] = read_json(found[-1] / "run.json").get("dtype")
+        each(lambda out: checkpoint.newest(out, settings, print), [Path(args.out)], problems)
     lines = [("samples", f"{len(items)} that can be trained on, {len({i.image for i in items})} pictures")]
-    if again := repeated(item.image.name for item in items):
+    if again := repeated(item.image for item in items):
         lines.append(("repeated", f"{len(again)} pictures come more than once: {names(again, 5)}"))
     if items:
         cut = [item.example.name for item in items if item.cut]
@@ -164,7 +162,6 @@ def training_cost(args, llava, adapter, items, reference):
     parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in memory.items())
     flops = 0
     for item in items:
-        trunk = sum(len(ids) for ids, _ in item.example.trunk)
         branches = [len(branch) for branch in item.example.branches]
         trunk = item.length - sum(branches)  # with its picture
         spans = [(trunk, 0), *((branch, trunk) for branch in branches)]
@@ -172,27 +169,26 @@ def training_cost(args, llava, adapter, items, reference):
     again = 4 / 3 if args.checkpoint_activations else 1
     steps = -(-len(items) // args.batch_size)
     return [
-        ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB a GPU with --shard none: {parts}"),
+        ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB a GPU with --shard none: {parts}; full shares out the "
+                   "first two over the GPUs"),
         ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {cli.clock(again * flops / GPU_FLOPS)} on one GPU "
                  f"that does {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40 %)"),
     ]  # fmt: skip
 
 
-def generation(args, llava, what, made, left, skipped, asked, ranks):
+def generation(args, llava, what, made, left, skipped, asked, problems):
     """The report on generation. made: {key: [tokens of a prompt with its picture, ...]}; skipped: what is wrong with
     the others; asked: all names as they were given; left: how many are not yet in --out."""
-    if not ranks.first:
-        return
     lines = [(what, f"{len(made) + len(skipped)}, {left} of them not yet in {args.out}")]
     lines += [("skipped", f"{len(skipped)}, each with a warning")] if skipped else []
     if again := repeated(asked):
         lines.append(("repeated", f"{len(again)} names come more than once and are made once: {names(again, 5)}"))
-    lines += [("", problem) for problem in skipped[:100]]
+    lines += [("  skipped", problem) for problem in skipped[:100]]
     if made:
         lengths = [length for rows in made.values() for length in rows]
         lines.append(("tokens", f"a prompt with its picture: {percentiles(lengths)}"))
         lines += generation_cost(args, llava, lengths)
-    end(lines, [] if made else [f"no {what}: every picture would be skipped"])
+    end(lines, problems if made else [*problems, f"no {what}: every picture would be skipped"])
 
 
 def generation_cost(args, llava, lengths):

@@ -10,9 +10,8 @@ import json
 import os
 import shutil
 
-from safetensors import SafetensorError
-
 from stic_min import InputError, lora
+from stic_min.files import printable
 from stic_min.loader import read_json
 
 DRAWS = "ranks", "micro_batch"  # settings that change nothing but which inputs dropout hits
@@ -20,8 +19,8 @@ NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.ne
 
 
 def folders(out):
-    """The checkpoints in `out`, oldest first."""
-    found = [p for p in out.glob(f"{NAME}*") if p.name.removeprefix(NAME).isdigit()]
+    """The checkpoints in a folder, oldest first."""
+    found = [p for p in out.glob(f"{NAME}*") if p.name.removeprefix(NAME).isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix(NAME)))
 
 
@@ -36,7 +35,7 @@ def save(out, step, adapter, moments, settings, keep):
         (beside / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n")
         for path in [*beside.iterdir(), beside]:
             sync(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, InputError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         older = folders(out)
         kept = f"{older[-1]} is whole, and the same command goes on from there" if older else "there is none before it"
@@ -57,13 +56,16 @@ def sync(path):
 def compare(folder, settings):
     """The step of a checkpoint, and what of DRAWS differs. Raises InputError naming it if anything else does."""
     saved = read_json(folder / "run.json")
-    differ = [name for name, value in settings.items() if saved.get(name) != value]
+    names = [*settings, *(name for name in saved if name not in settings and name != "step")]
+    differ = [name for name in names if saved.get(name) != settings.get(name)]
     for name in differ:
         if name not in DRAWS:
-            value = settings[name]
-            raise InputError(f"{folder} is of a run with {name} {saved.get(name)!r}, this one has {value!r}; "
-                             "name another --out, or delete it")
-    return saved["step"], [f"{name} {saved.get(name)!r} before" for name in differ]
+            raise InputError(f"{folder} is of a run with {printable(name)} {saved.get(name)!r}, this one has "
+                             f"{settings.get(name)!r}; name another --out, or delete it")
+    step = int(folder.name.removeprefix(NAME))
+    if saved.get("step") != step:
+        raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r}, but its folder is of step {step}")
+    return step, [f"{name} {saved.get(name)!r} before" for name in differ]
 
 
 def newest(out, settings, say):
@@ -76,5 +78,11 @@ def newest(out, settings, say):
     step, differ = compare(found[-1], settings)
     if differ:
         say(f"with {' and '.join(differ)}: LoRA's dropout draws differently from here on")
-    return step, lora.read_written(found[-1]), lora.read_tensors(found[-1] / OPTIMIZER)
+    tensors, moments = lora.read_written(found[-1]), lora.read_tensors(found[-1] / OPTIMIZER)
+    trained = {name for name in tensors if ".lora_" in name} | {name.partition(".")[2] for name in moments}
+    for name in sorted(trained):
+        values = tensors.get(name), moments.get(f"exp_avg.{name}"), moments.get(f"exp_avg_sq.{name}")
+        if len({value if value is None else value.shape for value in values}) > 1:
+            raise InputError(f"{found[-1]}: {name} is not the same in the adapter and in {OPTIMIZER}")
+    return step, tensors, moments
 

@@ -1,6 +1,7 @@
 """What the four scripts share: flags, ranks, a progress line, and how errors end."""
 
 import argparse
+import contextlib
 import errno
 import hashlib
 import os
@@ -158,7 +159,7 @@ class Ranks:
 
     def say(self, text):
         if self.first:
-            print(text, flush=True)
+            put(text)
 
 
 def start_device(name=None):
@@ -199,6 +200,14 @@ def clock(seconds):
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def put(text, stream="stdout", end="\n"):
+    """Prints; goes on without it when its reader is gone, as Ctrl-C also ends the `tee` behind a pipe."""
+    try:
+        print(text, end=end, file=getattr(sys, stream), flush=True)
+    except BrokenPipeError:
+        setattr(sys, stream, open(os.devnull, "w"))
+
+
 class Progress:
     """`what 12/100  3.1/s  0:28 left` on stderr: rewritten in place on a terminal, else a line every ten seconds."""
 
@@ -218,75 +227,87 @@ class Progress:
         left = f"{clock((self.total - self.done) / rate)} left" if self.done < self.total else clock(now - self.begin)
         line = f"{self.what} {self.done}/{self.total}  {per}  {left}"
         if terminal:
-            print(f"\r\x1b[K{line}", end="" if self.done < self.total else "\n", file=sys.stderr, flush=True)
+            put(f"\r\x1b[K{line}", "stderr", end="" if self.done < self.total else "\n")
         else:
-            print(line, file=sys.stderr, flush=True)
+            put(line, "stderr")
 
 
 def warn(text):
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress line, if there is one
-    sys.stderr.write(f"{clear}warning: {text}\n")
-    sys.stderr.flush()
+    put(f"{clear}warning: {text}", "stderr")
 
 
 # ---------------------------------------------------------------- being stopped
 
 
 class Stop:
-    """Within it, SIGTERM and Ctrl-C only set `asked`, for a loop to look at; it sets `heard` when it does.
+    """Within it, SIGTERM and Ctrl-C only set `asked`, for a loop to look at.
 
     A loop that does not come to that, as it waits for a rank that has died or computes for long, is ended after
-    `patience` seconds, or at once when the wish is repeated. torchrun passes SIGTERM on, and kills 30 seconds later.
+    `patience` seconds, or at once when the wish is repeated; but not while it is `busy` writing. torchrun passes
+    SIGTERM on, and kills 30 seconds later.
     """
 
     patience = 20
 
     def __init__(self):
-        self.asked, self.heard, self.before = None, False, {}
+        self.asked, self.writing, self.before = None, False, {}
+
+    @contextlib.contextmanager
+    def busy(self):
+        self.writing = True
+        yield
+        self.writing = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
             ask = lambda number, frame: setattr(self, "asked", number)
             self.before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
             # Python runs `ask` only between two lines of its own. What C code holds up, a thread sees by this pipe.
-            self.signals, write = os.pipe()
-            os.set_blocking(write, False)
-            self.write = os.fdopen(write, "wb", buffering=0)
-            self.old = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-            threading.Thread(target=self.watch, daemon=True).start()
+            self.pipe = os.pipe()
+            os.set_blocking(self.pipe[1], False)
+            self.old = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+            self.thread = threading.Thread(target=self.watch, daemon=True)
+            self.thread.start()
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
         if self.before:
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
             signal.set_wakeup_fd(self.old)
-            self.write.close()  # which ends the thread
+            os.write(self.pipe[1], b"\0")
+            self.thread.join()
+            for end in self.pipe:
+                os.close(end)
 
     def watch(self):
-        with os.fdopen(self.signals, "rb", buffering=0) as signals:
-            if not (number := signals.read(1)):
+        asked = None  # when
+        while True:
+            ready, _, _ = select.select(self.pipe[:1], [], [], 1 if asked else None)
+            number = os.read(self.pipe[0], 1)[0] if ready else None
+            if number == 0:
                 return
-            time.sleep(1)  # torchrun and the terminal may both have sent one
-            os.set_blocking(signals.fileno(), False)
-            signals.read(64)
-            os.set_blocking(signals.fileno(), True)
-            ready, _, _ = select.select([signals], [], [], self.patience)
-            if (ready and not signals.read(1)) or self.heard:
-                return
-            sys.stderr.write("stopped at once; the last checkpoint is whole\n")
-            sys.stderr.flush()
-            os._exit(128 + number[0])
+            again, now = False, time.monotonic()
+            if number in self.before:
+                again = asked is not None and now - asked > 1  # sooner, it is the terminal's and torchrun's
+                asked = asked or now
+            if asked and (again or now - asked > self.patience) and not self.writing:
+                if int(os.environ.get("RANK", 0)) == 0:
+                    put("stopped at once; the same command goes on from the last checkpoint", "stderr")
+                os._exit(128 + (self.asked or signal.SIGTERM))
 
 
 def interrupt(number, frame):
+    for again in (signal.SIGINT, signal.SIGTERM):  # it is on its way out
+        signal.signal(again, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def died_elsewhere(error):
-    """Whether this rank failed because another one is gone."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in lost)
+    """Whether this rank failed because another one is gone: what gloo and NCCL say then."""
+    said = "closed by peer", "reset by peer", "Broken pipe", "remote process exit"
+    return dist.is_initialized() and any(text in str(error) for text in said)
 
 
 # ---------------------------------------------------------------- the end
@@ -301,7 +322,8 @@ def run(main):
     """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
     status, rank = 0, int(os.environ.get("RANK", 0))
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)  # ends like Ctrl-C
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
     try:
@@ -325,7 +347,7 @@ def run(main):
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             sys.stderr.write(f"error: {OUT_OF_MEMORY.format(first_line(error))}\n")
-        elif dist.is_initialized() and died_elsewhere(error):
+        elif died_elsewhere(error):
             sys.stderr.write(f"rank {rank} ends, as another one has: {first_line(error)}\n")
         else:
             raise

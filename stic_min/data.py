@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import check_text, field, read_records
+from stic_min.files import check_text, field, printable, read_records
 from stic_min.images import image_path, image_size, open_image
 from stic_min.llava import Example
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
@@ -57,7 +57,7 @@ def image_first(text, where):
 def parse_pair(where, record):
     """A record as published or as `generate_pairs.py` writes it -> Pair. Raises InputError naming it."""
     image = field(record, "image", where)
-    where = f"{where} ({image})"
+    where = f"{where} ({printable(image)})"
     turns = {}
     for side in ("chosen", "rejected"):
         messages = record.get(side)
@@ -114,7 +114,7 @@ def image_records(path):
 def parse_instruction(where, id, record):
     """A record of LLaVA's instruction data -> Instruction. Raises InputError naming it if turns or marks are off."""
     image = field(record, "image", where)
-    where = f"{where} ({id})"
+    where = f"{where} ({printable(id)})"
     messages = record.get("conversations")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise InputError(f"{where}: no conversations")
@@ -160,12 +160,13 @@ def read_infused(instructions, descriptions, one_line=False, plain=False, proble
             entry = next((e for e in by_image.get(image, []) if e[1] not in taken), None)
         if entry is None:
             raise InputError(f"{where}: describes {record.get('id', image)!r}, which {instructions} does not have")
+        if entry[1] in taken:
+            raise InputError(f"{where}: {printable(entry[1])} is described twice")
+        taken.add(entry[1])
         instruction = parse_instruction(*entry)
         if instruction.image != image:
-            raise InputError(f"{where}: describes {image}, but {instruction.where} shows {instruction.image}")
-        if instruction.id in taken:
-            raise InputError(f"{where}: {instruction.id} is described twice")
-        taken.add(instruction.id)
+            shown = printable(instruction.image)
+            raise InputError(f"{where}: describes {printable(image)}, but {instruction.where} shows {shown}")
         return instruction if plain else infuse(instruction, text, one_line)
 
     described = each(lambda entry: describe(*entry), read_records(descriptions), problems)

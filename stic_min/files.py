@@ -57,6 +57,11 @@ def check_text(text, where):
         raise InputError(f"{where} {ascii(text)[:60]} is not valid Unicode") from None
 
 
+def printable(text):
+    """A text from a file, fit for a message: line breaks, terminal codes and the like as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def subset(items, limit, seed):
     """A random subset of `limit` items in their order (None: all). A smaller limit gives a part of a larger one's."""
     chosen = list(range(len(items)))
@@ -68,16 +73,43 @@ def subset(items, limit, seed):
 
 
 def lock(path, what):
-    """Keeps other runs from writing `what` too, until the file that is returned is closed or this process ends, however
-    it does. Raises InputError if there is another run."""
-    file = open(path, "a")
+    """Keeps other runs from writing `what` too, until `unlock` or the end of this process -> the file that is locked.
+
+    Raises InputError if there is another run.
+    """
+    while True:
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {what}; wait for it, or name another --out") from None
+        except OSError:
+            return file  # a file system that has no locks
+        if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            return file
+        file.close()  # a run that ended just now has removed it
+
+
+def unlock(file):
+    Path(file.name).unlink(missing_ok=True)
+    file.close()
+
+
+def check_place(path):
+    """Raises InputError if nothing can be written at `path`: better now than when there is something."""
+    path = Path(path).absolute()
+    nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
+    if (nearest != path and not nearest.is_dir()) or not os.access(nearest, os.W_OK):
+        raise InputError(f"can't write to {path}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}")
+
+
+def append_line(path, text):
+    """Adds a line to a file. Raises InputError naming the file where that fails."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"another run is writing to {what}") from None
-    except OSError:
-        pass  # a file system that has no locks
-    return file
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise InputError(f"can't write to {path}: {error.strerror}; what is in it is kept") from None
 
 
 class Output:
@@ -92,6 +124,7 @@ class Output:
         self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
         if self.path.is_dir():
             raise InputError(f"--out {path} is a folder, it has to name a file")
+        check_place(path)
         self.own = self.path if ranks.world == 1 else self.part(ranks.rank)
         # On every rank, so that all of them end if a file is not ours.
         self.done = {record[key]: record for file in [self.path, *self.parts()] for record in self.read(file)}
@@ -99,8 +132,8 @@ class Output:
     def start(self):
         """Makes it ready to append to, by this run alone -> itself."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.locked = self.path.with_name(f"{self.path.name}.lock")
-        self.lock = lock(self.locked, self.path) if self.ranks.first else None
+        beside = self.path.with_name(f"{self.path.name}.lock")
+        self.lock = lock(beside, self.path) if self.ranks.first else None
         self.ranks.barrier()
         if self.ranks.first:
             self.merge([])  # what an earlier run, of any number of ranks, left behind
@@ -141,8 +174,7 @@ class Output:
 
     def append(self, record):
         record = record | self.settings
-        with open(self.own, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        append_line(self.own, json.dumps(record, ensure_ascii=False))
         self.done[record[self.key]] = record
 
     def merge(self, keys):
@@ -168,6 +200,5 @@ class Output:
         self.ranks.barrier()
         records = self.merge(keys) if self.ranks.first else {}
         if self.ranks.first:
-            self.lock.close()
-            self.locked.unlink(missing_ok=True)
+            unlock(self.lock)
         return [records[k] for k in keys if k in records]

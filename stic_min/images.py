@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
 from stic_min import InputError
+from stic_min.files import printable
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +31,7 @@ THINNEST = 500  # long side to short side; h(v) makes the short one 20 pixels, a
 LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels a side
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_pixels` makes it an error
 # What Pillow raises for damaged files, all formats together.
-UNREADABLE = OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError
+UNREADABLE = OSError, SyntaxError, ValueError, TypeError, AttributeError, RuntimeError, Image.DecompressionBombError
 LOW_RESOLUTION = 20  # pixels on the short side
 BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue shift in [-0.3, 0.3]
 
@@ -79,14 +80,14 @@ def check_pixels(opened):
 
 def open_image(source, name=None):
     """RGB picture, fully decoded, from a path or an open file of this name. Raises InputError naming it."""
-    path = name or source
+    path = printable(str(name or source))
     try:
         with Image.open(source) as opened:
             check_pixels(opened)
             picture = opened.convert("RGB")
     except UNREADABLE as error:
         said = "not a picture that Pillow reads" if isinstance(error, UnidentifiedImageError) and name else error
-        raise InputError(f"can't read image {path}: {said}") from None
+        raise InputError(f"can't read image {path}: {printable(str(said))}") from None
     if max(picture.size) > THINNEST * min(picture.size) or max(picture.size) ** 2 > LARGEST_SQUARE:
         size = f"{picture.width}x{picture.height}"
         raise InputError(f"image {path} is {size}: too long a strip, padded to a square it would take gigabytes")
@@ -100,7 +101,7 @@ def image_size(path):
             check_pixels(picture)
             return picture.size
     except UNREADABLE as error:
-        raise InputError(f"can't read image {path}: {error}") from None
+        raise InputError(printable(f"can't read image {path}: {error}")) from None
 
 
 def ahead(prepare, items, workers=4):

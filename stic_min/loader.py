@@ -6,7 +6,7 @@ takes only its own rows from the file.
 """
 
 import json
-import operator
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from stic_min import InputError, first_line, lora
 from stic_min.clip import ClipConfig
+from stic_min.files import printable
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.mistral import DecoderConfig
 from stic_min.text import TEMPLATES, Tokenizer
@@ -61,7 +62,7 @@ def read_json(path):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"no such file: {path}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: not a JSON object")
@@ -77,8 +78,8 @@ def shards(folder):
             if not isinstance(weight_map, dict) or not weight_map:
                 raise InputError(f"{index}: no weight_map")
             files = sorted(set(map(str, weight_map.values())))
-            if missing := [f for f in files if not (folder / f).is_file()]:
-                raise InputError(f"missing shard {folder / missing[0]}, named by {index.name}")
+            if missing := [f for f in files if not os.path.isfile(folder / f)]:
+                raise InputError(f"missing shard {folder / printable(missing[0])}, named by {index}")
             return [folder / f for f in files]
         if (folder / name).is_file():
             return [folder / name]
@@ -87,16 +88,19 @@ def shards(folder):
 
 def open_shard(file):
     """{key: function that returns its tensor}; memory-mapped, so a tensor costs memory when it is read."""
+    safe = file.suffix == ".safetensors"
     try:
-        if file.suffix == ".safetensors":
-            handle = safetensors.safe_open(file, framework="pt")
-            return {key: lambda key=key: handle.get_tensor(key) for key in handle.keys()}
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if safe:
+            opened = safetensors.safe_open(file, framework="pt")
+        else:
+            opened = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
-        raise InputError(f"can't read {file}: {first_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise InputError(f"{file}: not a dictionary of tensors")
-    return {key: lambda value=value: value for key, value in tensors.items()}
+        raise InputError(f"can't read {file}: {printable(first_line(error))}") from None
+    if safe:
+        lora.check_names(opened.keys(), file)
+        return {key: lambda key=key: opened.get_tensor(key) for key in opened.keys()}
+    lora.check_tensors(opened, file)
+    return {key: lambda value=value: value for key, value in opened.items()}
 
 
 def open_weights(folder, ignored, only=""):
@@ -135,6 +139,18 @@ MISTRAL_7B = LLAMA_7B | {
 }
 
 
+def checked(config, source):
+    """A DecoderConfig or ClipConfig as it is. Raises InputError for numbers that no model has."""
+    for name, value in vars(config).items():
+        real = name in ("rms_norm_eps", "layer_norm_eps", "rope_theta")
+        if type(value) not in ((int, float) if real else (int,)) or not 0 < value <= (1e12 if real else 2**20):
+            raise InputError(f"{source}: a value of the wrong kind ({name} {str(value)[:60]!r})")
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % (2 * heads):
+        raise InputError(f"{source}: hidden_size {width} does not split into {heads} heads of even width")
+    return config
+
+
 def decoder_config(config, source):
     """DecoderConfig from a config.json (or its text_config). Raises InputError for what the decoder can't do."""
     if config.get("hidden_act", "silu") != "silu" or config.get("tie_word_embeddings"):
@@ -142,15 +158,13 @@ def decoder_config(config, source):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise InputError(f"{source}: rope scaling is not supported")
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        operator.index(config[key])  # a KeyError or TypeError here is read_config's to report
     heads, width = config["num_attention_heads"], config["hidden_size"]
     if config.get("head_dim") not in (None, width // heads):
         raise InputError(f"{source}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads")
     longest = config["max_position_embeddings"]
     if config.get("sliding_window"):  # within one window a sliding one changes nothing
         longest = min(longest, config["sliding_window"])
-    return DecoderConfig(
+    decoder = DecoderConfig(
         hidden_size=width,
         intermediate_size=config["intermediate_size"],
         num_hidden_layers=config["num_hidden_layers"],
@@ -161,14 +175,17 @@ def decoder_config(config, source):
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         max_positions=longest,
     )
+    return checked(decoder, source)
 
 
 def clip_config(config, source):
     """ClipConfig from a vision_config. Missing keys take CLIP-L/14-336's values."""
+    if not isinstance(config, dict):
+        raise InputError(f"{source}: its vision_config is no JSON object")
     if config.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise InputError(f"{source}: only CLIP towers with quick_gelu are supported")
     fields = ClipConfig.__dataclass_fields__
-    return ClipConfig(**{key: config[key] for key in fields if key in config})
+    return checked(ClipConfig(**{key: config[key] for key in fields if key in config}), source)
 
 
 def find_vision_folder(folder, config, vision):
@@ -182,7 +199,7 @@ def find_vision_folder(folder, config, vision):
         return Path(vision)
     named = config["mm_vision_tower"]
     places = folder / named, folder.parent / named  # an absolute name stays as it is
-    return next((p for p in places if (p / "config.json").is_file()), None)
+    return next((p for p in places if os.path.isfile(p / "config.json")), None)
 
 
 def read_original(config, folder, vision):
@@ -236,7 +253,7 @@ def read_config(folder, vision=None, image_mode=None, template=None):
         raise
     except KeyError as key:
         raise InputError(f"{source}: no {key.args[0]}") from None
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{source}: a value of the wrong kind ({first_line(error)})") from None
     for given, known in ((image_mode, ("pad", "anyres")), (template, tuple(TEMPLATES))):
         if given is not None and given not in known:
@@ -286,9 +303,10 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
         if read and tuple(read().shape) != (config.vision.patches**2 + 1, config.vision.hidden_size):
             raise InputError(f"{file}: the vision tower is not CLIP-L/14-336 and there is no configuration of it near "
                              f"{folder}; name its folder: --vision")
-    if any(side % config.vision.image_size for pinpoint in config.pinpoints or () for side in pinpoint):
-        raise InputError(f"{folder / 'config.json'}: image_grid_pinpoints {config.pinpoints} are not multiples of the "
-                         f"vision tower's {config.vision.image_size}")
+    unit = config.vision.image_size
+    if any(side % unit or not 0 < side <= 100 * unit for pinpoint in config.pinpoints or () for side in pinpoint):
+        raise InputError(f"{folder / 'config.json'}: image_grid_pinpoints {config.pinpoints} are not 1 to 100 "
+                         f"times the vision tower's {unit}")
     if huggingface:
         # transformers pads the vocabulary (32064) for <image> and <pad>, tokens that never occur here.
         rows = min(config.decoder.vocab_size, tokenizer.size)
@@ -300,6 +318,11 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
     if config.decoder.vocab_size < tokenizer.size:
         vocabulary = config.decoder.vocab_size
         raise InputError(f"{tokenizer.path}: {tokenizer.size} pieces, but {folder} has a vocabulary of {vocabulary}")
+    # First, as a model of all the layers that a wrong configuration may name takes forever to make.
+    for stack, layers in (("model", config.decoder.num_hidden_layers), ("vision_tower.encoder", last)):
+        deepest = f"{stack}.layers.{layers - 1}."
+        if layers and not any(name.startswith(deepest) for name in source):
+            raise InputError(f"{folder}: no tensor for {deepest}*, the configuration has {layers} layers")
     with torch.device("meta"):
         llava = LLaVA(config, tokenizer).to(dtype).requires_grad_(False).eval()
     check_keys(llava, source, folder)

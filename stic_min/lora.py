@@ -6,17 +6,20 @@ Adapters are used unmerged; `stic_min.merge` folds one into a checkpoint. Not he
 """
 
 import json
+import math
 import operator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from stic_min import InputError, first_line
+from stic_min.files import printable
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PREFIX = "base_model.model."  # in front of every key of a PEFT file
@@ -94,20 +97,38 @@ def read_tensors(path):
     """All tensors of a safetensors or torch file. Raises InputError naming it if it can't be read."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever pickle, zip or safetensors make of a broken file
-        raise InputError(f"can't read {path}: {first_line(error)}") from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise InputError(f"{path}: not a dictionary of tensors")
+        raise InputError(f"can't read {path}: {printable(first_line(error))}") from None
+    check_tensors(tensors, path)
     return tensors
 
 
+def check_tensors(tensors, path):
+    """Raises InputError naming the file unless what it held is {name: tensor}."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise InputError(f"{path}: not a dictionary of tensors")
+    check_names(tensors, path)
+
+
+def check_names(names, path):
+    """The same of the names alone."""
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable():
+            raise InputError(f"{path}: unknown key {ascii(name)}")
+
+
 def write_tensors(tensors, path):
-    """A safetensors file with the permissions of any other new file (the library makes them its owner's alone)."""
+    """A safetensors file with the permissions of any other new file (the library makes them its owner's alone). Raises
+    InputError where it can't be written."""
     Path(path).touch()
     mode = Path(path).stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk
+        raise InputError(f"can't write {path}: {first_line(error)}") from None
     Path(path).chmod(mode)
 
 
@@ -127,8 +148,12 @@ def read_adapter(folder, llava, canonical):
     try:
         config = json.loads(config_file.read_text())
         r, alpha = operator.index(config["r"]), float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config_file}: not a LoRA adapter's configuration ({error!r})") from None
+        dropout = float(config.get("lora_dropout", 0.0))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{config_file}: not a LoRA adapter's configuration ({said})") from None
+    if not 0 < r <= 2**20 or not math.isfinite(alpha) or not 0 <= dropout < 1:
+        raise InputError(f"{config_file}: r {r}, lora_alpha {alpha} or lora_dropout {dropout} is out of range")
     if config.get("peft_type", "LORA") != "LORA":
         raise InputError(f"{config_file}: peft_type {config['peft_type']!r} is not supported")
     for option in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out"):
@@ -163,7 +188,7 @@ def read_adapter(folder, llava, canonical):
     if not any(tensors[f"{m}.lora_B"].count_nonzero() for m in modules):
         raise InputError(f"{file}: the adapter changes nothing, lora_B is zero in all of its {len(modules)} modules")
     tensors |= read_projector(folder, parameters)
-    return Adapter(r, alpha, config.get("lora_dropout", 0.0), modules, tensors)
+    return Adapter(r, alpha, dropout, modules, tensors)
 
 
 def read_written(folder):

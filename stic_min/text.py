@@ -129,10 +129,13 @@ class Tokenizer:
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
             self.pieces.Load(str(path))
-        except (RuntimeError, OSError):
+            self.pieces.decode(list(range(len(self.pieces))))  # every piece is text
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise InputError(f"not a sentencepiece model: {path}") from None
         self.legacy = legacy
         self.bos, self.eos, self.size = self.pieces.bos_id(), self.pieces.eos_id(), len(self.pieces)
+        if min(self.bos, self.eos) < 0:
+            raise InputError(f"{path}: no begin or no end token")
         self.newline = self.pieces.encode("\n")  # leading-space piece and the newline itself
 
     def encode(self, text):

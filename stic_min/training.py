@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stic_min import InputError, checkpoint, cli, lora
+from stic_min import InputError, check, checkpoint, cli, lora
 from stic_min.data import global_batches, load_tiles
-from stic_min.files import lock
+from stic_min.files import append_line, lock, unlock
 from stic_min.images import ahead
 from stic_min.llava import Projector, collate
 from stic_min.loader import canonical, fill, open_llava, own_rows
@@ -190,8 +190,8 @@ class Run:
         run.update(step)
 
     A run that was killed goes on from its last checkpoint when the same command is given again, and gives what it would
-    have given; SIGTERM and Ctrl-C save one first. `out` holds the adapter at its top once it is finished, log.jsonl,
-    and checkpoint-N meanwhile.
+    have given; SIGTERM and Ctrl-C save one first. `out` holds log.jsonl and checkpoint-N; when the steps have ended,
+    the adapter in their place.
     """
 
     def __init__(self, args, llava, adapter, items, ranks, settings):
@@ -219,7 +219,8 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if self.ranks.first:
-                stack.enter_context(lock(self.out / ".lock", self.out))
+                stack.callback(unlock, lock(self.out / ".lock", self.out))
+                check.training_out(self.out)  # another run may have ended in it by now
             self.resume()
             self.stop = stack.enter_context(cli.Stop())
             self.begin = self.last = time.monotonic()
@@ -232,15 +233,14 @@ class Run:
                 # Dropout depends on the step alone, so that a resumed run draws the same.
                 torch.manual_seed(row_seed(self.args.seed, step, self.ranks.rank))
                 yield step, self.until_stopped(step, share)
+            self.finish()
 
     def until_stopped(self, step, share):
         """The micro-batches of a step; on SIGTERM or Ctrl-C, to any rank, all ranks leave before the next one."""
         for micro_batch in share:
             [stops] = self.total(bool(self.stop.asked))
             if stops:
-                self.stop.heard = True
-                if step > self.first_step:
-                    self.save_checkpoint(step)
+                self.save_checkpoint(step)
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
             yield micro_batch
 
@@ -281,8 +281,7 @@ class Run:
         norm = full(norm).item()
         values = dict(zip(self.sums, self.total(*self.sums.values())))
         if not math.isfinite(norm + sum(values.values())):
-            if step > self.first_step:
-                self.save_checkpoint(step)
+            self.save_checkpoint(step)
             names = ", ".join(self.items[i].example.name for i in self.batches[step])
             raise InputError(f"step {step + 1}: the loss is {values['loss']} and the gradient {norm}; --lr may be too "
                              f"high, or one of its samples is off: {names}")
@@ -292,7 +291,7 @@ class Run:
         self.optimizer.zero_grad()
         self.log(step, values, norm)
         self.sums = {}
-        if (step + 1) % self.save_every == 0 and step + 1 < len(self.batches):
+        if (step + 1) % self.save_every == 0 or step + 1 == len(self.batches):
             self.save_checkpoint(step + 1)
 
     def log(self, step, values, norm):
@@ -303,14 +302,13 @@ class Run:
         memory, lr = memory_gb(self.ranks.device), self.optimizer.param_groups[0]["lr"]
         record = {"step": step + 1, **values, "grad_norm": norm, "lr": lr, "tokens_per_s": round(speed, 1),
                   "memory_gb": round(memory, 3), "seconds_left": round(left, 1)}
+        if self.ranks.first:
+            append_line(self.out / "log.jsonl", json.dumps(record))
         shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "answer_tokens")
         if now - self.shown >= 1 or step + 1 == steps:  # the file has every step; to look at, one a second will do
             self.shown = now
             self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
                            f"{memory:.2f} GB  {cli.clock(left)} left")
-        if self.ranks.first:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
 
     # ------------------------------------------------------------ checkpoints
 
@@ -324,18 +322,21 @@ class Run:
         return whole
 
     def save_checkpoint(self, step):
-        """Of the state after `step` steps, unless there is one; every rank has to call it."""
+        """Of the state after `step` steps, unless there is one; every rank has to call it, and leaves it when it is
+        written: a rank that ended before would take the others along."""
         if step == self.saved:
             return
-        self.adapter.tensors |= self.whole(self.parameters)
-        moments = {
-            f"{kind}.{name}": self.optimizer.state[parameter][kind]
-            for name, parameter in self.parameters.items()
-            for kind in ("exp_avg", "exp_avg_sq")
-        }
-        moments = self.whole(moments)
-        if self.ranks.first:
-            checkpoint.save(self.out, step, self.adapter, moments, self.settings, self.args.keep)
+        with self.stop.busy():
+            self.adapter.tensors |= self.whole(self.parameters)
+            moments = {
+                f"{kind}.{name}": self.optimizer.state[parameter][kind]
+                for name, parameter in self.parameters.items()
+                for kind in ("exp_avg", "exp_avg_sq")
+            }
+            moments = self.whole(moments)
+            if self.ranks.first:
+                checkpoint.save(self.out, step, self.adapter, moments, self.settings, self.args.keep)
+            self.ranks.barrier()
         self.saved = step
 
     def resume(self):
@@ -360,22 +361,23 @@ class Run:
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             beside.write_text("".join(lines[: self.first_step]))
             beside.replace(log)
+        if self.total(self.first_step) != [self.first_step * self.ranks.world]:
+            raise InputError(f"not all ranks see the same checkpoints: {self.out} has to be one folder for all nodes")
         self.ranks.say(f"resuming after step {self.first_step} from {checkpoint.folders(self.out)[-1]}")
 
     def finish(self):
-        """Writes the adapter at the top of `out` and removes the checkpoints."""
-        self.adapter.tensors |= self.whole(self.parameters)
-        if self.ranks.first:
-            (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
-            beside = self.out / "adapter.new"
-            shutil.rmtree(beside, ignore_errors=True)
-            lora.write_adapter(beside, self.adapter)
-            # adapter_config.json, the mark of a finished run, comes last.
-            for file in sorted(beside.iterdir(), key=lambda f: f.name == "adapter_config.json"):
-                os.replace(file, self.out / file.name)
-            beside.rmdir()
-            (self.out / ".lock").unlink(missing_ok=True)
-            for old in checkpoint.folders(self.out):
-                shutil.rmtree(old)
-            print(f"wrote {', '.join(sorted(file.name for file in self.out.iterdir()))} to {self.out}")
-        self.ranks.barrier()
+        """Makes the last checkpoint's adapter that of the run, and removes the checkpoints."""
+        with self.stop.busy():
+            if self.ranks.first:
+                *_, last = checkpoint.folders(self.out)
+                (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+                # adapter_config.json, the mark of a finished run, comes last.
+                for name in ("adapter_model.safetensors", lora.PROJECTOR_FILE, "adapter_config.json"):
+                    if (last / name).is_file():
+                        shutil.copyfile(last / name, self.out / f"{name}.new")
+                        os.replace(self.out / f"{name}.new", self.out / name)
+                for old in (*checkpoint.folders(self.out), self.out / checkpoint.BESIDE):
+                    shutil.rmtree(old, ignore_errors=True)
+                written = sorted(file.name for file in self.out.iterdir() if file.name != ".lock")
+                self.ranks.say(f"wrote {', '.join(written)} to {self.out}")
+            self.ranks.barrier()

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stic_min import check, cli, data, lora, mistral, training
+from stic_min.checkpoint import folders as checkpoint_folders
 from stic_min.clip import ClipConfig
 from stic_min.llava import Example, LLaVA, LlavaConfig
 
@@ -314,12 +315,13 @@ def test_the_table_of_them_is_up_to_date():
         assert re.search(message.replace("{w}", "W"), rows[case]), case
 
 
+NEEDS_MORE = "no effect", "too fast", "only broken", "no such device"  # the weights, or the device
 CHECKED = [case for case, (name, *_) in CASES.items() if name in ("pairs", "describe", "stage1", "stage2")]
 
 
-@pytest.mark.parametrize("case", [c for c in CHECKED if c not in ("no effect", "too fast", "only broken")])
+@pytest.mark.parametrize("case", [case for case in CHECKED if case not in NEEDS_MORE])
 def test_check_fails_where_the_run_would(case, w, capsys):
-    """All but what needs the weights: --check says the same, and leaves nothing behind."""
+    """--check says the same, and leaves nothing behind."""
     name, damage, flags, message = CASES[case]
     if damage:
         damage(w)
@@ -333,6 +335,32 @@ def test_check_fails_where_the_run_would(case, w, capsys):
     assert sorted(w.rglob("*")) == before
 
 
+def test_a_linked_folder_is_no_missing_one(w, capsys):
+    """LLaVA's pictures often lie behind links; that these are refused has to be said."""
+    link("images/coco", "elsewhere")(w)
+    edits(RECORDS, lambda records: [r.update(image="coco/x.jpg") for r in records if r["id"] == "a"])(w)
+    for flags, status in (((), 0), (("--check",), 0)):
+        assert outcome(w, "describe", *flags) == status
+        said_ = "\n".join(["", *said(capsys)[1]]) if not flags else capsys.readouterr().out
+        assert "image 'coco/x.jpg' is a link that leads outside the image folder" in said_
+
+
+def test_check_sees_that_out_can_not_be(w, capsys):
+    for name, out in (("stage1", w / PAIRS / "out"), ("pairs", w / PAIRS / "new.jsonl")):
+        for flags in ((), ("--check",)):
+            assert outcome(w, name, "--out", out, *flags) == 1
+            assert said(capsys)[1] == [f"error: can't write to {out}: {w / PAIRS} is a file"]
+
+
+def test_check_reads_the_checkpoint_that_the_run_would_go_on_from(w, capsys):
+    stopped(w, "stage1", "--batch-size", 1)
+    assert outcome(w, "stage1", "--batch-size", 1, "--check") == 0
+    cut(w / "out/checkpoint-1/optimizer.safetensors")
+    capsys.readouterr()
+    assert outcome(w, "stage1", "--batch-size", 1, "--check") == 1
+    assert f"  problem      can't read {w}/out/checkpoint-1/optimizer.safetensors: " in said(capsys)[0]
+
+
 def test_check_names_all_that_is_wrong(w, capsys):
     records = [pair(A), pair("none.png"), pair(B), pair(A), {"image": B}]
     write(w / PAIRS, records)
@@ -341,8 +369,8 @@ def test_check_names_all_that_is_wrong(w, capsys):
     out, lines = said(capsys)
     assert [re.sub(r".*(none.png|line 5|scene_02.png: ).*", r"\1", x) for x in out.splitlines() if "problem" in x] == [
         "line 5", "none.png", "scene_02.png: "]
-    assert "3 that can be trained on, 2 pictures" in out and f"1 pictures come more than once: {A}" in out
-    assert lines == ["error: the run would fail: 3 problem(s)"]
+    assert "3 that can be trained on, 2 pictures" in out and f"1 pictures come more than once: {w}/images/{A}" in out
+    assert lines == ["error: the run would fail, for 3 reasons"]
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "pairs", "describe"])
@@ -516,9 +544,11 @@ def test_impossible_flags_end_with_the_usage(w, capsys, name, flags):
 
 
 def stopped(w, name, *flags):
-    """A run that ends before it is finished; what it left in its folder stays."""
+    """A run that ends before it is finished, without its last checkpoint; what it left in its folder stays."""
     with mock.patch.object(training.Run, "finish"):
         assert outcome(w, name, *flags) == 0
+    *_, last = checkpoint_folders(w / "out")
+    shutil.rmtree(last)
 
 
 @pytest.mark.parametrize("setting, name, damage, flags", [
@@ -534,6 +564,7 @@ def stopped(w, name, *flags):
     ("fingerprint", "stage1", weights(MODEL, wider), ""),
     ("fingerprint", "stage2", weights(ADAPTER, double), ""),
     ("lora_dropout", "stage2", None, "--lora-dropout 0.1"), ("one_line", "stage2", None, "--one-line"),
+    ("plain", "stage2", None, "--plain"),
     ("instructions", "stage2", talk(human("a"), gpt("b")), ""),
     ("descriptions", "stage2", first(TOLD, description="Blue."), "")])
 def test_another_run_does_not_go_on_with_it(w, capsys, setting, name, damage, flags):
@@ -566,8 +597,8 @@ def test_a_checkpoint_every_tenth_of_a_run_the_newest_are_kept(w, capsys):
     save = lambda run, step, save=training.Run.save_checkpoint: made.append(step) or save(run, step)
     with mock.patch.object(training.Run, "save_checkpoint", save):
         stopped(w, "stage1", "--batch-size", 1)
-    assert made == list(range(3, 25, 3))
-    assert sorted(path.name for path in (w / "out").glob("checkpoint*")) == ["checkpoint-21", "checkpoint-24"]
+    assert made == [*range(3, 25, 3), 25]
+    assert sorted(path.name for path in (w / "out").glob("checkpoint*")) == ["checkpoint-24"]  # and 25
     for path in (w / "out").glob("checkpoint*"):
         shutil.rmtree(path)  # as if killed before the first: the log begins anew
     assert outcome(w, "stage1", "--batch-size", 1) == 0

@@ -21,7 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stic_min import InputError, cli, training
+from stic_min import InputError, check, cli, training
 from stic_min.loader import load_llava
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,19 +157,68 @@ def test_within_a_step_the_last_one_is_saved(made, tmp_path):
     assert same(tmp_path, made.fours)
 
 
+def patched(code, script, *args):
+    """The command, with a few lines of Python in front of it."""
+    run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    lines = ["import os, runpy, signal, sys, time", "from stic_min import checkpoint, cli, training", *code, run]
+    return [sys.executable, "-uc", "\n".join(lines), f"{script}.py", *map(str, args)]
+
+
 def test_a_run_that_hangs_is_ended(made, tmp_path):
     """As one whose other rank has died on a GPU: it never comes to look at the signal."""
-    hang = ("import time, runpy, sys; from stic_min import InputError, cli, training; cli.Stop.patience = 1\n"
-            "training.Run.collate = lambda *_: time.sleep(60)\n"
-            "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
-    script, *args = map(str, [*made.command, "--out", tmp_path])
-    command = [sys.executable, "-c", hang, f"{script}.py", *args]
+    hang = ["cli.Stop.patience = 1", "training.Run.collate = lambda *_: time.sleep(60)"]
+    command = patched(hang, *made.command, "--out", tmp_path)
     process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for((tmp_path / ".lock").exists)
     time.sleep(0.5)
     process.terminate()
-    assert process.communicate(timeout=20)[1].splitlines()[-1] == "stopped at once; the last checkpoint is whole"
+    said = process.communicate(timeout=20)[1].splitlines()[-1]
+    assert said == "stopped at once; the same command goes on from the last checkpoint"
     assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_ctrl_c_also_ends_the_tee_behind_a_pipe(made, tmp_path):
+    """`train_stage1.py ... | tee log`: nobody reads any more when the run says what it does."""
+    slow = ["backward = training.Run.backward",
+            "training.Run.backward = lambda *args: [time.sleep(0.1), backward(*args)]"]  # fmt: skip
+    command = [*made.command, "--batch-size", 1, "--out", tmp_path]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(patched(slow, *command), cwd=ROOT, env=ENV, text=True, **pipes)
+    wait_for(after_steps(1, tmp_path))
+    process.stdout.close()
+    wait_for(after_steps(12, tmp_path))  # a line was due
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    step = len(log(tmp_path))
+    assert process.wait(timeout=60) == 130 and SAID.format(step) in said and "Traceback" not in said
+    call(*command)
+    assert same(tmp_path, made.whole)
+
+
+@pytest.mark.parametrize("when", ["save", "finish"])
+def test_a_signal_while_it_writes_waits(made, tmp_path, when):
+    """Saving may take minutes: neither patience nor a second signal end it."""
+    name = "checkpoint.save" if when == "save" else "training.shutil.copyfile"
+    slow = ["cli.Stop.patience = 0.1", f"write = {name}", "def slowly(*args):",
+            *["    os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.3)"] * 2, f"    {name} = write",
+            "    return write(*args)", f"{name} = slowly"]  # fmt: skip
+    command = [*made.command[:-1], 4, "--batch-size", 4, "--out", tmp_path]  # --save-every 4
+    done = subprocess.run(patched(slow, *command), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
+    if when == "save":
+        assert done.stderr.splitlines()[-1] == SAID.format(4) and (tmp_path / "checkpoint-4").is_dir()
+        call(*command)
+    assert "Traceback" not in done.stderr and same(tmp_path, made.fours)
+
+
+def test_other_signals_are_none_of_its_business():
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    with mock.patch.object(cli.Stop, "patience", 0), cli.Stop() as stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+    signal.signal(signal.SIGUSR1, before)
+    assert len(heard) == 3 and stop.asked is None
 
 
 def test_generation_ends_on_sigterm_as_on_ctrl_c(made, tiny, tmp_path):
@@ -177,9 +226,11 @@ def test_generation_ends_on_sigterm_as_on_ctrl_c(made, tiny, tmp_path):
                "--batch-size", 2, "--max-new-tokens", 48, "--out"]  # fmt: skip
     process = start(*command, tmp_path / "out.jsonl")
     wait_for(lambda: (tmp_path / "out.jsonl").is_file())
-    process.terminate()
+    for _ in range(5):  # an impatient one
+        process.terminate()
+        time.sleep(0.005)
     said = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130 and said[-1] == "stopped; what was finished is kept"
+    assert process.returncode == 130 and said[-1] == "stopped; what was finished is kept" and len(said) < 4
     call(*command, tmp_path / "out.jsonl")
     call(*command, tmp_path / "whole.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -261,8 +312,30 @@ def test_two_runs_do_not_share_a_folder(made, tmp_path):
     process.send_signal(signal.SIGSTOP)
     status, said = ended(*made.command, "--batch-size", 1, "--out", tmp_path)
     process.send_signal(signal.SIGCONT)
-    assert (status, said) == (1, f"error: another run is writing to {tmp_path}")
+    assert (status, said) == (1, f"error: another run is writing to {tmp_path}; wait for it, or name another --out")
     assert process.communicate(timeout=60) and process.returncode == 0 and same(tmp_path, made.whole)
+
+
+def test_a_run_that_ended_meanwhile_is_not_touched(made, tmp_path):
+    """The second looked at the folder when the first was under way, and comes to write when it is done."""
+    command = [*made.command, "--batch-size", 4, "--out", tmp_path]
+    pictures = check.pictures
+
+    def meanwhile(*args):
+        check.pictures = pictures
+        call(*command)
+
+    with mock.patch.object(check, "pictures", meanwhile):
+        status, said = ended(*command)
+    assert (status, said) == (1, f"error: {tmp_path} holds a finished run; name another --out, or delete it")
+    assert same(tmp_path, made.fours) and not (tmp_path / ".lock").exists()
+
+
+def test_nothing_of_a_stopped_run_stays_in_a_finished_one(made, tmp_path):
+    stopped(made, tmp_path, 7)
+    (tmp_path / "checkpoint.new").mkdir()
+    call(*made.command, "--batch-size", 1, "--out", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(p.name for p in made.whole.iterdir())
 
 
 # ---------------------------------------------------------------- what goes wrong meanwhile
@@ -310,7 +383,8 @@ def test_a_full_disk_while_generating(tiny, tmp_path):
     command = ["generate_pairs", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
                "--max-new-tokens", 16, "--out"]  # fmt: skip
     status, said, traces = limited([*command, tmp_path / "out.jsonl"], 5000, tmp_path)
-    assert status == 1 and said == "error: writing: File too large" and not traces
+    assert said == f"error: can't write to {tmp_path}/out.jsonl: File too large; what is in it is kept"
+    assert status == 1 and not traces
     assert (tmp_path / "out.jsonl").read_text().count("\n") >= 1
     call(*command, tmp_path / "out.jsonl")
     call(*command, tmp_path / "whole.jsonl")
