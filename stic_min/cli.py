@@ -298,9 +298,14 @@ class Stop:
                 os._exit(128 + (self.asked or signal.SIGTERM))
 
 
+def on_signals(handler):
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+
 def interrupt(number, frame):
-    for again in (signal.SIGINT, signal.SIGTERM):  # it is on its way out
-        signal.signal(again, signal.SIG_IGN)
+    on_signals(signal.SIG_IGN)  # it is on its way out
     raise KeyboardInterrupt
 
 
@@ -321,13 +326,13 @@ OUT_OF_MEMORY = (
 def run(main):
     """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
     status, rank = 0, int(os.environ.get("RANK", 0))
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
+    on_signals(interrupt)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
     try:
         main()
+    except BrokenPipeError:  # what it says has no reader any more, as behind `| head`
+        sys.stdout, status = open(os.devnull, "w"), 1
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
@@ -335,23 +340,24 @@ def run(main):
             error = f"{error.filename or 'writing'}: {error.strerror}"
         if rank:
             time.sleep(2)  # when all ranks fail alike, torchrun ends this one before it says the same again
-        sys.stderr.write(f"error: {error}\n")
+        put(f"error: {error}", "stderr")
         status = 1
     except KeyboardInterrupt as stopped:
         if rank == 0:
-            sys.stderr.write(f"{str(stopped) or 'stopped; what was finished is kept'}\n")
+            put(f"{str(stopped) or 'stopped; what was finished is kept'}", "stderr")
         status = 130
     except MemoryError as error:
-        sys.stderr.write(f"error: {OUT_OF_MEMORY.format(first_line(error) or 'of the machine')}\n")
+        put(f"error: {OUT_OF_MEMORY.format(first_line(error) or 'of the machine')}", "stderr")
         status = 1
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            sys.stderr.write(f"error: {OUT_OF_MEMORY.format(first_line(error))}\n")
+            put(f"error: {OUT_OF_MEMORY.format(first_line(error))}", "stderr")
         elif died_elsewhere(error):
-            sys.stderr.write(f"rank {rank} ends, as another one has: {first_line(error)}\n")
+            put(f"rank {rank} ends, as another one has: {first_line(error)}", "stderr")
         else:
             raise
         status = 1
+    on_signals(signal.SIG_IGN)  # nothing is left to stop
     if dist.is_initialized():
         if status == 0:  # after an error of one rank alone it would wait for the others
             dist.destroy_process_group()

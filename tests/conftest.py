@@ -1,6 +1,7 @@
 """What several test files use: the reference data beside the repository, and the tiny checkpoints of tests/tiny.py."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"no reference data in {SHARED} (set STIC_SHARED)")
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """As they were: a command that has ended leaves them ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -210,6 +210,15 @@ def test_a_signal_while_it_writes_waits(made, tmp_path, when):
     assert "Traceback" not in done.stderr and same(tmp_path, made.fours)
 
 
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """`... | head -1`."""
+    command = [sys.executable, "-c", "from stic_min import cli; cli.run(lambda: [print(i) for i in range(100000)])"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 1
+
+
 def test_other_signals_are_none_of_its_business():
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
