@@ -22,11 +22,9 @@ def shared():
 
 @pytest.fixture(autouse=True)
 def signals():
-    """As they were: a command that has ended leaves them ignored."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    """As Python has them: a command that has ended, in a fixture too, leaves them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
