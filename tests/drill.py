@@ -70,6 +70,7 @@ def chain(world, inputs, out):
     at, pictures = ["--model", world / "llava-v1.6-tiny", "--device", "cpu"], ["--images", world / "images"]
     train = [*at, *pictures, "--lr", 1e-3, "--batch-size", 2, "--save-every", 1]
     few = ["--max-new-tokens", 64, "--batch-size", 2]
+    more = ["--max-new-tokens", 192, "--batch-size", 2]  # nothing is trained on these, which would take longer
     return {
         "pairs": ["generate_pairs.py", *at, *pictures, *few, "--out", out / "pairs" / "pairs.jsonl"],
         "stage1": ["train_stage1.py", *train, "--lora-r", 32, "--pairs", inputs / "pairs" / "pairs.jsonl",
@@ -79,7 +80,7 @@ def chain(world, inputs, out):
         "stage2": ["train_stage2.py", *train, "--lora-dropout", 0.05, "--instructions", world / "instructions.json",
                    "--descriptions", inputs / "describe" / "descriptions.jsonl", "--adapter", inputs / "stage1",
                    "--out", out / "stage2"],
-        "evaluate": ["evaluate.py", "scienceqa", "--dar", *at, "--data", world / "scienceqa", *few,
+        "evaluate": ["evaluate.py", "scienceqa", "--dar", *at, "--data", world / "scienceqa", *more,
                      "--adapter", inputs / "stage2", "--out", out / "evaluate"],
     }
 
@@ -99,17 +100,19 @@ def run_chain(world, inputs, out):
     os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
 
 
-def undisturbed(ranks, *folders):
-    """The chain in one start of Python -> {command: (seconds, what it said)}, empty if it failed."""
+def undisturbed(ranks, *folders, before):
+    """The chain in one start of Python -> {command: (seconds, what it said)}, empty if it failed; `before` a start."""
     for _ in range(3):
+        before()
         done = subprocess.run(torchrun(ranks, __file__, "--chain", *folders), cwd=ROOT, env=ENV, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode == 0:
             parts = re.split(r"^took (\w+) (\S+)\n", done.stdout, flags=re.M)
             return {name: (float(took), said) for said, name, took in zip(parts[::3], parts[1::3], parts[2::3])}
-        print(done.stdout)
         if not crashed(done.stdout):
+            print(done.stdout)
             break
+        print("a rank crashed by itself: once more", flush=True)
     return {}
 
 
@@ -284,7 +287,7 @@ class Drill:
         while moment == MOMENTS[-1] and process.poll() is None and half_written(self.out) == self.half:
             time.sleep(0.0005)
         try:
-            process.wait(self.rng.uniform(0, {MOMENTS[0]: within, MOMENTS[1]: within / 2, MOMENTS[-1]: 0.003}[moment]))
+            process.wait(self.rng.uniform(0, {MOMENTS[0]: within, MOMENTS[1]: within / 2, MOMENTS[-1]: 0.001}[moment]))
         except subprocess.TimeoutExpired:
             pass
         hit = time.monotonic()
@@ -370,7 +373,7 @@ def drill(kills, seed, ranks, copies, folder):
     rng, begin, drills = random.Random(seed), time.monotonic(), []
     write_world(world, copies)
     out.mkdir()
-    took = undisturbed(ranks, world, reference, reference)
+    took = undisturbed(ranks, world, reference, reference, before=lambda: shutil.rmtree(reference, ignore_errors=True))
     if not took:
         return False
     for number, (name, command) in enumerate(chain(world, reference, out).items()):
@@ -378,8 +381,7 @@ def drill(kills, seed, ranks, copies, folder):
         kinds = [KINDS[(number + i) % len(KINDS)] for i in range(kills // 5 + (number < kills % 5))]
         drills.append(Drill(name, command, reference / name, out / name, ranks, rng))
         drills[-1].run(kinds, took[name][0])
-        drills[-1].look()
-    rest = undisturbed(ranks, world, reference, out)
+    rest = undisturbed(ranks, world, reference, out, before=lambda: [d.look() for d in drills])
     for d in drills:
         d.check_resumed(rest.get(d.name, (0, ""))[1])
         d.compare()
