@@ -338,8 +338,9 @@ def run(main):
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             error = f"{error.filename or 'writing'}: {error.strerror}"
-        if rank:
-            time.sleep(2)  # when all ranks fail alike, torchrun ends this one before it says the same again
+        if rank:  # when all ranks fail alike, torchrun ends this one before it says the same again
+            on_signals(signal.SIG_DFL)
+            time.sleep(2)
         put(f"error: {error}", "stderr")
         status = 1
     except KeyboardInterrupt as stopped:

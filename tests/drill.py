@@ -1,6 +1,6 @@
 """A drill for long runs: every command is killed again and again, and has to end as if it had not been.
 
-  python tests/drill.py                    40 kills, about ten minutes on two cores
+  python tests/drill.py                    40 kills, about seven minutes on two cores
   python tests/drill.py --kills 200 --seed 7
   python tests/drill.py --images 2000      instead: memory and open files of one process that generates for long
 
@@ -195,20 +195,19 @@ def whole_lines(out):
     return {line for file in files if stem(file) == stem(files[0]) for line in lines(file)}
 
 
-def half_written(out):
-    return [file.name for file in out.glob("*.new")]
-
-
 def on_disk(out):
-    """In words; empty if there is nothing to go on from."""
-    half = half_written(out)
+    """What there is to go on from, in words; empty if there is nothing."""
     if finished(out):
         return "the finished adapter"
     if step := newest(out):
-        return ", ".join([f"checkpoint-{step}", *half])
+        return f"checkpoint-{step}"
     files = [*out.glob("*.jsonl"), *out.glob("*.jsonl.part*")]
     count = sum(len(lines(file)) for file in files if file.name != "log.jsonl")
-    return ", ".join([f"{count} lines"] * bool(count) + half)
+    return f"{count} lines" if count else ""
+
+
+def half_written(out):
+    return [file.name for file in out.glob("*.new")]
 
 
 def contents(folder):
@@ -307,10 +306,11 @@ class Drill:
         if not runs and not crash:
             self.complain(f"ended with status {status}, and nobody had touched it")
         ended = time.monotonic() - hit
-        left, self.kills = on_disk(self.out), self.kills + 1
-        self.saved, self.halves = self.saved + bool(left), self.halves + (".new" in left)
+        left, half = on_disk(self.out), half_written(self.out)
+        self.kills, self.saved, self.halves = self.kills + 1, self.saved + bool(left), self.halves + bool(half)
+        left = ", ".join([left or "nothing", *half])
         print(f"{self.name:<9} {self.kills:>3}/{number}  {kind:<9} at {hit - first:4.1f} s  "
-              f"status {status:>3} after {ended:4.1f} s  left: {left or 'nothing'}{'  (crashed)' * crash}", flush=True)
+              f"status {status:>3} after {ended:4.1f} s  left: {left}{'  (crashed)' * crash}", flush=True)
         if OUR_FRAMES.search(self.text()):
             self.complain(f"a traceback after: {kind}")
         if kind.startswith("SIG") and self.training:

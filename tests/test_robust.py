@@ -409,6 +409,13 @@ def test_out_of_memory_says_what_to_lower(made, tmp_path, error):
     assert status == 1 and said.startswith("error: out of memory (") and "--micro-batch" in said and "\n" not in said
 
 
+def test_what_all_ranks_find_wrong_is_said_once(made, tmp_path):
+    process = start(*made.command, "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "out", ranks_=2)
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert sum(line == f"error: can't read {tmp_path}/none.jsonl: No such file or directory" for line in said) == 1
+    assert not any("train_stage1.py\", line" in line or "cli.py" in line for line in said)  # of no trace of ours
+
+
 @pytest.mark.parametrize("fails, says", [
     ("stic_min.InputError('sample 7 is off')", "error: sample 7 is off"), ("ValueError('a bug')", "ValueError: a bug")])
 def test_a_rank_that_fails_takes_the_others_down_with_its_own_message(made, tmp_path, fails, says):
