@@ -106,7 +106,7 @@ def percentiles(values):
 # ---------------------------------------------------------------- reports
 
 
-def names(found, most=20):
+def names(found, most=5):
     return ", ".join(map(str, found[:most])) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
@@ -137,12 +137,12 @@ def training(args, llava, adapter, items, settings, problems, ranks, reference):
         each(lambda out: checkpoint.newest(out, settings, print), [Path(args.out)], problems)
     lines = [("samples", f"{len(items)} that can be trained on, {len({i.image for i in items})} pictures")]
     if again := repeated(item.image for item in items):
-        lines.append(("repeated", f"{len(again)} pictures come more than once: {names(again, 5)}"))
+        lines.append(("repeated", f"{len(again)} pictures come more than once: {names(again)}"))
     if items:
         cut = [item.example.name for item in items if item.cut]
         lines.append(("tokens", f"a sample: {percentiles([item.length for item in items])}"))
         lines.append(("scored", f"of them: {percentiles([item.scored for item in items])}"))
-        lines.append(("cut", f"{len(cut)} to {settings['max_length']} tokens{': ' * bool(cut)}{names(cut, 5)}"))
+        lines.append(("cut", f"{len(cut)} to {settings['max_length']} tokens{': ' * bool(cut)}{names(cut)}"))
         lines += training_cost(args, llava, adapter, items, reference)
     end(lines, problems)
 
@@ -182,7 +182,7 @@ def generation(args, llava, what, made, left, skipped, asked, problems):
     lines = [(what, f"{len(made) + len(skipped)}, {left} of them not yet in {args.out}")]
     lines += [("skipped", f"{len(skipped)}, each with a warning")] if skipped else []
     if again := repeated(asked):
-        lines.append(("repeated", f"{len(again)} names come more than once and are made once: {names(again, 5)}"))
+        lines.append(("repeated", f"{len(again)} names come more than once and are made once: {names(again)}"))
     lines += [("  skipped", problem) for problem in skipped[:100]]
     if made:
         lengths = [length for rows in made.values() for length in rows]

@@ -84,7 +84,7 @@ def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024
     group.add_argument("--top-p", type=mass, help="keep the most probable tokens up to this mass (default: all)")
     group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="per response")
     if batch_size:
-        group.add_argument("--batch-size", type=positive, default=batch_size, help="responses sampled together; README.md has what it takes")
+        group.add_argument("--batch-size", type=positive, default=batch_size, help="responses sampled together")
 
 
 def model_options(args, ranks):

@@ -343,6 +343,9 @@ class Run:
         """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
         self.ranks.barrier()
         saved = checkpoint.newest(self.out, self.settings, self.ranks.say)
+        step = saved[0] if saved else 0
+        if self.total(step) != [step * self.ranks.world]:
+            raise InputError(f"not all ranks see the same checkpoints: {self.out} has to be one folder for all nodes")
         if saved is None:
             for left_behind in ("log.jsonl", "adapter_model.safetensors", lora.PROJECTOR_FILE):
                 (self.out / left_behind).unlink(missing_ok=True)
@@ -361,8 +364,6 @@ class Run:
             lines = log.read_text().splitlines(keepends=True) if log.exists() else []
             beside.write_text("".join(lines[: self.first_step]))
             beside.replace(log)
-        if self.total(self.first_step) != [self.first_step * self.ranks.world]:
-            raise InputError(f"not all ranks see the same checkpoints: {self.out} has to be one folder for all nodes")
         self.ranks.say(f"resuming after step {self.first_step} from {checkpoint.folders(self.out)[-1]}")
 
     def finish(self):
