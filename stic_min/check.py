@@ -9,10 +9,9 @@ import torch.distributed as dist
 
 from stic_min import InputError, checkpoint, cli, lora
 from stic_min.data import each, load_tiles
-from stic_min.files import check_place
+from stic_min.files import check_place, read_json
 from stic_min.images import open_image
 from stic_min.llava import collate
-from stic_min.loader import read_json
 from stic_min.loss import token_logps
 
 # Assumed for the estimates: 40 % of an H100's or H200's arithmetic, two thirds of an H200's memory bandwidth, and the

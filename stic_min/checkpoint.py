@@ -11,8 +11,7 @@ import os
 import shutil
 
 from stic_min import InputError, lora
-from stic_min.files import printable
-from stic_min.loader import read_json
+from stic_min.files import printable, read_json
 
 DRAWS = "ranks", "micro_batch"  # settings that change nothing but which inputs dropout hits
 NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.new"

@@ -41,6 +41,18 @@ def read_records(path):
     return records
 
 
+def read_json(path):
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"no such file: {path}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
+
+
 def field(record, key, where):
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():

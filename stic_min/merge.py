@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from stic_min import InputError, cli, lora
-from stic_min.loader import canonical, open_llava, open_shard, read_json, shards
+from stic_min.files import read_json
+from stic_min.loader import canonical, open_llava, open_shard, shards
 
 
 def merge_shard(tensors, adapter, dtype=None):

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stic_min import InputError
+from stic_min.config import MISTRAL_7B, decoder_config
 from stic_min.images import make_tiles
-from stic_min.loader import MISTRAL_7B, decoder_config, load_llava
+from stic_min.loader import load_llava
 
 TEXT = "[INST] What colour is the sail of the boat? [/INST]"
 PROMPT = TEXT.replace("[INST] ", "[INST] <image>\n")

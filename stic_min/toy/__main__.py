@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from stic_min import cli
-from stic_min.loader import read_json
+from stic_min.files import read_json
 from stic_min.toy import demo, recipe, study
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from stic_min import InputError, cli
-from stic_min.loader import read_json
+from stic_min.files import read_json
 from stic_min.toy import files, world
 
 ROOT = Path(__file__).resolve().parents[2]  # where the four scripts are
