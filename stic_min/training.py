@@ -24,9 +24,10 @@ from torch.distributed.tensor import DTensor
 from stic_min import InputError, check, checkpoint, cli, lora
 from stic_min.data import global_batches, load_tiles
 from stic_min.files import append_line, lock, unlock
+from stic_min.formats.adapters import PROJECTOR_FILE, read_adapter
 from stic_min.images import ahead
 from stic_min.llava import Projector, collate
-from stic_min.loader import canonical, fill, open_llava, own_rows
+from stic_min.loader import fill, open_llava, own_rows
 from stic_min.sampler import row_seed
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
@@ -119,7 +120,7 @@ def build(args, ranks, keep_reference):
     llava, source = open_llava(args.model, **options)
     given = getattr(args, "adapter", None)
     if given:
-        adapter = lora.read_adapter(given, llava, canonical)
+        adapter = read_adapter(given, llava)
         for flag, value in (("--lora-r", adapter.r), ("--lora-alpha", adapter.alpha)):
             wanted = getattr(args, flag[2:].replace("-", "_"))
             if wanted is not None and wanted != value:
@@ -347,7 +348,7 @@ class Run:
         if self.total(step) != [step * self.ranks.world]:
             raise InputError(f"not all ranks see the same checkpoints: {self.out} has to be one folder for all nodes")
         if saved is None:
-            for left_behind in ("log.jsonl", "adapter_model.safetensors", lora.PROJECTOR_FILE):
+            for left_behind in ("log.jsonl", "adapter_model.safetensors", PROJECTOR_FILE):
                 (self.out / left_behind).unlink(missing_ok=True)
             return
         self.first_step, tensors, moments = saved
@@ -373,7 +374,7 @@ class Run:
                 *_, last = checkpoint.folders(self.out)
                 (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 # adapter_config.json, the mark of a finished run, comes last.
-                for name in ("adapter_model.safetensors", lora.PROJECTOR_FILE, "adapter_config.json"):
+                for name in ("adapter_model.safetensors", PROJECTOR_FILE, "adapter_config.json"):
                     if (last / name).is_file():
                         shutil.copyfile(last / name, self.out / f"{name}.new")
                         os.replace(self.out / f"{name}.new", self.out / name)

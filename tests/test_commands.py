@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import generate_pairs
 from stic_min import InputError, data, lora, sampler, training
 from stic_min.files import subset
+from stic_min.formats.adapters import PREFIX
 from stic_min.images import corrupt, open_image
 from stic_min.llava import collate
 from stic_min.loader import load_llava
@@ -294,7 +295,7 @@ def logps_by_hand(llava, item):
 
 
 def assert_trained_like(llava, folder):
-    named = {f"model.{name}" if "lora" not in name else f"{lora.PREFIX}{name}.weight": p
+    named = {f"model.{name}" if "lora" not in name else f"{PREFIX}{name}.weight": p
              for name, p in llava.named_parameters() if p.requires_grad}
     written = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(named) == set(written)
@@ -364,14 +365,14 @@ def test_nothing_decays(runs, tmp_path):
     call(*runs.commands["stage1"], "--batch-size", 8, "--out", tmp_path)
     after = load_file(tmp_path / "adapter_model.safetensors")
     for name, before in lora.fresh(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
-        assert torch.equal(after[f"{lora.PREFIX}{name}.weight"], before) is ("lora_A" in name)
+        assert torch.equal(after[f"{PREFIX}{name}.weight"], before) is ("lora_A" in name)
 
 
 def test_what_is_trained_is_float32_in_a_bfloat16_model(runs, tmp_path):
     """Steps of 1e-6 on weights of about 0.1, which bfloat16 would round away."""
     call(*runs.commands["stage1"], "--dtype", "bfloat16", "--lr", 1e-6, "--projector-lr", 1e-6, "--out", tmp_path)
     llava = load_llava(runs.model)
-    before = {f"{lora.PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
+    before = {f"{PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
     before |= {f"model.{k}": v for k, v in llava.named_parameters() if k.startswith("mm_projector.")}
     after = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(after) == set(before) and {v.dtype for v in after.values()} == {torch.float32}
