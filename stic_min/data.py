@@ -187,6 +187,12 @@ class Item:
     scored: int  # supervised tokens
     cut: bool  # whether a response was shortened to the maximum length
 
+    @property
+    def differs(self):
+        """Of a pair: whether its two responses are different tokens, so that there is something to prefer."""
+        chosen, rejected = self.example.branches
+        return chosen != rejected
+
 
 def cut_to(ids, room):
     return ids[:room], len(ids) > room

@@ -33,6 +33,7 @@ from stic_min.sampler import row_seed
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
 WARMUP = 0.03  # of all steps
+SHOWN = "loss", "dpo", "alpha_nll", "margin", "accuracy"  # on the terminal; log.jsonl has everything
 
 
 # ---------------------------------------------------------------- flags
@@ -254,8 +255,9 @@ class Run:
 
     def total(self, *values):
         """Sums of numbers over the ranks."""
+        values = list(map(float, values))
         if self.ranks.world == 1:
-            return list(map(float, values))
+            return values
         values = torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(values)
         return values.tolist()
@@ -268,7 +270,7 @@ class Run:
     def add(self, weight, **values):
         """Adds weight * the sum of each value to what this step logs."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value.detach().double().sum().item()
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value.detach().double().sum()
 
     def update(self, step):
         """Clips, steps, logs, and saves a checkpoint when it is time."""
@@ -305,7 +307,7 @@ class Run:
                   "memory_gb": round(memory, 3), "seconds_left": round(left, 1)}
         if self.ranks.first:
             append_line(self.out / "log.jsonl", json.dumps(record))
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "answer_tokens")
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in SHOWN if name in values)
         if now - self.shown >= 1 or step + 1 == steps:  # the file has every step; to look at, one a second will do
             self.shown = now
             self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
