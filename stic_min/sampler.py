@@ -58,7 +58,7 @@ def pick(logits, temperature, top_p, uniform):
 def fp32_logits(llava, x):
     """Hidden states (B, C) -> logits (B, V) float32: on a GPU straight from the product's fp32 accumulator, as bf16
     rounds logits near 20 to eighths."""
-    if x.is_cuda and x.dtype != torch.float32:
+    if x.is_cuda and torch.version.cuda and x.dtype != torch.float32:
         return torch.mm(x, llava.lm_head.weight.t(), out_dtype=torch.float32)
     return llava.lm_head(x).float()
 
