@@ -85,6 +85,22 @@ def test_bf16_keeps_a_small_update(size):
     assert slope(made, x, B, separate) < 0.9  # why it is done so
 
 
+@torch.no_grad()
+def test_peft_loses_it():
+    """README's first row is PEFT's arithmetic: fp32 LoRA on a bf16 base, as TRL trains it."""
+    peft = pytest.importorskip("peft")
+    made, x = layer(512, 512, r=16, dtype=torch.bfloat16), torch.randn(512, 512).bfloat16()
+    base = nn.Sequential(nn.Linear(512, 512, bias=False, dtype=torch.bfloat16))
+    base[0].weight.copy_(made.weight)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=16, lora_alpha=32, target_modules=["0"]))
+    [lora_layer] = [m for m in theirs.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    made.lora_B.copy_(B_of_size(made, x, 1.5e-4))
+    for ours, name in ((made.lora_A, "lora_A"), (made.lora_B, "lora_B")):
+        getattr(lora_layer, name)["default"].weight.copy_(ours)
+    assert lora_layer.lora_B["default"].weight.dtype == torch.float32
+    assert torch.equal(theirs(x), separate(made, x))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("tokens", [1, 7, 300])
 @pytest.mark.parametrize("inputs, outputs", [(256, 64), (64, 256), (256, 256)])
