@@ -84,11 +84,30 @@ def log(folder):
     return records
 
 
+def tensors(folder):
+    """What an adapter folder holds, the projector included."""
+    return {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+
+
 def distance(a, b):
     """The largest difference of two adapters, projector included."""
-    a, b = ({k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()} for folder in (a, b))
+    a, b = tensors(a), tensors(b)
     assert a and set(a) == set(b)
     return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+def assert_same_parameters(a, b, lr=1e-3, projector_lr=2e-5):
+    """Two sets of trained tensors are equal up to the order of sums: apart by less than 1e-4 of lr, on average.
+
+    The largest difference says little. Adam divides a gradient by its own size, so rounding noise n in a gradient g
+    moves a step by min(2, n / |g|) lr: by any share of lr where g is near zero, and how near the smallest of 6,000
+    comes depends on the CPU (1e-2 lr has been seen). The mean is well conditioned. Gradients of typical size s are
+    spread evenly around zero, so it is n / s * (1 + log(2 s / n)), 2e-6 for n / s = 1e-7; seen are 4e-7 to 4e-6.
+    One parameter of the 6,500 that misses one step is 1.5e-4, and a sample that weighs 1% too much about 1e-2.
+    """
+    assert a and set(a) == set(b)
+    steps = [(a[key] - b[key]).abs().flatten() / (projector_lr if "mm_projector" in key else lr) for key in a]
+    assert torch.cat(steps).mean() < 1e-4
 
 
 def assert_same_training(a, b):
@@ -96,7 +115,7 @@ def assert_same_training(a, b):
     assert len(log(a)) == len(log(b))
     for x, y in zip(log(a), log(b)):
         assert x == pytest.approx(y, rel=1e-4, abs=1e-4)
-    assert distance(a, b) < 1e-5
+    assert_same_parameters(tensors(a), tensors(b))
 
 
 def chain(model, tiny, out):
@@ -295,13 +314,10 @@ def logps_by_hand(llava, item):
     return token_logps(llava(batch), batch.labels).sum(-1)
 
 
-def assert_trained_like(llava, folder):
+def assert_trained_like(llava, folder, **rates):
     named = {f"model.{name}" if "lora" not in name else f"{PREFIX}{name}.weight": p
              for name, p in llava.named_parameters() if p.requires_grad}
-    written = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-    assert set(named) == set(written)
-    for name, value in written.items():
-        torch.testing.assert_close(value, named[name].detach(), rtol=0, atol=1e-5)
+    assert_same_parameters(tensors(folder), named, **rates)
 
 
 def test_stage1_by_hand(runs, tmp_path):
@@ -341,7 +357,7 @@ def test_stage1_by_hand(runs, tmp_path):
     for record, values, norm in zip(log(tmp_path / "out"), expected, norms, strict=True):
         values = {name: value.item() for name, value in values.items()}
         assert record == pytest.approx(record | values | {"grad_norm": norm}, rel=1e-3, abs=1e-4)
-    assert_trained_like(policy, tmp_path / "out")
+    assert_trained_like(policy, tmp_path / "out", projector_lr=5e-4)
 
 
 @pytest.mark.parametrize("how", ["", "one_line", "plain"])
