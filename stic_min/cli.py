@@ -448,7 +448,8 @@ def run(main):
     except Exception as error:
         if (line := explain(error)) is None:
             raise
-        if rank:  # when all ranks fail alike, torchrun ends this one before it says the same again
+        # When all ranks fail alike, torchrun ends those behind the first of a node before they say the same again.
+        if os.environ.get("LOCAL_RANK", str(rank)) != "0":
             on_signals(signal.SIG_DFL)
             time.sleep(2)
         put(one_line(line), "stderr")
