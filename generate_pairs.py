@@ -18,7 +18,7 @@ from pathlib import Path
 
 from stic_min import InputError, check, cli, lora, sampler
 from stic_min.data import each, image_records, parse_instruction
-from stic_min.files import Output, printable, subset
+from stic_min.files import Output, subset
 from stic_min.images import ahead, corrupt, image_path, list_images, open_image
 from stic_min.loader import canonical, load_llava, open_llava
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
@@ -144,7 +144,7 @@ def main():
     else:
         cli.say_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-    settings = {"images": printable(Path(args.images).resolve().name), **cli.run_settings(args, llava)}
+    settings = {"images": Path(args.images).resolve().name, **cli.run_settings(args, llava)}
     if args.check and not args.dtype:
         del settings["dtype"]  # a GPU's default is another than this machine's
     output = Output(args.out, "id" if args.describe else "image", settings, ranks)

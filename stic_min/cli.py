@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from stic_min import InputError, first_line
-from stic_min.files import printable, wait_until
+from stic_min.files import check_text, printable, wait_until
 from stic_min.text import TEMPLATES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,8 +104,8 @@ def model_options(args, ranks):
 def run_settings(args, llava):
     """What an output file was made with, for `files.Output`. Folders count by what is in them, not by their name."""
     return {
-        "model": printable(Path(args.model).resolve().name),
-        "adapter": args.adapter and printable(Path(args.adapter).resolve().name),
+        "model": Path(args.model).resolve().name,
+        "adapter": args.adapter and Path(args.adapter).resolve().name,
         "fingerprint": fingerprint(args.model, args.adapter, args.vision, args.tokenizer),
         "template": llava.config.template,
         "image_mode": llava.config.image_mode,
@@ -416,7 +416,8 @@ def explain(error):
         return f"error: {error.filename or 'reading or writing'}: {error.strerror}"
     if isinstance(error, UnicodeEncodeError):  # a name of another encoding, or a locale that has no Unicode
         text = ascii(error.object[max(0, error.start - 40) : error.end + 40])
-        return f"error: {text} can't be written in {error.encoding}: rename it, or set PYTHONUTF8=1"
+        mend = "a file or folder has to be renamed" if error.encoding == "utf-8" else "set PYTHONUTF8=1"
+        return f"error: {text} can't be written in {error.encoding}: {mend}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "error: can't start a thread: the limit of processes (ulimit -u) is reached"
     if died_elsewhere(error):
@@ -437,7 +438,9 @@ def run(main):
     try:
         rank, _ = place()
         if rank == 0 and sys.getfilesystemencoding() != "utf-8":
-            warn(f"this locale reads file names as {sys.getfilesystemencoding()}: set PYTHONUTF8=1 for other ones")
+            warn(f"this locale has file names in {sys.getfilesystemencoding()}: if some are not, set PYTHONUTF8=1")
+        for argument in sys.argv[1:]:
+            check_text(argument, "the command line:")
         main()
     except BrokenPipeError:  # what it says has no reader any more, as behind `| head`
         sys.stdout, status = open(os.devnull, "w"), 1
