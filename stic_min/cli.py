@@ -144,7 +144,8 @@ def say_loading(args, ranks):
 
 # ---------------------------------------------------------------- ranks
 
-JOINING = timedelta(minutes=10)  # for all ranks to come together
+JOINING = timedelta(minutes=10)  # for all ranks to find each other
+WAITING = timedelta(days=7)  # for each other at the end, however unequal their shares; the default is half an hour
 
 
 @dataclass(frozen=True)
@@ -175,11 +176,18 @@ class Ranks:
         beside `out`, or has other settings: nodes may have disks, and copies of the input, of their own."""
         if self.world == 1:
             return
-        token = self.gather(str(time.time_ns()))[0]  # an earlier run may have left a lock behind
+        token = self.gather(f"{time.time_ns()}".encode())[0]  # an earlier run may have left a lock behind
+
+        def sees_it():
+            try:
+                return lock.read_bytes() == token
+            except OSError:
+                return False
+
         if self.first:
-            lock.write_text(token, encoding="utf-8")
+            lock.write_bytes(token)
         self.barrier()
-        seen = self.gather(wait_until(lambda: lock.is_file() and lock.read_text(encoding="utf-8") == token))
+        seen = self.gather(wait_until(sees_it))
         if not all(seen):
             raise InputError(f"--out has to be on a disk that all nodes share: rank {seen.index(False)} does not see "
                              f"what rank 0 writes beside {out}")  # fmt: skip
@@ -250,9 +258,8 @@ def start_ranks(device=None, backend="gloo"):
     if world > 1 and not dist.is_initialized():
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=JOINING))
-            # Ranks wait for each other at the end, however unequal their shares: a week, not the default half hour.
-            how = {"store": dist.PrefixStore("ranks", store), "rank": rank, "world_size": world}
-            dist.init_process_group(backend, timeout=timedelta(days=7), **how)
+            store.set_timeout(WAITING)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAITING)
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(f"rank {rank} of {world} can't join the rest at {address}: {first_line(error)}") from None
