@@ -12,9 +12,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import test_robust
 import torch
 import torch.distributed as dist
-import test_robust
 from test_nodes import free_port
 from test_robust import call, ended, stop_after
 
