@@ -405,11 +405,9 @@ OUT_OF_MEMORY = (
     "out of memory ({}). Training: a smaller --micro-batch, --checkpoint-activations, --shard full on more GPUs, "
     "a smaller --max-length. Generation and evaluation: a smaller --batch-size or --max-new-tokens"
 )
-# Errors of a disk or a machine. They come without the name of a file where one is open already.
-MACHINE = {
-    getattr(errno, name, None)
-    for name in ("ENOSPC", "EFBIG", "EDQUOT", "EIO", "EROFS", "ESTALE", "ENOMEM", "EAGAIN", "EMFILE", "ENFILE")
-} - {None}
+# Errors of a disk or a machine, which name no file where it is open already.
+FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS
+FAILING = errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE
 
 
 def explain(error):
@@ -419,8 +417,9 @@ def explain(error):
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
         said = ". ".join(first_line(error).split(". ")[:2]) if str(error) else "of the machine"
         return f"error: {OUT_OF_MEMORY.format(one_line(said, 70))}"
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in MACHINE):
-        return f"error: {error.filename or 'reading or writing'}: {error.strerror}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL + FAILING):
+        where = error.filename or ("writing" if error.errno in FULL else "reading or writing")
+        return f"error: {where}: {error.strerror}"
     if isinstance(error, UnicodeEncodeError):  # a name of another encoding, or a locale that has no Unicode
         text = ascii(error.object[max(0, error.start - 40) : error.end + 40])
         mend = "a file or folder has to be renamed" if error.encoding == "utf-8" else "set PYTHONUTF8=1"

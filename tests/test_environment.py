@@ -145,7 +145,7 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
     (InputError("a.jsonl, line 2: no image"), "error: a.jsonl, line 2: no image"),
     (InputError("two\nlines, and a \x1b[31m colour"), r"error: two\nlines, and a \x1b[31m colour"),
     (FileNotFoundError(2, "No such file or directory", "a"), "error: a: No such file or directory"),
-    (OSError(errno.ENOSPC, "No space left on device"), "error: reading or writing: No space left on device"),
+    (OSError(errno.ENOSPC, "No space left on device"), "error: writing: No space left on device"),
     (OSError(errno.EIO, "Input/output error"), "error: reading or writing: Input/output error"),
     (OSError(errno.ESTALE, "Stale file handle"), "error: reading or writing: Stale file handle"),
     (RuntimeError("can't start new thread"), "error: can't start a thread: the limit of processes (ulimit -u)"),
