@@ -15,7 +15,6 @@ MM-Vet and LLaVA-Bench need a judge model, MathVista and MMBench are better with
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from stic_min import InputError, cli, report, scoring
@@ -103,7 +102,7 @@ def run_benchmark(args):
 
 
 def run_score(args):
-    if int(os.environ.get("RANK", 0)):
+    if cli.place()[0]:
         return  # no work for several ranks
     if not args.answers and not args.judged:
         raise InputError("score needs --answers FILE" + (" or --judged FILE" if args.benchmark in JUDGED else ""))
@@ -149,7 +148,7 @@ def settings_of(answers):
 
 
 def run_table(args):
-    if int(os.environ.get("RANK", 0)):
+    if cli.place()[0]:
         return  # no work for several ranks
     report.write(Path(args.dir))
 
@@ -158,7 +157,7 @@ def run_ask(args):
     from stic_min import dar
     from stic_min.loader import load_llava
 
-    if int(os.environ.get("RANK", 0)):
+    if cli.place()[0]:
         return  # no work for several ranks
     if args.dar and not args.image:
         raise InputError("--dar describes a picture first: it needs --image")

@@ -1,5 +1,9 @@
 """STIC, Self-Training on Image Comprehension (arXiv 2405.19716), for LLaVA models in plain PyTorch."""
 
+try:
+    import fcntl  # noqa: F401
+except ImportError:
+    raise SystemExit("error: stic_min needs Linux or macOS (Python's fcntl); on Windows use WSL") from None
 
 class InputError(ValueError):
     """Something the user gave us is wrong: a file, a flag, a sample.
@@ -10,5 +14,5 @@ class InputError(ValueError):
 
 
 def first_line(error):
-    """What another library's exception says, in one line."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """What another library's exception says, in one line that leaves room for where it happened."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:200]

@@ -1,11 +1,12 @@
 """Checkpoints of a training run. Each is a folder that is whole or not there: written beside and renamed.
 
 checkpoint-N holds the adapter as after step N, in PEFT's format and usable as it is, Adam's two moments, and run.json:
-the step, and the settings that the run's result depends on. Learning rate, order of the data and dropout follow from
-step and settings, so nothing else is needed. Tensors are whole, whatever the ranks that wrote them held, and are read
-by any number of ranks.
+the step, the settings that the run's result depends on, and the run's record so far (provenance.py). Learning rate,
+order of the data and dropout follow from step and settings, so nothing else is needed. Tensors are whole, whatever the
+ranks that wrote them held, and are read by any number of ranks.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -33,7 +34,7 @@ def save(out, step, adapter, moments, settings, keep):
     try:
         write_adapter(beside, adapter)
         write_tensors(moments, beside / OPTIMIZER)
-        (beside / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n")
+        (beside / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n", encoding="utf-8")
         for path in [*beside.iterdir(), beside]:
             sync(path)
     except (OSError, InputError) as error:
@@ -50,14 +51,19 @@ def save(out, step, adapter, moments, settings, keep):
 def sync(path):
     """Waits until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does this for files only
+            raise
+    finally:
+        os.close(handle)
 
 
 def compare(folder, settings):
     """The step of a checkpoint, and what of DRAWS differs. Raises InputError naming it if anything else does."""
     saved = read_json(folder / "run.json")
-    names = [*settings, *(name for name in saved if name not in settings and name != "step")]
+    names = [*settings, *(name for name in saved if name not in settings and name not in ("step", "record"))]
     differ = [name for name in names if saved.get(name) != settings.get(name)]
     for name in differ:
         if name not in DRAWS:
@@ -67,6 +73,12 @@ def compare(folder, settings):
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r}, but its folder is of step {step}")
     return step, [f"{name} {saved.get(name)!r} before" for name in differ]
+
+
+def recorded(folder):
+    """What a checkpoint's run.json says beside the settings, {} if nothing."""
+    record = read_json(folder / "run.json").get("record")
+    return record if isinstance(record, dict) else {}
 
 
 def newest(out, settings, say):

@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from stic_min import InputError, first_line
+from stic_min.files import check_text, printable, wait_until
 from stic_min.text import TEMPLATES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,7 +45,7 @@ def number(kind, test, what):
                 return value
         except (ValueError, OverflowError):
             pass
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        raise argparse.ArgumentTypeError(f"{one_line(text, 60)} is not {what}")
 
     return parse
 
@@ -142,12 +144,16 @@ def say_loading(args, ranks):
 
 # ---------------------------------------------------------------- ranks
 
+JOINING = timedelta(minutes=10)  # for all ranks to find each other
+WAITING = timedelta(days=7)  # for each other at the end, however unequal their shares; the default is half an hour
+
 
 @dataclass(frozen=True)
 class Ranks:
     rank: int
     world: int
     device: torch.device
+    begin: float = field(default_factory=time.time, compare=False)  # of the command
 
     @property
     def first(self):
@@ -157,23 +163,88 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def gather(self, value):
+        """[rank 0's value, rank 1's, ...], on every rank."""
+        values = [value]
+        if self.world > 1:
+            values = [None] * self.world
+            dist.all_gather_object(values, value)
+        return values
+
+    def check_shared(self, lock, out, settings):
+        """Raises InputError on every rank if one of them does not see the file `lock`, which the first rank has made
+        beside `out`, or has other settings: nodes may have disks, and copies of the input, of their own."""
+        if self.world == 1:
+            return
+        token = self.gather(f"{time.time_ns()}".encode())[0]  # an earlier run may have left a lock behind
+
+        def sees_it():
+            try:
+                return lock.read_bytes() == token
+            except OSError:
+                return False
+
+        if self.first:
+            lock.write_bytes(token)
+        self.barrier()
+        seen = self.gather(wait_until(sees_it))
+        if not all(seen):
+            raise InputError(f"--out has to be on a disk that all nodes share: rank {seen.index(False)} does not see "
+                             f"what rank 0 writes beside {out}")  # fmt: skip
+        first, *others = self.gather(settings)
+        for rank, other in enumerate(others, 1):
+            for name in first:
+                if other.get(name) != first[name]:
+                    raise InputError(f"rank {rank} has {name} {other.get(name)!r}, rank 0 has {first[name]!r}: the "
+                                     "same command has to find the same input on all nodes")  # fmt: skip
+
     def say(self, text):
         if self.first:
             put(text)
 
 
+def place():
+    """(rank, world) of this process, by the variables that torchrun sets; (0, 1) without them.
+
+    Set by hand they do as well, as under mpirun. Raises InputError if they are not complete: then they are left over,
+    and a process that took itself for one of many would do a part of the work, or none.
+    """
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    rank, world, address, port = (os.environ.get(name) for name in names)
+    if rank in (None, "0") and world in (None, "1"):
+        return 0, 1
+    numbers = [int(text) for text in (rank, world, port) if text and text.isdecimal()]
+    if len(numbers) < 3 or not address or numbers[0] >= numbers[1]:
+        values = (f"{name}={os.environ[name]}" if name in os.environ else f"no {name}" for name in names)
+        raise InputError("RANK and WORLD_SIZE are set, but this was not started by torchrun: unset them, or use "
+                         f"torchrun ({', '.join(values)})")  # fmt: skip
+    return numbers[0], numbers[1]
+
+
+def gpu_index():
+    """Which of this node's GPUs is this rank's."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None:  # not torchrun; the launchers that there are fill one node after the other
+        return place()[0] % max(1, torch.cuda.device_count())
+    if not local.isdecimal():
+        raise InputError(f"LOCAL_RANK={local} is not the number of a GPU: unset it, or use torchrun")
+    return int(local)
+
+
 def start_device(name=None):
     """torch.device of --device; by default a GPU, this rank's under torchrun, or the CPU where there is none."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    with warnings.catch_warnings(record=True) as found:
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    for warning in found:  # a driver that is too old, say
+        warn(f"no GPU is used: {first_line(warning.message)}")
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-            device = torch.device("cuda", index)
+            device = torch.device("cuda", gpu_index() if device.index is None else device.index)
             torch.cuda.set_device(device)
             # cuDNN's attention is planned anew for every length, and differently with and without gradients.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.empty(1, device=device).tolist()  # it can be had, and read
+        torch.empty(1, device=device).fill_(1).tolist()  # it can be had, computes and can be read
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise InputError(f"--device {name}: {first_line(error)}") from None
     return device
@@ -182,11 +253,16 @@ def start_device(name=None):
 def start_ranks(device=None, backend="gloo"):
     """This process's place: one of many under torchrun, else the only one. gloo is enough where ranks only meet at
     barriers; training asks for its device's own backend."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = place()
     device = start_device(device)
     if world > 1 and not dist.is_initialized():
-        # Ranks wait for each other at the end, however unequal their shares: a week, not the default half hour.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=JOINING))
+            store.set_timeout(WAITING)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAITING)
+        except (RuntimeError, ValueError, OSError) as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise InputError(f"rank {rank} of {world} can't join the rest at {address}: {first_line(error)}") from None
     return Ranks(rank, world, device)
 
 
@@ -201,10 +277,11 @@ def clock(seconds):
 
 
 def put(text, stream="stdout", end="\n"):
-    """Prints; goes on without it when its reader is gone, as Ctrl-C also ends the `tee` behind a pipe."""
+    """Prints; goes on without it when its reader is gone, as Ctrl-C also ends the `tee` behind a pipe, or a terminal is
+    closed."""
     try:
         print(text, end=end, file=getattr(sys, stream), flush=True)
-    except BrokenPipeError:
+    except OSError:
         setattr(sys, stream, open(os.devnull, "w"))
 
 
@@ -232,9 +309,16 @@ class Progress:
             put(line, "stderr")
 
 
+def one_line(text, limit=300):
+    """A message as one printable line, without its middle where that makes it longer than `limit` characters."""
+    half = limit // 2 - 3
+    cut = lambda text: text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    return cut(printable(cut(text.strip())))
+
+
 def warn(text):
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress line, if there is one
-    put(f"{clear}warning: {text}", "stderr")
+    put(clear + one_line(f"warning: {text}"), "stderr")
 
 
 # ---------------------------------------------------------------- being stopped
@@ -293,7 +377,7 @@ class Stop:
                 again = asked is not None and now - asked > 1  # sooner, it is the terminal's and torchrun's
                 asked = asked or now
             if asked and (again or now - asked > self.patience) and not self.writing:
-                if int(os.environ.get("RANK", 0)) == 0:
+                if place()[0] == 0:
                     put("stopped at once; the same command goes on from the last checkpoint", "stderr")
                 os._exit(128 + (self.asked or signal.SIGTERM))
 
@@ -321,42 +405,63 @@ OUT_OF_MEMORY = (
     "out of memory ({}). Training: a smaller --micro-batch, --checkpoint-activations, --shard full on more GPUs, "
     "a smaller --max-length. Generation and evaluation: a smaller --batch-size or --max-new-tokens"
 )
+# Errors of a disk or a machine, which name no file where it is open already.
+FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS
+FAILING = errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE
+
+
+def explain(error):
+    """The line for what a user or a machine can cause; None for a bug."""
+    if isinstance(error, InputError):
+        return f"error: {error}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        said = ". ".join(first_line(error).split(". ")[:2]) if str(error) else "of the machine"
+        return f"error: {OUT_OF_MEMORY.format(one_line(said, 70))}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL + FAILING):
+        where = error.filename or ("writing" if error.errno in FULL else "reading or writing")
+        return f"error: {where}: {error.strerror}"
+    if isinstance(error, UnicodeEncodeError):  # a name of another encoding, or a locale that has no Unicode
+        text = ascii(error.object[max(0, error.start - 40) : error.end + 40])
+        mend = "a file or folder has to be renamed" if error.encoding == "utf-8" else "set PYTHONUTF8=1"
+        return f"error: {text} can't be written in {error.encoding}: {mend}"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "error: can't start a thread: the limit of processes (ulimit -u) is reached"
+    if died_elsewhere(error):
+        return f"rank {place()[0]} ends, as another one has: {first_line(error)}"
+    if isinstance(error, dist.DistError):  # NCCL says what it is in the last line
+        return f"error: the ranks can't reach each other: {str(error).strip().splitlines()[-1]}"
+    return None
 
 
 def run(main):
     """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
-    status, rank = 0, int(os.environ.get("RANK", 0))
+    status = rank = 0
     on_signals(interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
     try:
+        rank, _ = place()
+        if rank == 0 and sys.getfilesystemencoding() != "utf-8":
+            warn(f"this locale has file names in {sys.getfilesystemencoding()}: if some are not, set PYTHONUTF8=1")
+        for argument in sys.argv[1:]:
+            check_text(argument, "the command line:")
         main()
     except BrokenPipeError:  # what it says has no reader any more, as behind `| head`
         sys.stdout, status = open(os.devnull, "w"), 1
-    except (InputError, OSError) as error:
-        if isinstance(error, OSError):
-            if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise
-            error = f"{error.filename or 'writing'}: {error.strerror}"
-        if rank:  # when all ranks fail alike, torchrun ends this one before it says the same again
-            on_signals(signal.SIG_DFL)
-            time.sleep(2)
-        put(f"error: {error}", "stderr")
-        status = 1
     except KeyboardInterrupt as stopped:
         if rank == 0:
             put(f"{str(stopped) or 'stopped; what was finished is kept'}", "stderr")
         status = 130
-    except MemoryError as error:
-        put(f"error: {OUT_OF_MEMORY.format(first_line(error) or 'of the machine')}", "stderr")
-        status = 1
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            put(f"error: {OUT_OF_MEMORY.format(first_line(error))}", "stderr")
-        elif died_elsewhere(error):
-            put(f"rank {rank} ends, as another one has: {first_line(error)}", "stderr")
-        else:
+    except Exception as error:
+        if (line := explain(error)) is None:
             raise
+        # When all ranks fail alike, torchrun ends those behind the first of a node before they say the same again.
+        if os.environ.get("LOCAL_RANK", str(rank)) != "0":
+            on_signals(signal.SIG_DFL)
+            time.sleep(2)
+        put(one_line(line), "stderr")
         status = 1
     on_signals(signal.SIG_IGN)  # nothing is left to stop
     if dist.is_initialized():

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import time
 from pathlib import Path
 
 from stic_min import InputError
@@ -90,7 +91,7 @@ def lock(path, what):
     Raises InputError if there is another run.
     """
     while True:
-        file = open(path, "a")
+        file = open(path, "a", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,6 +106,14 @@ def lock(path, what):
 def unlock(file):
     Path(file.name).unlink(missing_ok=True)
     file.close()
+
+
+def wait_until(true, seconds=10):
+    """Whether it becomes true, for as long as a network file system may hide what another node has written."""
+    end = time.monotonic() + seconds
+    while not (found := true()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
 
 
 def check_place(path):
@@ -146,11 +155,12 @@ class Output:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f"{self.path.name}.lock")
         self.lock = lock(beside, self.path) if self.ranks.first else None
-        self.ranks.barrier()
+        self.ranks.check_shared(beside, self.path, self.settings)
         if self.ranks.first:
             self.merge([])  # what an earlier run, of any number of ranks, left behind
         self.ranks.barrier()
         self.done = {record[self.key]: record for record in self.read(self.path)}
+        self.appended = 0
         return self
 
     def part(self, rank):
@@ -188,6 +198,7 @@ class Output:
         record = record | self.settings
         append_line(self.own, json.dumps(record, ensure_ascii=False))
         self.done[record[self.key]] = record
+        self.appended += 1
 
     def merge(self, keys):
         """Puts `path` and all part files together in `path`, records of `keys` first and in their order."""
@@ -207,9 +218,29 @@ class Output:
             part.unlink()
         return records
 
+    def lost(self, counts):
+        """What to say if the part files have fewer records than so many of each rank."""
+        if self.ranks.world > 1:
+            read = lambda: [len(self.read(self.part(rank))) for rank in range(self.ranks.world)]
+            wait_until(lambda: read() == counts)
+            for rank, (found, count) in enumerate(zip(read(), counts)):
+                if found != count:
+                    return (
+                        f"rank {rank} has finished {count} records, but {found} are in {self.part(rank)}: --out has to "
+                        "be on a disk that all nodes share. The part files are kept: copy them to one folder and run "
+                        "the same command there"
+                    )
+        return None
+
     def finish(self, keys):
-        """After the last record of every rank. Returns the records of `keys`, on the first rank only."""
-        self.ranks.barrier()
+        """After the last record of every rank. Returns the records of `keys`, on the first rank only.
+
+        Raises InputError, on every rank, if the first one does not see what the others have written.
+        """
+        counts = self.ranks.gather(self.appended)
+        [problem, *_] = self.ranks.gather(self.lost(counts) if self.ranks.first else None)
+        if problem:
+            raise InputError(problem)
         records = self.merge(keys) if self.ranks.first else {}
         if self.ranks.first:
             unlock(self.lock)

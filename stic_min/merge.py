@@ -57,7 +57,7 @@ def write_merged(folder, adapter, out, dtype=None):
         progress.add()
     if len(files) > 1:
         index = {"metadata": {}, "weight_map": weight_map}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
     for file in folder.iterdir():
@@ -69,7 +69,7 @@ def write_merged(folder, adapter, out, dtype=None):
         shutil.copytree(folder / tower, out / tower)  # one that lies inside the checkpoint
     if dtype:
         config |= {key: str(dtype).removeprefix("torch.") for key in {"torch_dtype"} | ({"dtype"} & config.keys())}
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return kept / wanted if wanted else 1.0
 
 
@@ -105,7 +105,7 @@ def main():
     parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint holds or finds none")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
     args = parser.parse_args()
-    if int(os.environ.get("RANK", 0)):
+    if cli.place()[0]:
         return  # no work for several ranks
     dtype = cli.DTYPES[args.dtype] if args.dtype else None
     survived = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer)

@@ -12,6 +12,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stic_min import InputError, check, checkpoint, cli, lora
+from stic_min import InputError, check, checkpoint, cli, lora, provenance
 from stic_min.data import global_batches, load_tiles
 from stic_min.files import append_line, lock, unlock
 from stic_min.formats.adapters import PROJECTOR_FILE, read_adapter
@@ -92,7 +93,8 @@ def memory_gb(device):
     """Peak memory of this rank so far, in GB: the GPU's, or the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # Linux counts in KB
+    unit = 1 if sys.platform == "darwin" else 1000  # macOS counts in bytes, Linux in KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def full(tensor):
@@ -170,7 +172,7 @@ def settings(args, llava, adapter, max_length, **own):
     folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
     values |= {"fingerprint": cli.fingerprint(*folders)}
     if args.lora_dropout:  # its draws depend on the micro-batches; nothing else does
-        values |= {"micro_batch": args.micro_batch, "ranks": int(os.environ.get("WORLD_SIZE", 1))}
+        values |= {"micro_batch": args.micro_batch, "ranks": cli.place()[1]}
     return values
 
 
@@ -223,6 +225,8 @@ class Run:
             if self.ranks.first:
                 stack.callback(unlock, lock(self.out / ".lock", self.out))
                 check.training_out(self.out)  # another run may have ended in it by now
+            self.ranks.check_shared(self.out / ".lock", self.out, self.settings)
+            self.record, self.before = provenance.start(self.args, self.ranks), {}
             self.resume()
             self.stop = stack.enter_context(cli.Stop())
             self.begin = self.last = time.monotonic()
@@ -330,6 +334,7 @@ class Run:
         if step == self.saved:
             return
         with self.stop.busy():
+            settings = self.recorded()
             self.adapter.tensors |= self.whole(self.parameters)
             moments = {
                 f"{kind}.{name}": self.optimizer.state[parameter][kind]
@@ -338,9 +343,14 @@ class Run:
             }
             moments = self.whole(moments)
             if self.ranks.first:
-                checkpoint.save(self.out, step, self.adapter, moments, self.settings, self.args.keep)
+                checkpoint.save(self.out, step, self.adapter, moments, settings, self.args.keep)
             self.ranks.barrier()
         self.saved = step
+
+    def recorded(self):
+        """The settings, and the record of the run so far; every rank has to call it."""
+        memory = memory_gb(self.ranks.device)
+        return self.settings | {"record": provenance.so_far(self.record, self.before, self.ranks, memory)}
 
     def resume(self):
         """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
@@ -354,7 +364,7 @@ class Run:
                 (self.out / left_behind).unlink(missing_ok=True)
             return
         self.first_step, tensors, moments = saved
-        self.saved = self.first_step
+        self.saved, self.before = self.first_step, checkpoint.recorded(checkpoint.folders(self.out)[-1])
         for name, parameter in self.parameters.items():
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             with torch.no_grad():
@@ -364,17 +374,18 @@ class Run:
             self.optimizer.state[parameter] = state | {"step": torch.tensor(float(self.first_step))}
         if self.ranks.first:
             log, beside = self.out / "log.jsonl", self.out / "log.jsonl.new"
-            lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-            beside.write_text("".join(lines[: self.first_step]))
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+            beside.write_text("".join(lines[: self.first_step]), encoding="utf-8")
             beside.replace(log)
         self.ranks.say(f"resuming after step {self.first_step} from {checkpoint.folders(self.out)[-1]}")
 
     def finish(self):
         """Makes the last checkpoint's adapter that of the run, and removes the checkpoints."""
         with self.stop.busy():
+            settings = self.recorded()
             if self.ranks.first:
                 *_, last = checkpoint.folders(self.out)
-                (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
+                (self.out / "run.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
                 # adapter_config.json, the mark of a finished run, comes last.
                 for name in ("adapter_model.safetensors", PROJECTOR_FILE, "adapter_config.json"):
                     if (last / name).is_file():

@@ -218,6 +218,9 @@ def contents(folder):
         if file.name == "log.jsonl":
             records = map(json.loads, file.read_text().splitlines())
             found["log.jsonl"] = [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in records]
+        if file.name == "run.json":
+            found["run.json"] = json.loads(file.read_text())
+            del found["run.json"]["record"]  # of when, where and how long
     return found
 
 

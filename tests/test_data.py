@@ -218,13 +218,16 @@ RUNNING = []
 
 
 def output(path, rank=0, world=1, **settings):
-    ranks = SimpleNamespace(rank=rank, world=world, first=rank == 0, barrier=lambda: None)  # here one after another
+    # Here one after another: each is told what the others, which have started too, have finished by then.
+    gather = lambda value: [o.appended for o in RUNNING] if isinstance(value, int) else [value]
+    ranks = SimpleNamespace(rank=rank, world=world, first=rank == 0, barrier=lambda: None, gather=gather,
+                            check_shared=lambda *_: None)  # fmt: skip
     if rank == 0:
-        for earlier in RUNNING:  # it has been killed
+        for earlier in RUNNING[:1]:  # it has been killed
             earlier.lock.close()
         RUNNING.clear()
     started = files.Output(path, "image", {"model": "M", "seed": 0} | settings, ranks).start()
-    RUNNING.extend([started] if rank == 0 else [])
+    RUNNING.append(started)
     return started
 
 
@@ -265,6 +268,21 @@ def test_output_of_several_ranks(tmp_path):
     two[1].append({"image": "e"})
     assert two[1].finish("abcdef") == [] and [r["image"] for r in two[0].finish("abcdef")] == list("abcde")
     assert names(path) == list("abcde") and list(tmp_path.iterdir()) == [path]
+
+
+def test_output_that_one_rank_does_not_see_is_kept(tmp_path, monkeypatch):
+    """As where each node has a disk of its own."""
+    monkeypatch.setattr(files, "wait_until", lambda true: true())
+    path, elsewhere = tmp_path / "out.jsonl", tmp_path / "elsewhere"
+    two = [output(path, rank, 2) for rank in range(2)]
+    two[0].append({"image": "a"})
+    two[1].append({"image": "b"})
+    two[1].own.rename(elsewhere)
+    with pytest.raises(InputError, match="rank 1 has finished 1 records, but 0 are in .*part1: --out has to be on a"):
+        two[0].finish("ab")
+    assert (tmp_path / "out.jsonl.part0").is_file() and not path.exists()
+    elsewhere.rename(two[1].own)
+    assert [r["image"] for r in output(path).finish("ab")] == ["a", "b"]
 
 
 def test_output_of_a_run_that_is_going_on_is_refused(tmp_path):

@@ -30,9 +30,13 @@ def toy(*args, check=True):
 
 
 def snapshot(folder):
-    """{file: bytes} of what a run is about: no logs."""
+    """{file: bytes} of what a run is about: no logs, and of run.json all but the record of when, where and how long."""
     files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("log.txt", "log.jsonl")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in files}
+    for name in [name for name in found if name.endswith("run.json")]:
+        found[name] = json.loads(found[name])
+        del found[name]["record"]
+    return found
 
 
 # ---------------------------------------------------------------- the base model

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import torch
 
 from stic_min import InputError, cli
-from stic_min.files import read_records
+from stic_min.files import read_json, read_records
 from stic_min.toy import files, recipe, tables
 
 # name: what its stage 1 changes, and which pairs it takes
@@ -92,7 +92,7 @@ def work(log, job, *arguments):
     """Runs a job in a process of its own; what the scripts print goes to `log`."""
     torch.set_num_threads(1)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", buffering=1) as file, redirect_stdout(file), redirect_stderr(file):
+    with open(log, "a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
         try:
             job(*arguments)
         except InputError as error:
@@ -170,7 +170,7 @@ def run(models, out, seeds, pairs, split, pictures, processes):
 
 def numbers(results, name, questions=True):
     """What was measured of one model: its captions' scores, accuracy direct and with DaR, also by type of question."""
-    read = lambda benchmark, mode: json.loads((results / f"{benchmark}-{name}-{mode}.scores.json").read_text())
+    read = lambda benchmark, mode: read_json(results / f"{benchmark}-{name}-{mode}.scores.json")
     captions = read("toycaptions", "direct")
     values = {key: captions[key] for key in ("chair_i", "chair_s", "precision", "recall", "f1", "signature")}
     for mode in ("direct", "dar") if questions else ():
