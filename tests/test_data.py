@@ -102,7 +102,7 @@ def test_descriptions_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(InputError, match=f"d.jsonl, line {len(described)}: .*{complaint}"):
             read_infused(tmp_path, *described)
-    for image, complaint in ((["a.jpg", "b.jpg"], "x.json, record 0: no image"), ("", "none of its 1 records has an")):
+    for image, complaint in ((["a.jpg", "b.jpg"], "x.json, record 0: 2 images"), ("", "none of its 1 records has an")):
         with pytest.raises(InputError, match=complaint):
             read_infused(tmp_path, ("a.jpg", {"id": "1"}), records=[RECORDS[0] | {"image": image}])
 
