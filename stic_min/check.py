@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from stic_min import InputError, checkpoint, cli, consistency, lora
 from stic_min.data import each, load_tiles
-from stic_min.files import check_place, read_json
+from stic_min.files import brief, check_place, read_json
 from stic_min.images import open_image
 from stic_min.llava import collate
 from stic_min.loss import token_logps
@@ -191,7 +191,7 @@ def generation(args, llava, what, made, left, skipped, asked, problems):
     the others; asked: all names as they were given; left: how many are not yet in --out."""
     lines = [(what, f"{len(made) + len(skipped)}, {left} of them not yet in {args.out}")]
     lines += [("skipped", f"{len(skipped)}, each with a warning")] if skipped else []
-    if again := repeated(asked):
+    if again := [brief(name) for name in repeated(asked)]:
         lines.append(("repeated", f"{len(again)} names come more than once and are made once: {names(again)}"))
     lines += [("  skipped", problem) for problem in skipped[:100]]
     if made:

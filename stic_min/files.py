@@ -18,7 +18,8 @@ def read_text(path):
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+        hint = " but a parquet file: save it as JSON lines, and its images as files" * (Path(path).suffix == ".parquet")
+        raise InputError(f"{path}: not UTF-8 text{hint}") from None
 
 
 def read_records(path):

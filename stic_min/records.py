@@ -44,7 +44,8 @@ def read_names(path):
         except (ValueError, RecursionError):
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"{path}: not a list of image names: neither one per line nor a JSON list of them")
+            found = next((KINDS[kind(record)] for _, record in read_records(path) if kind(record)), "JSON objects")
+            raise InputError(f"{path} holds {found}, not names of images (--names)")
     else:
         names = text.split("\n")
     names = [name.strip() for name in names if name.strip()]
