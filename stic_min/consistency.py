@@ -52,7 +52,7 @@ def one_text(texts, what, ranks):
     if ranks.first and len(texts) >= 10:
         [(text, count)] = Counter(texts).most_common(1)
         if count > len(texts) / 2:
-            cli.warn(f"{count} of {len(texts)} {what} are the same text: {brief(text)!r}")
+            cli.warn(f"{count} of {len(texts)} {what} are the same text: '{brief(text)}'")
 
 
 def repeats(items):

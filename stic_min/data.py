@@ -180,7 +180,7 @@ def read_infused(instructions, descriptions, one_line=False, plain=False, proble
             entry = next((e for e in by_image.get(image, []) if e[1] not in taken), None)
         if entry is None:
             shown = brief(record.get("id", image))
-            raise InputError(f"{where}: describes {shown!r}, which {instructions} does not have")
+            raise InputError(f"{where}: describes '{shown}', which {instructions} does not have")
         if entry[1] in taken:
             raise InputError(f"{where}: {brief(entry[1])} is described twice")
         taken.add(entry[1])

@@ -49,16 +49,16 @@ def image_path(folder, name):
         raise InputError(f"image name {brief(ascii(name))} is not valid Unicode") from None
     path = Path(folder) / str(name)
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise InputError(f"image {brief(name)!r} points outside the image folder {folder}")
+        raise InputError(f"image '{brief(name)}' points outside the image folder {folder}")
     try:
         found = path.is_file()
         outside = found and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except (OSError, ValueError):  # a name that no file can have
         found = False
     if not found:
-        raise InputError(f"no such image: {str(Path(folder) / brief(name))!r}")
+        raise InputError(f"no such image: '{Path(folder) / brief(name)}'")
     if outside:
-        raise InputError(f"image {brief(name)!r} is a link that leads outside the image folder {folder}")
+        raise InputError(f"image '{brief(name)}' is a link that leads outside the image folder {folder}")
     return path
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from stic_min import InputError
+from stic_min.files import brief
 from stic_min.images import (
     best_resolution,
     corrupt,
@@ -251,7 +252,7 @@ def test_image_path_stays_in_its_folder(tmp_path):
     for name in ("../a.png", "sub/../../a.png", str(tmp_path / "a.png"), ".."):
         with pytest.raises(InputError, match="outside") as error:
             image_path(folder, name)
-        assert repr(name) in str(error.value)
+        assert f"'{brief(name)}'" in str(error.value)
     for name in ("b.png", "sub", ""):
         with pytest.raises(InputError, match="no such image"):
             image_path(folder, name)
