@@ -16,11 +16,12 @@ import os
 import random
 from pathlib import Path
 
-from stic_min import InputError, check, cli, lora, sampler
-from stic_min.data import each, image_records, parse_instruction
-from stic_min.files import Output, subset
+from stic_min import InputError, check, cli, consistency, lora, sampler
+from stic_min.data import each, image_records, parse_instruction, say_left_out
+from stic_min.files import Output, brief, subset
 from stic_min.formats.adapters import read_adapter
-from stic_min.images import ahead, corrupt, image_path, list_images, open_image
+from stic_min.formats.records import read_names
+from stic_min.images import ahead, check_folder, corrupt, foreign_images, image_path, list_images, open_image
 from stic_min.loader import load_llava, open_llava
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
 
@@ -81,18 +82,16 @@ def description_rows(id, name, picture, seed):
 # ---------------------------------------------------------------- what there is to make
 
 
-def names_to_pair(args):
+def names_to_pair(args, ranks):
     """Names of the pictures that get a pair: all of --images, or those of --names."""
-    if not args.names:
-        names = list_images(args.images)
-    else:
-        try:
-            lines = Path(args.names).read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"can't read {args.names}: {error}") from None
-        names = [line.strip() for line in lines if line.strip()]
-        if not names:
-            raise InputError(f"{args.names}: no names in it")
+    if args.names:
+        names = read_names(args.names)
+        if again := len(names) - len(set(names)):
+            ranks.say(f"{again} of {len(names)} names in {args.names} repeat another one: one pair each is made")
+        return names
+    names = list_images(args.images)
+    if foreign := foreign_images(args.images):
+        ranks.say(f"{foreign} in {args.images}: left out, convert them to JPEG or PNG")
     return names
 
 
@@ -101,7 +100,10 @@ def records_to_describe(args, ranks):
 
     LLaVA's own data spans five collections of pictures, so --limit is drawn from what is there.
     """
-    records = {entry[1]: entry for entry in image_records(args.describe)[0]}
+    left_out = {}
+    records = {entry[1]: entry for entry in image_records(args.describe, left_out)[0]}
+    if left_out:
+        ranks.say(say_left_out(left_out))
     here = {id: e for id, e in records.items() if os.path.isfile(os.path.join(args.images, e[2]["image"]))}
     if len(here) < len(records):
         ranks.say(f"{len(records) - len(here)} of {len(records)} records have no picture in {args.images}: left out")
@@ -113,7 +115,7 @@ def records_to_describe(args, ranks):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of pictures")
-    parser.add_argument("--names", metavar="FILE", help="only these pictures of it, one name a line (default: all)")
+    parser.add_argument("--names", metavar="FILE", help="only these of its images, one name per line or a JSON list")
     parser.add_argument("--describe", metavar="FILE", help="LLaVA instruction data: describe its pictures instead")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, appended to")
     cli.add_model_flags(parser)
@@ -123,6 +125,8 @@ def main():
     args = parser.parse_args()
     if args.describe and args.names:
         parser.error("--names goes with pairs; --describe takes its pictures from the instructions")
+    check.file_out(args.out)
+    check_folder(args.images)
     ranks = cli.start_ranks("cpu" if args.check else args.device)
 
     # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
@@ -130,8 +134,9 @@ def main():
         records = records_to_describe(args, ranks)
         asked = items = {id: record["image"] for id, (_, _, record) in records.items()}
     else:
-        asked = names_to_pair(args)
+        asked = names_to_pair(args, ranks)
         items = {name: name for name in asked}
+    consistency.limit(args, len(items), ranks)
     keys = subset(list(items), args.limit, args.seed)
     problems = [] if args.check else None
     if args.describe:  # what is wrong with them is said now, not in stage 2
@@ -171,7 +176,7 @@ def main():
             lengths = [llava.prompt_length(template.prompt(with_image(p)), [v]) for p, v, _ in rows]
             if max(lengths) > llava.config.max_length:
                 limit = llava.config.max_length
-                raise InputError(f"{key}: a prompt of {max(lengths)} tokens, the model's limit is {limit}")
+                raise InputError(f"{brief(key)}: a prompt of {max(lengths)} tokens, the model's limit is {limit}")
         except InputError as error:
             return key, None, error
         tiles = {id(v): llava.tiles(v) for _, v, _ in rows}
@@ -212,7 +217,7 @@ def main():
         if all(texts):
             output.append(record(texts, [sample.finish for sample in samples]))
         else:
-            cli.warn(f"skipped: {key}: the model's answer is empty")
+            cli.warn(f"skipped: {brief(key)}: the model's answer is empty")
         progress.add()
 
     records = output.finish(keys)
@@ -220,6 +225,10 @@ def main():
         finishes = [value for r in records for name, value in r.items() if name.endswith("finish")]
         print(f"{len(records)} {what} in {args.out}, {len(keys) - len(records)} skipped; "
               f"{finishes.count('length')} of {len(finishes)} answers reached --max-new-tokens")
+        texts = [r["description"] if args.describe else r["chosen"][1]["content"] for r in records]
+        consistency.one_text(texts, "descriptions" if args.describe else "chosen responses", ranks)
+        if equal := sum(not args.describe and r["chosen"] == r["rejected"] for r in records):
+            print(f"in {equal} of {len(records)} pairs chosen and rejected are the same: no preference to learn from")
         if not records:
             raise InputError(f"no {what}: every picture was skipped")
 

@@ -12,9 +12,10 @@ import math
 
 import torch
 
-from stic_min import InputError, check, cli, lora, training
+from stic_min import InputError, check, cli, consistency, lora, training
 from stic_min.data import each, load_tiles, pair_item, read_pairs
 from stic_min.files import subset
+from stic_min.images import check_folder
 from stic_min.llava import collate
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 
@@ -52,14 +53,19 @@ def main():
     training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)
     args = parser.parse_args()
     check.training_out(args.out)
+    check_folder(args.images)
     ranks = cli.start_ranks("cpu" if args.check else args.device, backend=None)
 
     problems = [] if args.check else None  # where --check collects them; else the first one ends the run
-    pairs = subset(read_pairs(args.pairs, problems), args.limit, args.seed)
+    pairs = read_pairs(args.pairs, problems)
+    consistency.limit(args, len(pairs), ranks)
+    pairs = subset(pairs, args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad=1024)
     items = each(lambda pair: pair_item(pair, llava, args.images, max_length), pairs, problems)
     ranks.say(f"{len(items)} pairs, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    consistency.makers(args, args.pairs, llava.config.template, ranks)
+    consistency.preferences(pairs, items, args.pairs, ranks, problems)
     check.pictures(items, ranks, problems)
     own = {"beta": args.beta, "alpha": args.alpha, "pairs": training.sha256(args.pairs)}
     settings = training.settings(args, llava, adapter, max_length, **own)

@@ -12,9 +12,10 @@ again resumes a run that was stopped.
 
 import argparse
 
-from stic_min import check, cli, training
+from stic_min import check, cli, consistency, training
 from stic_min.data import each, instruction_item, read_infused
 from stic_min.files import subset
+from stic_min.images import check_folder
 from stic_min.loss import sft_loss
 
 
@@ -33,15 +34,21 @@ def main():
     if args.plain and args.one_line:
         parser.error("--one-line is how descriptions are put, --plain leaves them out")
     check.training_out(args.out)
+    check_folder(args.images)
     ranks = cli.start_ranks("cpu" if args.check else args.device, backend=None)
 
     problems = [] if args.check else None  # where --check collects them; else the first one ends the run
     instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain, problems)
+    consistency.limit(args, len(instructions), ranks)
     instructions = subset(instructions, args.limit, args.seed)
     llava, adapter = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
     items = each(lambda entry: instruction_item(entry, llava, args.images, max_length), instructions, problems)
     ranks.say(f"{summary}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    consistency.stage2_adapter(args.adapter, ranks)
+    if not args.plain:
+        consistency.makers(args, args.descriptions, llava.config.template, ranks)
+        consistency.one_text([entry.description for entry in instructions], "descriptions", ranks)
     check.pictures(items, ranks, problems)
 
     own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}

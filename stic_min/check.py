@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stic_min import InputError, checkpoint, cli, lora
+from stic_min import InputError, checkpoint, cli, consistency, lora
 from stic_min.data import each, load_tiles
-from stic_min.files import check_place, read_json
+from stic_min.files import brief, check_place, read_json
 from stic_min.images import open_image
 from stic_min.llava import collate
 from stic_min.loss import token_logps
@@ -25,6 +25,13 @@ def training_out(out):
         raise InputError(f"{out} holds a finished run; name another --out, or delete it")
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"--out {out} is a file, it has to name a folder")
+    check_place(out)
+
+
+def file_out(out):
+    """Raises InputError, before anything is loaded, if nothing can be written to the file `out`."""
+    if Path(out).is_dir():
+        raise InputError(f"--out {out} is a folder, it has to name a file")
     check_place(out)
 
 
@@ -137,6 +144,10 @@ def training(args, llava, adapter, items, settings, problems, ranks, reference):
     lines = [("samples", f"{len(items)} that can be trained on, {len({i.image for i in items})} pictures")]
     if again := repeated(item.image for item in items):
         lines.append(("repeated", f"{len(again)} pictures come more than once: {names(again)}"))
+    if again := consistency.repeats(items):
+        lines.append(("repeated", f"{again} samples repeat an earlier one"))
+    if equal := [item.example.name for item in items if not item.differs]:
+        lines.append(("equal", f"{len(equal)} pairs, no preference to learn from: {names(equal)}"))
     if items:
         cut = [item.example.name for item in items if item.cut]
         lines.append(("tokens", f"a sample: {percentiles([item.length for item in items])}"))
@@ -180,7 +191,7 @@ def generation(args, llava, what, made, left, skipped, asked, problems):
     the others; asked: all names as they were given; left: how many are not yet in --out."""
     lines = [(what, f"{len(made) + len(skipped)}, {left} of them not yet in {args.out}")]
     lines += [("skipped", f"{len(skipped)}, each with a warning")] if skipped else []
-    if again := repeated(asked):
+    if again := [brief(name) for name in repeated(asked)]:
         lines.append(("repeated", f"{len(again)} names come more than once and are made once: {names(again)}"))
     lines += [("  skipped", problem) for problem in skipped[:100]]
     if made:

@@ -1,4 +1,4 @@
-"""Pairs, instructions and descriptions: files in and out, and what of them is scored.
+"""Pairs, instructions and descriptions: what is read of each record, and what of it is scored.
 
 The one place that validates them: every function raises InputError with one line that names the file and the sample.
 Reads the published formats as they are (JSON list or JSON lines), with and without `<image>` in the user turn.
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import check_text, field, printable, read_records
+from stic_min.files import brief, check_text, field
+from stic_min.formats.records import EXPECTED, image_name, kind, pair_sides, read_kind
 from stic_min.images import image_path, image_size, open_image
 from stic_min.llava import Example
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
@@ -55,17 +56,18 @@ def image_first(text, where):
 
 
 def parse_pair(where, record):
-    """A record as published or as `generate_pairs.py` writes it -> Pair. Raises InputError naming it."""
-    image = field(record, "image", where)
-    where = f"{where} ({printable(image)})"
+    """A record in one of the forms of `pair_sides` -> Pair. Raises InputError naming it."""
+    if kind(record) != "pairs":
+        raise InputError(f"{where}: not a preference pair; {EXPECTED}")
+    image = image_name(record, where)
+    where = f"{where} ({brief(image)})"
     turns = {}
-    for side in ("chosen", "rejected"):
-        messages = record.get(side)
-        messages = messages if isinstance(messages, list) else []
-        roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    for side, said in pair_sides(record).items():
+        roles = [message["role"] for message in said]
         if roles != ["user", "assistant"]:
-            raise InputError(f"{where}: {side} is not one user and one assistant message")
-        turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in messages]
+            shown = brief(roles)
+            raise InputError(f"{where}: {side} is not one user and one assistant message but {shown}; {EXPECTED}")
+        turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in said]
     if image_first(turns["chosen"][0], where) != image_first(turns["rejected"][0], where):
         raise InputError(f"{where}: chosen and rejected answer different prompts")
     stopped = lambda side: record.get(f"{side}_finish", "stop") != "length"
@@ -75,7 +77,7 @@ def parse_pair(where, record):
 
 def read_pairs(path, problems=None):
     """All pairs of a JSON list or JSON lines -> [Pair]; `problems` as `each` takes them."""
-    return each(lambda entry: parse_pair(*entry), read_records(path), problems)
+    return each(lambda entry: parse_pair(*entry), read_kind(path, "pairs"), problems)
 
 
 # ---------------------------------------------------------------- instructions and descriptions (Algorithm 2)
@@ -87,41 +89,56 @@ class Instruction:
     id: str  # unique within its file
     image: str
     turns: list  # [(user, answer), ...], one <image> among the users
+    description: str = ""  # the model's own, in front of the first of them; for messages
 
 
-def image_records(path):
+def image_records(path, left_out=None):
     """LLaVA's instruction list -> [(where, id, record)] of those with an image, and how many there are in all.
 
     Ids are made unique (`id#2` for a second record of that id): LLaVA's own data repeats some. Without one, the
-    image's name is the id.
+    image's name is the id. With a dict `left_out`, what is wrong with other images than one goes there by id.
     """
-    records, with_images, taken, repeats = read_records(path), [], set(), {}
+    records, with_images, taken, repeats = read_kind(path, "instructions"), [], set(), {}
     for where, record in records:
-        if record.get("image"):
-            image = field(record, "image", where)
+        if record.get("image") or record.get("images"):
+            try:
+                image, wrong = image_name(record, where), None
+            except InputError as error:
+                image, wrong = where, error
+                if left_out is None:
+                    raise
             name = unique = image if record.get("id") in (None, "") else str(record["id"])
             check_text(name, f"{where}: id")
             while unique in taken:
                 repeats[name] = repeats.get(name, 1) + 1
                 unique = f"{name}#{repeats[name]}"
             taken.add(unique)
-            with_images.append((where, unique, record))
+            if wrong:
+                left_out[unique] = str(wrong)
+            else:
+                with_images.append((where, unique, record | {"image": image}))
     if not with_images:
-        raise InputError(f"{path}: none of its {len(records)} records has an image")
+        first = f" (the first of {len(left_out)} left out: {next(iter(left_out.values()))})" if left_out else ""
+        raise InputError(f"{path}: none of its {len(records)} records has an image{first}")
     return with_images, len(records)
+
+
+def say_left_out(left_out):
+    """One line on what `image_records` left out."""
+    return f"{len(left_out)} records left out, the first: {next(iter(left_out.values()))}"
 
 
 def parse_instruction(where, id, record):
     """A record of LLaVA's instruction data -> Instruction. Raises InputError naming it if turns or marks are off."""
-    image = field(record, "image", where)
-    where = f"{where} ({printable(id)})"
+    image = image_name(record, where)
+    where = f"{where} ({brief(id)})"
     messages = record.get("conversations")
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise InputError(f"{where}: no conversations")
     messages = messages[1:] if messages and messages[0].get("from") == "gpt" else messages  # as LLaVA does
     roles = [m.get("from") for m in messages]
     if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
-        raise InputError(f"{where}: turns are {roles}, not human and gpt in turn")
+        raise InputError(f"{where}: turns are {brief(roles)}, not human and gpt in turn")
     users = [field(m, "value", f"{where}: a human turn") for m in messages[::2]]
     answers = [field(m, "value", f"{where}: a gpt turn") for m in messages[1::2]]
     marked = [i for i, text in enumerate(users) if IMAGE_MARK in text] or [0]
@@ -136,7 +153,7 @@ def infuse(instruction, description, one_line=False):
     (user, answer), *later = instruction.turns
     text = infused(description, user.removeprefix(f"{IMAGE_MARK}\n"), one_line)
     user = with_image(text) if user.startswith(IMAGE_MARK) else text
-    return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later])
+    return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later], description)
 
 
 def read_infused(instructions, descriptions, one_line=False, plain=False, problems=None):
@@ -145,7 +162,8 @@ def read_infused(instructions, descriptions, one_line=False, plain=False, proble
     Descriptions carry the record's id; published ones that have none join on the image, the k-th description of a
     picture with its k-th record. `problems` as `each` takes them.
     """
-    records, total = image_records(instructions)
+    left_out = {}
+    records, total = image_records(instructions, left_out)
     by_id = {id: (where, id, record) for where, id, record in records}
     by_image = {}
     for entry in records:
@@ -153,24 +171,29 @@ def read_infused(instructions, descriptions, one_line=False, plain=False, proble
     taken = set()
 
     def describe(where, record):
-        image, text = field(record, "image", where), field(record, "description", where)
+        image, text = image_name(record, where), field(record, "description", where)
         if record.get("id") is not None:
             entry = by_id.get(str(record["id"]))
+            if str(record["id"]) in left_out:
+                raise InputError(left_out[str(record["id"])])
         else:
             entry = next((e for e in by_image.get(image, []) if e[1] not in taken), None)
         if entry is None:
-            raise InputError(f"{where}: describes {record.get('id', image)!r}, which {instructions} does not have")
+            shown = brief(record.get("id", image))
+            raise InputError(f"{where}: describes '{shown}', which {instructions} does not have")
         if entry[1] in taken:
-            raise InputError(f"{where}: {printable(entry[1])} is described twice")
+            raise InputError(f"{where}: {brief(entry[1])} is described twice")
         taken.add(entry[1])
         instruction = parse_instruction(*entry)
         if instruction.image != image:
-            shown = printable(instruction.image)
-            raise InputError(f"{where}: describes {printable(image)}, but {instruction.where} shows {shown}")
+            shown = brief(instruction.image)
+            raise InputError(f"{where}: describes {brief(image)}, but {instruction.where} shows {shown}")
         return instruction if plain else infuse(instruction, text, one_line)
 
-    described = each(lambda entry: describe(*entry), read_records(descriptions), problems)
+    described = each(lambda entry: describe(*entry), read_kind(descriptions, "descriptions"), problems)
     counts = f"{len(described)} described of {len(records)} records with an image, {total} in all"
+    if left_out:
+        counts += f"; {say_left_out(left_out)}"
     return described, counts
 
 
@@ -186,12 +209,7 @@ class Item:
     length: int  # positions in the flat row
     scored: int  # supervised tokens
     cut: bool  # whether a response was shortened to the maximum length
-
-    @property
-    def differs(self):
-        """Of a pair: whether its two responses are different tokens, so that there is something to prefer."""
-        chosen, rejected = self.example.branches
-        return chosen != rejected
+    differs: bool = True  # whether chosen and rejected do; where not, the gradient of the DPO term is 0
 
 
 def cut_to(ids, room):
@@ -210,7 +228,7 @@ def pair_item(pair, llava, folder, max_length):
     rejected, cut_l = cut_to(tokenizer.encode_response(pair.rejected, pair.rejected_stopped), max_length - length)
     example = Example(pair.where, [(prompt, False)], [chosen, rejected])
     scored = len(chosen) + len(rejected)
-    return Item(example, path, length + scored, scored, cut_w or cut_l)
+    return Item(example, path, length + scored, scored, cut_w or cut_l, chosen != rejected)
 
 
 def instruction_item(instruction, llava, folder, max_length):

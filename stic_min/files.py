@@ -13,14 +13,19 @@ from stic_min import InputError
 # ---------------------------------------------------------------- files in
 
 
-def read_records(path):
-    """A JSON list or JSON lines of objects -> [(where, object)], `where` names file and record for messages."""
+def read_text(path):
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+        hint = " but a parquet file: save it as JSON lines, and its images as files" * (Path(path).suffix == ".parquet")
+        raise InputError(f"{path}: not UTF-8 text{hint}") from None
+
+
+def read_records(path):
+    """A JSON list or JSON lines of objects -> [(where, object)], `where` names file and record for messages."""
+    text = read_text(path)
     if text.lstrip().startswith("["):
         try:
             records = [(f"{path}, record {i}", value) for i, value in enumerate(json.loads(text))]
@@ -44,7 +49,7 @@ def read_records(path):
 
 def read_json(path):
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError:
         raise InputError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
@@ -73,6 +78,12 @@ def check_text(text, where):
 def printable(text):
     """A text from a file, fit for a message: line breaks, terminal codes and the like as escapes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def brief(text):
+    """A name from a file, fit for a message: printable, and both ends of one that is too long for a line."""
+    text = str(text)
+    return printable(text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}")
 
 
 def subset(items, limit, seed):
@@ -121,7 +132,8 @@ def check_place(path):
     path = Path(path).absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
     if (nearest != path and not nearest.is_dir()) or not os.access(nearest, os.W_OK):
-        raise InputError(f"can't write to {path}: {nearest} is {'not writable' if nearest.is_dir() else 'a file'}")
+        inside_a_file = nearest != path and not nearest.is_dir()
+        raise InputError(f"can't write to {path}: {nearest} is {'a file' if inside_a_file else 'not writable'}")
 
 
 def append_line(path, text):

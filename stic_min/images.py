@@ -4,13 +4,13 @@ Two layouts, as in LLaVA:
   pad     v1.5 and all of STIC's training: one square tile, the picture centred on CLIP's mean colour;
   anyres  v1.6: the whole picture as tile 0, then the tiles of a grid that fits its shape.
 Sizes are (width, height) everywhere, as in PIL. Decoding follows the official code: `.convert("RGB")`,
-no EXIF rotation, transparency dropped.
+no EXIF rotation, transparency dropped. Only 16-bit gray differs, see `to_rgb`.
 """
 
 import math
 import os
 import warnings
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +21,16 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
 from stic_min import InputError
-from stic_min.files import printable
+from stic_min.files import brief, printable
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BACKGROUND = tuple(int(255 * m) for m in CLIP_MEAN)  # (122, 116, 104), what `pad` fills with
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FOREIGN = {".heic", ".heif", ".avif"}  # what phones write; not every Pillow reads them
 THINNEST = 500  # long side to short side; h(v) makes the short one 20 pixels, and pad mode a square of the long one
 LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels a side
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_pixels` makes it an error
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_header` makes it an error
 # What Pillow raises for damaged files, all formats together.
 UNREADABLE = OSError, SyntaxError, ValueError, TypeError, AttributeError, RuntimeError, Image.DecompressionBombError
 LOW_RESOLUTION = 20  # pixels on the short side
@@ -45,37 +46,72 @@ def image_path(folder, name):
     try:
         str(name).encode()
     except UnicodeEncodeError:
-        raise InputError(f"image name {ascii(name)} is not valid Unicode") from None
+        raise InputError(f"image name {brief(ascii(name))} is not valid Unicode") from None
     path = Path(folder) / str(name)
     if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise InputError(f"image {str(name)!r} points outside the image folder {folder}")
+        raise InputError(f"image '{brief(name)}' points outside the image folder {folder}")
     try:
         found = path.is_file()
         outside = found and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     except (OSError, ValueError):  # a name that no file can have
         found = False
     if not found:
-        raise InputError(f"no such image: {str(path)!r}")
+        raise InputError(f"no such image: '{Path(folder) / brief(name)}'")
     if outside:
-        raise InputError(f"image {str(name)!r} is a link that leads outside the image folder {folder}")
+        raise InputError(f"image '{brief(name)}' is a link that leads outside the image folder {folder}")
     return path
 
 
-def list_images(folder):
-    """Names of the pictures in `folder`, sorted. Raises InputError if there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
+def check_folder(folder):
+    """Raises InputError if `folder`, given as --images, is not a folder."""
+    if Path(folder).is_file():
+        raise InputError(f"--images {folder} is a file, it has to name the folder of the images")
+    if not Path(folder).is_dir():
         raise InputError(f"no such image folder: {folder}")
-    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not names:
-        raise InputError(f"no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}")
-    return names
 
 
-def check_pixels(opened):
-    """Pillow only warns between its limit and twice that; a few KB can unpack to so much. Raises as Pillow does."""
+def foreign_images(folder):
+    """How many images in `folder` are in formats that are not read: "12 .heic files"; empty if there are none."""
+    count = Counter(p.suffix.lower() for p in Path(folder).iterdir() if p.suffix.lower() in FOREIGN)
+    return " and ".join(f"{n} {suffix} file{'s' * (n > 1)}" for suffix, n in sorted(count.items()))
+
+
+def list_images(folder):
+    """Names of the images in `folder`, sorted. Raises InputError if there is none, and says what is there instead."""
+    check_folder(folder)
+    readable = lambda path: path.suffix.lower() in SUFFIXES and path.is_file()
+    names = sorted(path.name for path in Path(folder).iterdir() if readable(path))
+    if names:
+        return names
+    if foreign := foreign_images(folder):
+        raise InputError(f"no images in {folder} but {foreign}: convert them to JPEG or PNG")
+    nested = [path.relative_to(folder) for path in Path(folder).rglob("*") if readable(path)]
+    if nested:
+        largest = Counter(path.parent for path in nested).most_common(1)[0][0]
+        raise InputError(f"no images directly in {folder}, but {len(nested)} in its subfolders such as {largest}/: "
+                         "pass one of them, or list them with --names")
+    raise InputError(f"no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}")
+
+
+def check_header(opened):
+    """What can be refused before decoding. Raises as Pillow does.
+
+    Pillow only warns between its limit of pixels and twice that; a few KB can unpack to so much. 32-bit and float
+    pixels have no range that says what is black and what is white: Pillow would clip them to 0 and 255.
+    """
     if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(f"{opened.width}x{opened.height} are too many pixels, it may be a bomb")
+    if opened.mode in ("I", "F"):
+        kind = "integer" if opened.mode == "I" else "float"
+        raise InputError(f"its pixels are 32-bit {kind}s: convert it to 8 or 16 bits")
+
+
+def to_rgb(opened):
+    """As the official code's `.convert("RGB")`, but for 16-bit gray, which that makes all white: its high byte."""
+    if opened.mode.startswith("I;16"):
+        opened.load()
+        opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
+    return opened.convert("RGB")
 
 
 def open_image(source, name=None):
@@ -83,8 +119,8 @@ def open_image(source, name=None):
     path = printable(str(name or source))
     try:
         with Image.open(source) as opened:
-            check_pixels(opened)
-            picture = opened.convert("RGB")
+            check_header(opened)
+            picture = to_rgb(opened)
     except UNREADABLE as error:
         said = "not a picture that Pillow reads" if isinstance(error, UnidentifiedImageError) and name else error
         raise InputError(f"can't read image {path}: {printable(str(said))}") from None
@@ -98,7 +134,7 @@ def image_size(path):
     """(width, height) from the file's header, without decoding it."""
     try:
         with Image.open(path) as picture:
-            check_pixels(picture)
+            check_header(picture)
             return picture.size
     except UNREADABLE as error:
         raise InputError(printable(f"can't read image {path}: {error}")) from None

@@ -102,7 +102,7 @@ def test_descriptions_that_do_not_fit(tmp_path):
     ):
         with pytest.raises(InputError, match=f"d.jsonl, line {len(described)}: .*{complaint}"):
             read_infused(tmp_path, *described)
-    for image, complaint in ((["a.jpg", "b.jpg"], "x.json, record 0: no image"), ("", "none of its 1 records has an")):
+    for image, complaint in ((["a.jpg", "b.jpg"], "x.json, record 0: 2 images"), ("", "none of its 1 records has an")):
         with pytest.raises(InputError, match=complaint):
             read_infused(tmp_path, ("a.jpg", {"id": "1"}), records=[RECORDS[0] | {"image": image}])
 
@@ -309,3 +309,11 @@ def test_output_of_another_run_is_refused(tmp_path):
     path.write_text('{"id": 1}\n')
     with pytest.raises(InputError, match=f"{path}, line 1: not a line that this command writes"):
         output(path)
+
+
+def test_a_file_that_can_not_be_written_is_not_called_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "out.jsonl").touch()
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    for path in (tmp_path / "out.jsonl", tmp_path):
+        with pytest.raises(InputError, match=f"can't write to {path}: {path} is not writable"):
+            files.check_place(path)

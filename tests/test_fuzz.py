@@ -391,7 +391,7 @@ def name_case(rng, good, folder):
         images.image_size(path)
         images.open_image(path)
 
-    return use, ascii(name), [ascii(Path(str(name)).name)[1:-1]]
+    return use, ascii(name), [ascii(Path(str(name)).name)[1:-1][-20:]]  # a long name is shown by its ends
 
 
 def model_case(rng, good, folder):

@@ -3,15 +3,18 @@
 import random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from stic_min import InputError
+from stic_min.files import brief
 from stic_min.images import (
     best_resolution,
     corrupt,
+    foreign_images,
     image_path,
     image_size,
     image_tokens,
@@ -190,6 +193,29 @@ def test_every_mode_opens_as_rgb(tmp_path, mode, suffix):
         assert opened.tobytes() == original.convert("RGB").tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_gray_opens_as_its_high_byte(tmp_path, dtype, suffix):
+    """Pillow's own conversion makes all of it white (Pillow#2574)."""
+    pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40)).astype(dtype)
+    mode = "I;16" if dtype == "<u2" or suffix == "png" else "I;16B"
+    raw = pixels.astype("<u2" if mode == "I;16" else ">u2").tobytes()
+    Image.frombytes(mode, (40, 30), raw).save(tmp_path / f"x.{suffix}")
+    with Image.open(tmp_path / f"x.{suffix}") as opened:
+        assert opened.mode == mode
+    opened = open_image(tmp_path / f"x.{suffix}")
+    assert opened.mode == "RGB" and opened.size == image_size(tmp_path / f"x.{suffix}") == (40, 30)
+    assert (np.asarray(opened) == (pixels >> 8).astype(np.uint8)[..., None]).all()
+
+
+@pytest.mark.parametrize("mode, kind", [("I", "integer"), ("F", "float")])
+def test_32_bit_pixels_are_refused_by_their_header(tmp_path, mode, kind):
+    Image.new(mode, (40, 30), 70000).save(tmp_path / "x.tif")
+    for read in (open_image, image_size):
+        with pytest.raises(InputError, match=rf"can't read image \S+x.tif: its pixels are 32-bit {kind}s: convert it"):
+            read(tmp_path / "x.tif")
+
+
 def test_transparency_is_dropped_and_palettes_are_read(tmp_path):
     Image.new("RGBA", (4, 4), (10, 200, 30, 0)).save(tmp_path / "hidden.png")
     assert open_image(tmp_path / "hidden.png").getpixel((0, 0)) == (10, 200, 30)
@@ -226,7 +252,7 @@ def test_image_path_stays_in_its_folder(tmp_path):
     for name in ("../a.png", "sub/../../a.png", str(tmp_path / "a.png"), ".."):
         with pytest.raises(InputError, match="outside") as error:
             image_path(folder, name)
-        assert repr(name) in str(error.value)
+        assert f"'{brief(name)}'" in str(error.value)
     for name in ("b.png", "sub", ""):
         with pytest.raises(InputError, match="no such image"):
             image_path(folder, name)
@@ -277,6 +303,24 @@ def test_list_images(tmp_path):
     for name in ("b.JPG", "a.png"):
         (tmp_path / name).touch()
     assert list_images(tmp_path) == ["a.png", "b.JPG"]
+
+
+def test_list_images_says_what_is_there_instead(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(InputError, match="--images .*a.jpg is a file, it has to name the folder"):
+        list_images(tmp_path / "a.jpg")
+    (tmp_path / "coco/train2014").mkdir(parents=True)
+    for name in ("coco/1.jpg", "coco/train2014/1.jpg", "coco/train2014/2.jpg", "coco/notes.txt"):
+        (tmp_path / name).touch()
+    assert list_images(tmp_path) == ["a.jpg"] and foreign_images(tmp_path) == ""
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(InputError, match="no images directly in .*, but 3 in its subfolders such as coco/train2014/: "):
+        list_images(tmp_path)
+    for name in ("1.HEIC", "2.heic", "3.avif"):
+        (tmp_path / name).touch()
+    assert foreign_images(tmp_path) == "1 .avif file and 2 .heic files"
+    with pytest.raises(InputError, match="no images in .* but 1 .avif file and 2 .heic files: convert them"):
+        list_images(tmp_path)
 
 
 def test_strips_are_refused_before_they_take_gigabytes(tmp_path):

@@ -1,0 +1,120 @@
+"""The records of the files that people bring, in the spellings of whoever wrote them. No model code.
+
+Which kind of file it is, the one image that a record names, and both sides of a preference in every form that is known.
+"""
+
+import json
+import re
+
+from stic_min import InputError
+from stic_min.files import field, read_records, read_text
+from stic_min.text import IMAGE_MARK
+
+KINDS = {  # what each file is, and the flag that takes it
+    "pairs": "preference pairs (--pairs)",
+    "descriptions": "descriptions (--descriptions)",
+    "instructions": "instructions (--describe, --instructions)",
+}
+
+
+def kind(record):
+    """The key of KINDS that a record belongs to, or None."""
+    if {"chosen", "rejected", "rejected_conversations"} & set(record):
+        return "pairs"
+    if "description" in record or "conversations" in record:
+        return "descriptions" if "description" in record else "instructions"
+    return "pairs" if "rejected" in str(record.get("text")) else None
+
+
+def read_kind(path, wanted):
+    """`read_records` of one kind. Raises InputError if the file holds another: flags are easily swapped."""
+    records = read_records(path)
+    kinds = {kind(record): None for _, record in records}
+    if wanted not in kinds and (found := next(filter(None, kinds), None)):
+        raise InputError(f"{path} holds {KINDS[found]}, not {KINDS[wanted]}")
+    return records
+
+
+def read_names(path):
+    """Names of images: one per line, or a JSON list as STIC publishes it (data/6k_coco_names.json)."""
+    text = read_text(path)
+    if re.match(r'\s*\[\s*["\]{]|\s*\{', text):
+        try:
+            names = json.loads(text)
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            found = next((KINDS[kind(record)] for _, record in read_records(path) if kind(record)), "JSON objects")
+            raise InputError(f"{path} holds {found}, not names of images (--names)")
+    else:
+        names = text.split("\n")
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise InputError(f"{path}: no names in it")
+    return names
+
+
+def image_name(record, where):
+    """The one image that a record names, as a name or as a list of one. Raises InputError if it is not one."""
+    image = next((record[key] for key in ("image", "images", "image_path") if record.get(key)), None)
+    if isinstance(image, list):
+        if len(image) != 1:
+            raise InputError(f"{where}: {len(image)} images, a sample has one image")
+        [image] = image
+    if isinstance(image, dict):  # as a parquet file of Hugging Face's becomes JSON
+        image = record.get("image_path") or image.get("path")
+    if image is not None and not isinstance(image, str):
+        raise InputError(f"{where}: image is not a file name")
+    return field({"image": image}, "image", where)
+
+
+# ---------------------------------------------------------------- preference pairs
+
+ROLES = {"human": "user", "gpt": "assistant"}
+EXPECTED = 'expected: {"image": ..., "prompt": ..., "chosen": ..., "rejected": ...}'
+
+
+def messages(value, role):
+    """A text of `role`, one message or a list of them -> [{role, content}, ...], in the spellings of `pair_sides`."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    found = []
+    for message in [value] if isinstance(value, dict) else value if isinstance(value, list) else []:
+        message = message if isinstance(message, dict) else {}
+        sender, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(content, list):  # parts; an image without a text is the mark
+            parts = [part if isinstance(part, dict) else {} for part in content]
+            content = "".join(IMAGE_MARK if p.get("type") == "image" else str(p.get("text") or "") for p in parts)
+        found.append({"role": ROLES.get(sender, sender) if isinstance(sender, str) else None, "content": content})
+    return found
+
+
+def pair_sides(record):
+    """The messages of chosen and rejected in a record of any form that is known -> {side: [{role, content}, ...]}
+
+    | form                        | question                 | answers                               |
+    |-----------------------------|--------------------------|---------------------------------------|
+    | ours, STIC's, TRL's         | in chosen and rejected   | chosen, rejected: messages            |
+    | TRL's with a prompt         | prompt: text or messages | chosen, rejected: text or messages    |
+    | RLAIF-V's                   | question: text           | chosen, rejected: text                |
+    | RLHF-V's                    | the same three keys in `text`, an object or a JSON string of one |
+    | LLaMA-Factory's             | conversations: a message | chosen, rejected: a message           |
+    | POVID's                     | in both                  | conversations, rejected_conversations |
+
+    Messages are {role, content} or LLaVA's {from, value}; content is text or TRL's list of parts.
+    """
+    text = record.get("text")
+    if isinstance(text, str):
+        try:
+            text = json.loads(text)
+        except (ValueError, RecursionError):
+            pass
+    record = record | (text if isinstance(text, dict) else {})
+    question = next((record[key] for key in ("prompt", "question", "conversations") if record.get(key)), None)
+    sides = {"chosen": record.get("chosen"), "rejected": record.get("rejected")}
+    if record.get("rejected_conversations"):
+        sides = {"chosen": record.get("conversations"), "rejected": record["rejected_conversations"]}
+    asked = messages(question, "user")
+    answers = {side: messages(value, "assistant") for side, value in sides.items()}
+    whole = lambda said: said if said and said[0]["role"] == "user" else [*asked, *said]
+    return {side: whole(said) for side, said in answers.items()}
