@@ -19,8 +19,9 @@ from pathlib import Path
 from stic_min import InputError, check, cli, consistency, lora, sampler
 from stic_min.data import each, image_records, parse_instruction, say_left_out
 from stic_min.files import Output, brief, subset
+from stic_min.formats.adapters import read_adapter
 from stic_min.images import ahead, check_folder, corrupt, foreign_images, image_path, list_images, open_image
-from stic_min.loader import canonical, load_llava, open_llava
+from stic_min.loader import load_llava, open_llava
 from stic_min.records import read_names
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
 
@@ -145,7 +146,7 @@ def main():
     if args.check:
         llava, _ = open_llava(args.model, **options)  # without its weights
         if args.adapter:
-            lora.attach(llava, lora.read_adapter(args.adapter, llava, canonical))
+            lora.attach(llava, read_adapter(args.adapter, llava))
     else:
         cli.say_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)

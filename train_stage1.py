@@ -37,7 +37,7 @@ def reference_logps(llava, batch):
 def check_reference(llava, batch, beta):
     """With LoRA's B = 0, theta is theta_0 and the DPO term ln 2. Raises InputError if it is not."""
     term = dpo_loss(*pair_logps(llava, batch), *reference_logps(llava, batch), beta).mean().item()
-    if abs(term - math.log(2)) > 1e-4:
+    if not abs(term - math.log(2)) <= 1e-6:  # in bf16 too; NaN is caught as well
         raise InputError(f"before step 1 the DPO term is {term:.6f}, not ln 2: policy and reference differ")
 
 
@@ -77,6 +77,7 @@ def main():
     run = training.Run(args, llava, adapter, items, ranks, settings)
     for step, micro_batches in run.steps():
         pairs_in_batch = len(run.batches[step])  # the global batch
+        differing = sum(items[i].differs for i in run.batches[step])
         for indices, real in micro_batches:
             batch = run.collate(indices)
             ref_logp_w, ref_logp_l = reference_logps(llava, batch)
@@ -84,9 +85,15 @@ def main():
             losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1
             run.backward(losses.sum() / pairs_in_batch * real)
 
-            margin = args.beta * ((logp_w - ref_logp_w) - (logp_l - ref_logp_l))
+            reward_w, reward_l = args.beta * (logp_w - ref_logp_w), args.beta * (logp_l - ref_logp_l)  # implicit
+            differs = torch.tensor([items[i].differs for i in indices], device=logp_w.device)  # (B,)
             run.add(real / pairs_in_batch, loss=losses, dpo=losses + args.alpha * logp_w,
-                    alpha_nll=-args.alpha * logp_w, margin=margin, accuracy=margin > 0)
+                    alpha_nll=-args.alpha * logp_w, logp_chosen=logp_w, logp_rejected=logp_l,
+                    reward_chosen=reward_w, reward_rejected=reward_l)
+            run.add(real, equal=~differs)
+            if differing:  # where both responses are the same text, the margin is 0 and means nothing
+                margin = (reward_w - reward_l)[differs]
+                run.add(real / differing, margin=margin, accuracy=margin > 0)
         run.update(step)
 
 

@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from stic_min import check
 from stic_min.cli import DTYPES
 from stic_min.clip import ClipConfig
+from stic_min.formats.tensors import canonical
 from stic_min.llava import LLaVA, LlavaConfig
-from stic_min.loader import canonical
 from stic_min.loss import IGNORE
 from stic_min.mistral import DecoderConfig
 

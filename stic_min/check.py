@@ -146,7 +146,7 @@ def training(args, llava, adapter, items, settings, problems, ranks, reference):
         lines.append(("repeated", f"{len(again)} pictures come more than once: {names(again)}"))
     if again := consistency.repeats(items):
         lines.append(("repeated", f"{again} samples are another one once more"))
-    if equal := [item.example.name for item in items if not item.differs]:
+    if equal := [item.example.name for item in items if reference and not item.differs]:
         lines.append(("equal", f"{len(equal)} pairs, no preference to learn from: {names(equal)}"))
     if items:
         cut = [item.example.name for item in items if item.cut]

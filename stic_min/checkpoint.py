@@ -10,8 +10,10 @@ import json
 import os
 import shutil
 
-from stic_min import InputError, lora
+from stic_min import InputError
 from stic_min.files import printable, read_json
+from stic_min.formats.adapters import read_written, write_adapter
+from stic_min.formats.tensors import read_tensors, write_tensors
 
 DRAWS = "ranks", "micro_batch"  # settings that change nothing but which inputs dropout hits
 NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.new"
@@ -29,8 +31,8 @@ def save(out, step, adapter, moments, settings, keep):
     beside = out / BESIDE
     shutil.rmtree(beside, ignore_errors=True)
     try:
-        lora.write_adapter(beside, adapter)
-        lora.write_tensors(moments, beside / OPTIMIZER)
+        write_adapter(beside, adapter)
+        write_tensors(moments, beside / OPTIMIZER)
         (beside / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n")
         for path in [*beside.iterdir(), beside]:
             sync(path)
@@ -77,7 +79,7 @@ def newest(out, settings, say):
     step, differ = compare(found[-1], settings)
     if differ:
         say(f"with {' and '.join(differ)}: LoRA's dropout draws differently from here on")
-    tensors, moments = lora.read_written(found[-1]), lora.read_tensors(found[-1] / OPTIMIZER)
+    tensors, moments = read_written(found[-1]), read_tensors(found[-1] / OPTIMIZER)
     trained = {name for name in tensors if ".lora_" in name} | {name.partition(".")[2] for name in moments}
     for name in sorted(trained):
         values = tensors.get(name), moments.get(f"exp_avg.{name}"), moments.get(f"exp_avg_sq.{name}")

@@ -209,7 +209,12 @@ class Item:
     length: int  # positions in the flat row
     scored: int  # supervised tokens
     cut: bool  # whether a response was shortened to the maximum length
-    differs: bool = True  # whether chosen and rejected do; where not, the gradient of the DPO term is 0
+
+    @property
+    def differs(self):
+        """Of a pair: whether its two responses are different tokens, so that there is something to prefer."""
+        chosen, rejected = self.example.branches
+        return chosen != rejected
 
 
 def cut_to(ids, room):
@@ -228,7 +233,7 @@ def pair_item(pair, llava, folder, max_length):
     rejected, cut_l = cut_to(tokenizer.encode_response(pair.rejected, pair.rejected_stopped), max_length - length)
     example = Example(pair.where, [(prompt, False)], [chosen, rejected])
     scored = len(chosen) + len(rejected)
-    return Item(example, path, length + scored, scored, cut_w or cut_l, chosen != rejected)
+    return Item(example, path, length + scored, scored, cut_w or cut_l)
 
 
 def instruction_item(instruction, llava, folder, max_length):

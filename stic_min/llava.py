@@ -7,6 +7,7 @@ then the picture region of its tiles with one `image_newline` at the end of each
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
@@ -136,6 +137,15 @@ def arrange(features, tiles, newline):
 # ---------------------------------------------------------------- the model
 
 
+def check_images(images):
+    """Raises TypeError unless `images` is a list of PIL images; a path or a single image are likely slips."""
+    if not isinstance(images, list | tuple):
+        raise TypeError(f"images is one {type(images).__name__}, it has to be a list of PIL images (empty for none)")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"images holds a {type(image).__name__}, not a PIL image: open it with PIL.Image.open")
+
+
 class LLaVA(nn.Module):
     """Made by `stic_min.loader.load_llava`, which also sets `tokenizer`."""
 
@@ -168,15 +178,19 @@ class LLaVA(nn.Module):
         features = projector(patches).split([len(t.pixels) for t in tiles])  # (N_i, S, C) each
         return torch.cat([arrange(f, t, self.image_newline) for f, t in zip(features, tiles)])
 
-    def forward(self, batch, attend=None, reference=False):
-        """Batch -> logits (G, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
+    def hidden_states(self, batch, attend=None, reference=False):
+        """Batch -> the decoder's last hidden states (G, R, C) at `batch.rows`; as `forward`."""
         x = self.model.embed_tokens(batch.ids.clamp_min(0))  # (T, C)
         if batch.tiles:
             batch.patches = self.see(batch.tiles) if batch.patches is None else batch.patches
             features = self.encode_images(batch.tiles, batch.patches, reference).to(x.dtype)
             x = x.masked_scatter((batch.ids == IMAGE)[:, None], features)
         x = self.model(x, batch.positions, attend or batch.attend)
-        return self.lm_head(x[batch.rows]).float()
+        return x[batch.rows]
+
+    def forward(self, batch, reference=False):
+        """Batch -> logits (G, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
+        return self.lm_head(self.hidden_states(batch, reference=reference)).float()
 
     # ------------------------------------------------------------ one prompt at a time, strings in
 
@@ -196,6 +210,7 @@ class LLaVA(nn.Module):
 
     def prompt_ids(self, prompt, images, more=0):
         """Ids of a prompt. Raises InputError if <image> marks and `images` disagree, or it is too long with `more`."""
+        check_images(images)
         ids, name = self.tokenizer.encode_prompt(prompt), f"prompt {prompt[:60]!r}"
         Example(name, [(ids, False)], []).check(len(images))
         if (length := self.prompt_length(prompt, images) + more) > self.config.max_length:
@@ -229,12 +244,16 @@ class LLaVA(nn.Module):
         batch = self.batch(prompt, images, response)
         return token_logps(self(batch), batch.labels).sum()
 
-    def generate(self, prompts, images, *, max_new_tokens, temperature=0.0, top_p=None, seed=0):
+    def generate(self, prompts, images, *, max_new_tokens=1024, temperature=0.0, top_p=None, seed=0):
         """list[str], stripped. images[i]: the list of pictures of prompts[i]. temperature 0 is greedy.
 
         A row's sample depends on `seed` and its own prompt, not on the other rows; of equal prompts in one call, each
         gets a sample of its own. Raises InputError as `sampler.sample` does.
         """
+        if isinstance(prompts, str):
+            raise TypeError("prompts is one str, it has to be a list of them; images[i] are the images of prompts[i]")
+        for own in images:
+            check_images(own)
         seeds = [sampler.row_seed(seed, p, prompts[:i].count(p)) for i, p in enumerate(prompts)]
         samples = sampler.sample(
             self, prompts, images, seeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p

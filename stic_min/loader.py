@@ -1,39 +1,24 @@
 """LLaVA checkpoints, strictly: every key is used once or ignored by name with a reason, every parameter filled once.
 
-Three key layouts are in use: the original LLaVA one, and the two that transformers has written over time. Weights are
-memory-mapped and go to their parameters one by one, so loading never holds two copies; a sharded parameter (FSDP)
-takes only its own rows from the file.
+Weights are memory-mapped and go to their parameters one by one, so loading never holds two copies; a sharded
+parameter (FSDP) takes only its own rows from the file.
 """
 
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from stic_min import InputError, first_line, lora
-from stic_min.config import read_config
-from stic_min.files import printable, read_json
+from stic_min import InputError, lora
+from stic_min.files import read_json
+from stic_min.formats.adapters import read_adapter
+from stic_min.formats.config import read_config
+from stic_min.formats.tensors import canonical, open_shard, shards
 from stic_min.llava import LLaVA
 from stic_min.text import Tokenizer
-
-# ---------------------------------------------------------------- key names
-
-# Published name -> ours. Original LLaVA first, then transformers' (saved files, and module names in memory).
-RENAMES = [
-    (r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?(.+)", r"vision_tower.\1"),
-    (r"vision_model\.(.+)", r"vision_tower.\1"),  # a CLIP folder
-    (r"(?:model\.)?mm_projector\.(.+)", r"mm_projector.\1"),
-    (r"(?:model\.)?multi_modal_projector\.linear_1\.(.+)", r"mm_projector.0.\1"),
-    (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"mm_projector.2.\1"),
-    (r"(?:model\.)?image_newline", r"image_newline"),
-    (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
-    (r"(?:language_model\.model\.|model\.language_model\.|model\.)((?:embed_tokens|layers|norm)\..+)", r"model.\1"),
-]
 
 # Names (after RENAMES) that a checkpoint may hold and we have no use for, with the reason.
 IGNORED = {
@@ -42,51 +27,6 @@ IGNORED = {
     r".+\.rotary_emb\.inv_freq": "computed from rope_theta",
 }
 IGNORED_IN_CLIP = {r"text_model\..+|text_projection\.weight|visual_projection\.weight|logit_scale": "CLIP's text side"}
-
-
-def canonical(key):
-    """Our name of a published key, None if the key is unknown."""
-    for pattern, name in RENAMES:
-        if match := re.fullmatch(pattern, key):
-            return match.expand(name)
-    return None
-
-
-# ---------------------------------------------------------------- files
-
-
-def shards(folder):
-    """The weight files of a checkpoint folder. Raises InputError if there are none or one of them is missing."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{index}: no weight_map")
-            files = sorted(set(map(str, weight_map.values())))
-            if missing := [f for f in files if not os.path.isfile(folder / f)]:
-                raise InputError(f"missing shard {folder / printable(missing[0])}, named by {index}")
-            return [folder / f for f in files]
-        if (folder / name).is_file():
-            return [folder / name]
-    raise InputError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
-
-
-def open_shard(file):
-    """{key: function that returns its tensor}; memory-mapped, so a tensor costs memory when it is read."""
-    safe = file.suffix == ".safetensors"
-    try:
-        if safe:
-            opened = safetensors.safe_open(file, framework="pt")
-        else:
-            opened = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
-        raise InputError(f"can't read {file}: {printable(first_line(error))}") from None
-    if safe:
-        lora.check_names(opened.keys(), file)
-        return {key: lambda key=key: opened.get_tensor(key) for key in opened.keys()}
-    lora.check_tensors(opened, file)
-    return {key: lambda value=value: value for key, value in opened.items()}
 
 
 def open_weights(folder, ignored, only=""):
@@ -234,7 +174,7 @@ def load_llava(
         path, vision=vision, tokenizer=tokenizer, image_mode=image_mode, template=template, dtype=dtype
     )
     if adapter is not None:
-        adapter = lora.read_adapter(adapter, llava, canonical)
+        adapter = read_adapter(adapter, llava)
         lora.attach(llava, adapter)
         llava.to(dtype)  # LoRA too: it would be rounded to it in each forward anyway
         source |= adapter.tensors

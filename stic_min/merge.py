@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 
-from stic_min import InputError, cli, lora
+from stic_min import InputError, cli
 from stic_min.files import read_json
-from stic_min.loader import canonical, open_llava, open_shard, shards
+from stic_min.formats.adapters import read_adapter
+from stic_min.formats.tensors import canonical, open_shard, shards, write_tensors
+from stic_min.loader import open_llava
 
 
 def merge_shard(tensors, adapter, dtype=None):
@@ -50,7 +52,7 @@ def write_merged(folder, adapter, out, dtype=None):
         tensors, *sums = merge_shard(open_shard(file), adapter, dtype)
         kept, wanted = kept + sums[0], wanted + sums[1]
         name = Path(file.name.replace("pytorch_model", "model")).stem + ".safetensors"
-        lora.write_tensors(tensors, out / name)
+        write_tensors(tensors, out / name)
         weight_map |= dict.fromkeys(tensors, name)
         progress.add()
     if len(files) > 1:
@@ -81,7 +83,7 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
     if out.exists():
         raise InputError(f"{out} exists already")
     llava, _ = open_llava(folder, vision=vision, tokenizer=tokenizer)
-    adapter = lora.read_adapter(adapter, llava, canonical)
+    adapter = read_adapter(adapter, llava)
     beside = out.with_name(f"{out.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:

@@ -8,6 +8,7 @@ then top-p; no top-k.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,14 @@ def pick(logits, temperature, top_p, uniform):
     steps = filtered_probs(logits, temperature, top_p).double().cumsum(dim=-1)  # (B, V)
     target = uniform[:, None] * steps[:, -1:]
     return torch.searchsorted(steps, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+
+
+def fp32_logits(llava, x):
+    """Hidden states (B, C) -> logits (B, V) float32: on a GPU straight from the product's fp32 accumulator, as bf16
+    rounds logits near 20 to eighths."""
+    if x.is_cuda and torch.version.cuda and x.dtype != torch.float32:
+        return torch.mm(x, llava.lm_head.weight.t(), out_dtype=torch.float32)
+    return llava.lm_head(x).float()
 
 
 @dataclass
@@ -139,10 +148,11 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
     def step(longest):
         """Draws a token in each slot and computes what follows it; `longest` positions of the cache are looked at."""
         ids.copy_(pick(logits, temperature, top_p, draws.gather(1, steps[:, None])[:, 0]))  # (B,)
-        logps.copy_(logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0])  # (B,)
+        # 0 * their sum is 0, or NaN where a logit is not finite: the host looks at these numbers alone.
+        logps.copy_(logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0] + 0 * logits.sum(-1))  # (B,)
         positions.clamp_(max=longest - 1)
         x = llava.model(llava.model.embed_tokens(ids), positions, Decode(cache, positions, longest))  # (B, C)
-        logits.copy_(llava.lm_head(x))  # (B, V)
+        logits.copy_(fp32_logits(llava, x))  # (B, V)
         positions.add_(1)
         steps.add_(1).clamp_(max=drawn - 1)
 
@@ -188,9 +198,18 @@ def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=Non
                 own, sample.finish = own[: own.index(llava.tokenizer.eos) + 1], "stop"
             sample.ids += own
             sample.logps += scored[slot][: len(own)]
+            if math.isnan(sum(sample.logps[-stride:])):
+                raise InputError(not_finite(key, llava.lm_head.weight.dtype))
             if sample.finish == "stop" or len(sample.ids) == limit:
                 rows[slot] = None
                 yield key, sample
+
+
+def not_finite(key, dtype):
+    """What to say when the model's logits overflow or hold NaN. A pair's key is (image, which of its two)."""
+    name, dtype = key[0] if isinstance(key, tuple) else key, str(dtype).removeprefix("torch.")
+    cause = "try --dtype bfloat16" if dtype == "float16" else "the checkpoint or the adapter may be damaged"
+    return f"{name}: the model's logits in {dtype} are NaN or infinite; {cause}"
 
 
 def prefill(llava, group, cache, slots, logits, max_new_tokens):
@@ -204,7 +223,8 @@ def prefill(llava, group, cache, slots, logits, max_new_tokens):
     lengths = [span.prefix[1] - span.prefix[0] + span.end - span.start for span in spans]
     cache.reserve(min(max(lengths) + max_new_tokens, llava.config.decoder.max_positions))
     batch.rows = torch.tensor([last], device=llava.device)
-    logits[slots] = llava(batch, attend=Prefill(batch.attend.spans, cache, slots))[0]
+    x = llava.hidden_states(batch, attend=Prefill(batch.attend.spans, cache, slots))[0]  # (B, C)
+    logits[slots] = fp32_logits(llava, x)
     return lengths
 
 

@@ -24,14 +24,16 @@ from torch.distributed.tensor import DTensor
 from stic_min import InputError, check, checkpoint, cli, lora
 from stic_min.data import global_batches, load_tiles
 from stic_min.files import append_line, lock, unlock
+from stic_min.formats.adapters import PROJECTOR_FILE, read_adapter
 from stic_min.images import ahead
 from stic_min.llava import Projector, collate
-from stic_min.loader import canonical, fill, open_llava, own_rows
+from stic_min.loader import fill, open_llava, own_rows
 from stic_min.sampler import row_seed
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
 WARMUP = 0.03  # of all steps
+SHOWN = "loss", "dpo", "alpha_nll", "margin", "accuracy"  # on the terminal; log.jsonl has everything
 
 
 # ---------------------------------------------------------------- flags
@@ -119,7 +121,7 @@ def build(args, ranks, keep_reference):
     llava, source = open_llava(args.model, **options)
     given = getattr(args, "adapter", None)
     if given:
-        adapter = lora.read_adapter(given, llava, canonical)
+        adapter = read_adapter(given, llava)
         for flag, value in (("--lora-r", adapter.r), ("--lora-alpha", adapter.alpha)):
             wanted = getattr(args, flag[2:].replace("-", "_"))
             if wanted is not None and wanted != value:
@@ -253,8 +255,9 @@ class Run:
 
     def total(self, *values):
         """Sums of numbers over the ranks."""
+        values = list(map(float, values))
         if self.ranks.world == 1:
-            return list(map(float, values))
+            return values
         values = torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
         dist.all_reduce(values)
         return values.tolist()
@@ -267,7 +270,7 @@ class Run:
     def add(self, weight, **values):
         """Adds weight * the sum of each value to what this step logs."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value.detach().double().sum().item()
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value.detach().double().sum()
 
     def update(self, step):
         """Clips, steps, logs, and saves a checkpoint when it is time."""
@@ -304,7 +307,7 @@ class Run:
                   "memory_gb": round(memory, 3), "seconds_left": round(left, 1)}
         if self.ranks.first:
             append_line(self.out / "log.jsonl", json.dumps(record))
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items() if name != "answer_tokens")
+        shown = "  ".join(f"{name} {values[name]:.4f}" for name in SHOWN if name in values)
         if now - self.shown >= 1 or step + 1 == steps:  # the file has every step; to look at, one a second will do
             self.shown = now
             self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
@@ -347,7 +350,7 @@ class Run:
         if self.total(step) != [step * self.ranks.world]:
             raise InputError(f"not all ranks see the same checkpoints: {self.out} has to be one folder for all nodes")
         if saved is None:
-            for left_behind in ("log.jsonl", "adapter_model.safetensors", lora.PROJECTOR_FILE):
+            for left_behind in ("log.jsonl", "adapter_model.safetensors", PROJECTOR_FILE):
                 (self.out / left_behind).unlink(missing_ok=True)
             return
         self.first_step, tensors, moments = saved
@@ -373,7 +376,7 @@ class Run:
                 *_, last = checkpoint.folders(self.out)
                 (self.out / "run.json").write_text(json.dumps(self.settings, indent=2) + "\n")
                 # adapter_config.json, the mark of a finished run, comes last.
-                for name in ("adapter_model.safetensors", lora.PROJECTOR_FILE, "adapter_config.json"):
+                for name in ("adapter_model.safetensors", PROJECTOR_FILE, "adapter_config.json"):
                     if (last / name).is_file():
                         shutil.copyfile(last / name, self.out / f"{name}.new")
                         os.replace(self.out / f"{name}.new", self.out / name)

@@ -11,6 +11,8 @@ import torch
 
 from stic_min import loader, lora
 from stic_min.clip import ClipConfig
+from stic_min.formats.config import read_config
+from stic_min.formats.tensors import canonical
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.mistral import DecoderConfig
 
@@ -148,7 +150,7 @@ def count(shapes):
 
 def config_of(folder, name):
     (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
-    return loader.read_config(folder)
+    return read_config(folder)
 
 
 def shapes_of(config):
@@ -192,7 +194,7 @@ def test_every_published_tensor_is_a_parameter_or_ignored(version, layout, tmp_p
     keys = published(version, layout)
     if (version, layout) == ("v1.5", "original"):
         keys |= tower_keys("vision_model.")  # from CLIP's own folder
-    names = [loader.canonical(key) for key in keys]
+    names = [canonical(key) for key in keys]
     assert len(set(names)) == len(names)
     assert set(names) - set(parameters) == UNUSED and len(UNUSED) == 18
     assert {name: shape for name, shape in zip(names, keys.values()) if name not in UNUSED} == parameters

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from test_loader import TEXT, TOWER, V15, V16, read_tensors, refuse
 
 from stic_min import lora
-from stic_min.loader import canonical, load_llava
+from stic_min.formats import adapters
+from stic_min.loader import load_llava
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 CLIP_LAYER = f"base_model.model.{TOWER}encoder.layers.0.self_attn.q_proj.lora_"
@@ -25,7 +26,7 @@ def adapter(base, tmp_path):
     """Folder with an adapter for V16 whose B is not zero."""
     made = lora.fresh(base[V16], r=4, alpha=8, dropout=0.0, seed=0)
     made.tensors |= {name: 0.1 + t for name, t in made.tensors.items() if name.endswith("B")}
-    lora.write_adapter(tmp_path / "adapter", made)
+    adapters.write_adapter(tmp_path / "adapter", made)
     return tmp_path / "adapter"
 
 
@@ -81,8 +82,8 @@ def test_ours_reads_pefts(tiny, base, tmp_path, name, rslora):
     logits = llava.logits(TEXT, [])
     assert (logits - base[name].logits(TEXT, [])).abs().max() > 0.1
     torch.testing.assert_close(logits, peft_logits(theirs, llava), atol=1e-4, rtol=0)
-    again = lora.read_adapter(tmp_path, base[name], canonical)
-    lora.write_adapter(tmp_path / "again", again)
+    again = adapters.read_adapter(tmp_path, base[name])
+    adapters.write_adapter(tmp_path / "again", again)
     assert torch.equal(load_llava(tiny / name, adapter=tmp_path / "again").logits(TEXT, []), logits)
 
 
@@ -117,9 +118,9 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
         refuse("can't read .*non_lora_trainables.bin", tiny / V16, adapter=adapter)
     file.unlink()
 
-    read = lora.read_adapter(adapter, base[V16], canonical)
+    read = adapters.read_adapter(adapter, base[V16])
     read.tensors |= new
-    lora.write_adapter(adapter, read)
+    adapters.write_adapter(adapter, read)
     torch.save(llava_style, file)
     llava = load_llava(tiny / V16, adapter=adapter)  # ours, where both are there
     assert all(torch.equal(llava.get_parameter(name), new[name]) for name in names)

@@ -195,6 +195,15 @@ def blind(tensors):  # what the projector makes of a picture does not depend on 
     tensors["model.mm_projector.2.weight"].zero_()
 
 
+def loud(tensors):  # finite in fp32 and bf16, beyond 65,504 in fp16
+    for name in ("up_proj", "down_proj"):
+        tensors[f"model.layers.1.mlp.{name}.weight"].mul_(3000)
+
+
+def damaged(tensors):
+    tensors["model.norm.weight"][0] = float("nan")
+
+
 def checkpoint(w):
     (w / "out/checkpoint-1").mkdir(parents=True)
     (w / "out/checkpoint-1/run.json").write_text('{"step": 1, "lr": 5.0}')
@@ -270,6 +279,11 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "other prompt": ("stage1", says("Why?", "So."), "", rf"line 1 \({A}\): chosen and rejected answer different"),
     "two marks": ("stage1", says("<image><image>", "So."), "", rf"line 1 \({A}\): 2 <image> in the text but 1 picture"),
     "no effect": ("stage1", weights(MODEL, blind), "", rf"line 1 \({A}\): log p is the same with a blank"),
+    "fp16 overflows": ("pairs", weights(MODEL, loud), "--dtype float16",
+                       rf"{A}: the model's logits in float16 are NaN or infinite; try --dtype bfloat16"),
+    "NaN weights": ("scienceqa", weights(MODEL, damaged), "",
+                    r"4: the model's logits in float32 are NaN or infinite; the checkpoint .* damaged"),
+    "NaN in training": ("stage1", weights(MODEL, damaged), "", r"before step 1 the DPO term is nan, not ln 2"),
     "too fast": ("stage1", None, "--lr 1e30 --batch-size 1", r"step 2: the loss is .* the gradient .*, line 2"),
     "long question": ("ask", config(tokenizer_model_max_length=20), "", r"the question is \d+ tokens longer than the"),
     "long prompt": ("stage1", None, "--max-length 20", rf"line 1 \({A}\): the prompt takes \d+ tokens"),
@@ -340,7 +354,8 @@ def test_the_table_of_them_is_up_to_date():
         assert re.search(message.replace("{w}", "W"), rows[case]), case
 
 
-NEEDS_MORE = "no effect", "too fast", "only broken", "no such device"  # the weights, or the device
+# The weights, or the device.
+NEEDS_MORE = "no effect", "too fast", "only broken", "no such device", "fp16 overflows", "NaN in training"
 CHECKED = [case for case, (name, *_) in CASES.items() if name in ("pairs", "describe", "stage1", "stage2")]
 
 

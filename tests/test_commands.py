@@ -29,6 +29,7 @@ from torch.nn import functional as F
 import generate_pairs
 from stic_min import InputError, data, lora, sampler, training
 from stic_min.files import subset
+from stic_min.formats.adapters import PREFIX
 from stic_min.images import corrupt, open_image
 from stic_min.llava import collate
 from stic_min.loader import load_llava
@@ -263,7 +264,8 @@ def test_top_p_is_used(runs, tmp_path):
 def test_stage1_starts_at_theta_0(runs):
     records = log(runs.one / "stage1")
     assert [r["step"] for r in records] == list(range(1, STEPS + 1))
-    assert all(set(r) == {"step", "loss", "dpo", "alpha_nll", "margin", "accuracy", "grad_norm", "lr"} for r in records)
+    assert all(set(r) == {"step", "loss", "dpo", "alpha_nll", "margin", "accuracy", "grad_norm", "lr", "logp_chosen",
+                          "logp_rejected", "reward_chosen", "reward_rejected", "equal"} for r in records)
     assert records[0]["dpo"] == pytest.approx(math.log(2), abs=1e-5) and abs(records[0]["margin"]) < 1e-6
     assert all(abs(r["margin"]) > 1e-6 for r in records[1:])
     assert all(r["loss"] == pytest.approx(r["dpo"] + r["alpha_nll"], abs=1e-6) for r in records)
@@ -294,7 +296,7 @@ def logps_by_hand(llava, item):
 
 
 def assert_trained_like(llava, folder):
-    named = {f"model.{name}" if "lora" not in name else f"{lora.PREFIX}{name}.weight": p
+    named = {f"model.{name}" if "lora" not in name else f"{PREFIX}{name}.weight": p
              for name, p in llava.named_parameters() if p.requires_grad}
     written = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(named) == set(written)
@@ -303,15 +305,19 @@ def assert_trained_like(llava, folder):
 
 
 def test_stage1_by_hand(runs, tmp_path):
-    """Eq. 4.1 pair by pair, with a second model as theta_0."""
+    """Eq. 4.1 pair by pair, with a second model as theta_0. One pair has equal responses, so that only its NLL counts:
+    margin and accuracy are those of the others."""
     beta, alpha, flags = 2.0, 0.5, ["--beta", 2, "--alpha", 0.5, "--projector-lr", 5e-4]
-    call(*runs.commands["stage1"], *flags, "--out", tmp_path / "out")
+    records = lines(runs.one / "pairs.jsonl")
+    records[2]["rejected"], records[2]["rejected_finish"] = records[2]["chosen"], records[2]["chosen_finish"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    call(*runs.commands["stage1"], *flags, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
     policy, theta_0 = (load_llava(runs.model, image_mode="pad") for _ in range(2))
     fresh = lora.fresh(policy, 4, 8, 0.0, seed=0)
     lora.attach(policy, fresh)
     for name, value in fresh.tensors.items():
         policy.get_parameter(name).data.copy_(value)
-    pairs = data.read_pairs(runs.one / "pairs.jsonl")
+    pairs = data.read_pairs(tmp_path / "pairs.jsonl")
     items = [data.pair_item(pair, policy, runs.tiny / "images", 1024) for pair in pairs]
     expected = []
 
@@ -319,10 +325,14 @@ def test_stage1_by_hand(runs, tmp_path):
         values = []
         for i in indices:
             (w, l), (ref_w, ref_l) = logps_by_hand(policy, items[i]), logps_by_hand(theta_0, items[i])
-            margin = beta * ((w - ref_w) - (l - ref_l))
-            values.append(torch.stack([-F.logsigmoid(margin), -alpha * w, margin, (margin > 0).float()]))
-        dpo, nll, margin, accuracy = torch.stack(values).mean(0)
-        expected.append({"loss": dpo + nll, "dpo": dpo, "alpha_nll": nll, "margin": margin, "accuracy": accuracy})
+            rewards = beta * (w - ref_w), beta * (l - ref_l)
+            values.append(torch.stack([-F.logsigmoid(rewards[0] - rewards[1]), -alpha * w, w, l, *rewards]))
+        dpo, nll, *watched = torch.stack(values).mean(0)
+        margins = torch.stack([v[4] - v[5] for v, i in zip(values, indices) if i != 2])
+        expected.append({"loss": dpo + nll, "dpo": dpo, "alpha_nll": nll, "margin": margins.mean(),
+                         "accuracy": (margins > 0).double().mean(), "equal": torch.tensor(indices.count(2))})
+        names = "logp_chosen", "logp_rejected", "reward_chosen", "reward_rejected"
+        expected[-1] |= dict(zip(names, watched))
         return dpo + nll
 
     batches = data.global_batches([item.length for item in items], 3, seed=0)
@@ -364,19 +374,31 @@ def test_nothing_decays(runs, tmp_path):
     call(*runs.commands["stage1"], "--batch-size", 8, "--out", tmp_path)
     after = load_file(tmp_path / "adapter_model.safetensors")
     for name, before in lora.fresh(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
-        assert torch.equal(after[f"{lora.PREFIX}{name}.weight"], before) is ("lora_A" in name)
+        assert torch.equal(after[f"{PREFIX}{name}.weight"], before) is ("lora_A" in name)
 
 
 def test_what_is_trained_is_float32_in_a_bfloat16_model(runs, tmp_path):
     """Steps of 1e-6 on weights of about 0.1, which bfloat16 would round away."""
     call(*runs.commands["stage1"], "--dtype", "bfloat16", "--lr", 1e-6, "--projector-lr", 1e-6, "--out", tmp_path)
     llava = load_llava(runs.model)
-    before = {f"{lora.PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
+    before = {f"{PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
     before |= {f"model.{k}": v for k, v in llava.named_parameters() if k.startswith("mm_projector.")}
     after = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(after) == set(before) and {v.dtype for v in after.values()} == {torch.float32}
     for name, value in after.items():
         assert 1e-7 < (value - before[name]).abs().max() < 1e-5, name
+    first = log(tmp_path)[0]  # theta is theta_0 to the last bit, in bfloat16 too
+    assert first["dpo"] == pytest.approx(math.log(2), abs=1e-7) and first["margin"] == first["reward_chosen"] == 0
+
+
+def test_batches_of_equal_pairs_have_no_margin(runs, tmp_path):
+    pair = lines(runs.one / "pairs.jsonl")[0]
+    equal = pair | {"rejected": pair["chosen"], "rejected_finish": pair["chosen_finish"]}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [pair, equal, equal])))
+    call(*runs.commands["stage1"], "--pairs", tmp_path / "pairs.jsonl", "--batch-size", 1, "--out", tmp_path / "out")
+    records = log(tmp_path / "out")
+    assert sum(r["equal"] for r in records) == 2
+    assert all(("margin" in r, "accuracy" in r) == (not r["equal"],) * 2 for r in records)
 
 
 def test_stage1_learns_what_it_is_shown(runs, tmp_path):

@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from stic_min import InputError, checkpoint, data, images, lora
 from stic_min.cli import Ranks
 from stic_min.files import Output
-from stic_min.loader import canonical, load_llava, open_llava
+from stic_min.formats import adapters
+from stic_min.loader import load_llava, open_llava
 
 SEED, TIMES = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_TIMES", 1))
 SECONDS, GIGABYTES = 10, 2  # for one case; for all of a group. Pillow's limit, 89 million pixels, is 1.4 in pad mode
@@ -225,9 +226,9 @@ def good(tiny, tmp_path_factory):
     moments = {f"{kind}.{name}": t.clone() for name, t in adapter.tensors.items() for kind in ("exp_avg", "exp_avg_sq")}
     (root / "out").mkdir()
     checkpoint.save(root / "out", 3, adapter, moments, SETTINGS, keep=1)
-    lora.write_adapter(root / "adapter", adapter)
-    lora.write_adapter(root / "adapter-bin", adapter)
-    names = {"adapter_model.safetensors": "adapter_model.bin", lora.PROJECTOR_FILE: "non_lora_trainables.bin"}
+    adapters.write_adapter(root / "adapter", adapter)
+    adapters.write_adapter(root / "adapter-bin", adapter)
+    names = {"adapter_model.safetensors": "adapter_model.bin", adapters.PROJECTOR_FILE: "non_lora_trainables.bin"}
     for old, new in names.items():
         torch.save(load_file(root / "adapter-bin" / old), root / "adapter-bin" / new)
         (root / "adapter-bin" / old).unlink()
@@ -431,7 +432,7 @@ def adapter_case(rng, good, folder):
     mutate_file(file, rng)
 
     def use():
-        read = lora.read_adapter(adapter, good.llava, canonical)
+        read = adapters.read_adapter(adapter, good.llava)
         layer = lora.LoRALinear(torch.nn.Linear(4, 4, bias=False), read.r, read.alpha, read.dropout).train()
         assert layer(torch.ones(1, 4)).isfinite().all()
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from stic_min import InputError
-from stic_min.config import MISTRAL_7B, decoder_config
+from stic_min.formats.config import MISTRAL_7B, decoder_config
 from stic_min.images import make_tiles
 from stic_min.loader import load_llava
 

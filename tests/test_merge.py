@@ -9,6 +9,7 @@ from PIL import Image
 from test_loader import PROMPT, TEXT, V15, V16, copy, read_tensors
 
 from stic_min import InputError, lora
+from stic_min.formats import adapters
 from stic_min.loader import load_llava
 from stic_min.merge import merge
 
@@ -22,7 +23,7 @@ def make_adapter(llava, folder, size):
             tensor.normal_(std=size, generator=generator)
     for name, parameter in llava.mm_projector.named_parameters(prefix="mm_projector"):
         made.tensors[name] = parameter + size * torch.randn(parameter.shape, generator=generator)
-    lora.write_adapter(folder, made)
+    adapters.write_adapter(folder, made)
     return folder
 
 

@@ -20,6 +20,7 @@ from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
 from stic_min import InputError, lora
+from stic_min.formats import adapters
 from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalise, open_image, unpadded
 from stic_min.llava import Example, collate
 from stic_min.loader import load_llava
@@ -98,7 +99,7 @@ def load(tmp_path_factory):
         llava = load_llava(ORACLE / checkpoint, adapter=used, image_mode=mode)
         if variant == "base+nonlora":  # the adapter's projector without its LoRA
             parameters = dict(llava.named_parameters())
-            for name, value in lora.read_projector(adapter, parameters).items():
+            for name, value in adapters.read_projector(adapter, parameters).items():
                 parameters[name].copy_(value)
         return llava
 
@@ -542,7 +543,7 @@ def test_gradients(load, case):
     stored = arrays_of("dpo", f"{case['id']}/grad_paper")  # of the batch of three only
     assert len(stored) == (28 if len(case["examples"]) == 3 else 0)
     for key, value in stored.items():
-        gradient = gradients[key.removeprefix(lora.PREFIX).removesuffix(".weight")]
+        gradient = gradients[key.removeprefix(adapters.PREFIX).removesuffix(".weight")]
         assert (gradient - value).norm() <= GRADIENTS * value.norm(), key
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from stic_min import sampler
+from stic_min import InputError, sampler
 from stic_min.images import open_image
 from stic_min.llava import Example, collate
 from stic_min.loader import load_llava
@@ -84,6 +84,36 @@ def test_against_a_loop_without_cache(llava, rows, how):
                 step = draws[len(ids), None]  # a number for each token
                 ids.append(pick(llava(batch)[0], how["temperature"], how.get("top_p"), step).item())
         assert s.ids == ids
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_end_it(llava, rows, monkeypatch, how, value):
+    """Of one row in one step, and be it the least likely token's. A row that has ended does not count."""
+    step, count = sampler.pick, []
+
+    def breaks(logits, *args):
+        count.append(0)
+        if len(count) == 5:
+            logits[2, 7] = value
+        return step(logits, *args)
+
+    monkeypatch.setattr(sampler, "pick", breaks)
+    with pytest.raises(InputError, match="^2: the model's logits in float32 are NaN or infinite; the checkpoint"):
+        sample(llava, *rows, max_new_tokens=16, **how)
+    count.clear()
+    sample(llava, *rows, max_new_tokens=4, **how)
+
+
+def test_images_are_a_list_of_images(llava, rows, tiny):
+    prompt, [image] = rows[0][0], rows[1][0]
+    for call in llava.logits, lambda p, i: llava.response_logp(p, "Yes", i), lambda p, i: llava.generate([p], [i]):
+        with pytest.raises(TypeError, match="images is one Image, it has to be a list of PIL images"):
+            call(prompt, image)
+        with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image.open"):
+            call(prompt, [str(tiny / "images" / "scene_01.jpg")])
+    with pytest.raises(TypeError, match="prompts is one str, it has to be a list of them"):
+        llava.generate(prompt, [[image]])
 
 
 # ---------------------------------------------------------------- a row and its batch

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 from stic_min import InputError, cli
 from stic_min.clip import ClipConfig
+from stic_min.formats.tensors import write_tensors
 from stic_min.images import CLIP_MEAN, CLIP_STD, make_tiles
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loader import load_llava
-from stic_min.lora import write_tensors
 from stic_min.mistral import DecoderConfig, attention
 from stic_min.scorers import toy_captions, toy_vqa
 from stic_min.text import IMAGE, INFUSED, TEMPLATES, Tokenizer, with_image
