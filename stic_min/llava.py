@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from stic_min import InputError, sampler
 from stic_min.clip import ClipConfig, VisionTower
-from stic_min.images import image_tokens, make_tiles, unpadded
+from stic_min.images import image_tokens, make_tiles, to_rgb, unpadded
 from stic_min.loss import IGNORE, token_logps
 from stic_min.mistral import Decoder, DecoderConfig, Packed, Span
 from stic_min.text import IMAGE
@@ -201,7 +201,7 @@ class LLaVA(nn.Module):
     def tiles(self, picture):
         """PIL picture -> Tiles in this model's image mode."""
         config = self.config
-        return make_tiles(picture.convert("RGB"), config.image_mode, config.vision.image_size, config.pinpoints)
+        return make_tiles(to_rgb(picture), config.image_mode, config.vision.image_size, config.pinpoints)
 
     def prompt_length(self, prompt, images):
         """Positions that a prompt with its PIL pictures takes in the sequence."""
