@@ -1,6 +1,7 @@
 """What evaluation has stored, looked at before it is scored: answers, descriptions and verdicts of a judge that are
 empty, cut off, all the same, unreadable, or another run's. No model code."""
 
+import json
 from pathlib import Path
 
 from stic_min import InputError, cli
@@ -59,6 +60,18 @@ def warn_of_sameness(texts):
 def differing(settings, record):
     """The first setting in which two files are not of the same run; None if they are."""
     return next((name for name in SAME_RUN if record.get(name) != settings.get(name)), None)
+
+
+def other_answers(path, run):
+    """The answers file beside a .scores.json, if it is not of the `run` that was scored; None if it is or is not there.
+    Its first line tells."""
+    answers = Path(str(path).removesuffix(".scores.json") + ".jsonl")
+    try:
+        with open(answers, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return answers if isinstance(first, dict) and "fingerprint" in first and differing(run, first) else None
 
 
 def read_descriptions(stem, settings):

@@ -163,7 +163,8 @@ def judge(questions, answers, judge):
     judged = {f"v1_{q['question_id']}": {"content": [], "score": [], "model": []} for q in questions}
     verdicts = judge.map(grade, items)
     if all(failed for failed, _ in verdicts):
-        raise InputError(f"MM-Vet: no reply of the judge is a grade, the first says {verdicts[0][1]['content']!r}")
+        first = verdicts[0][1]["content"]
+        raise InputError(f"MM-Vet: no reply of the judge is a grade, the first says {first!r} (see --judge-max-tokens)")
     for (question, _), (_, verdict) in zip(items, verdicts):
         for name, values in judged[f"v1_{question['question_id']}"].items():
             values.append(verdict[name])
