@@ -150,7 +150,8 @@ def check_benchmark(args, llava, questions, read, output, described, shown, limi
     problems = []
     if len(tokens) < len(questions) and getattr(scorer, "COMPLETE", False):
         lost = len(questions) - len(tokens)
-        problems.append(f"{lost} of {len(questions)} questions would have no answer, {args.command} has no score then")
+        whole = f"{args.command} is scored only as a whole"
+        problems.append(f"{lost} of {len(questions)} questions can't be asked; {whole}")
     if tokens:
         description = min(limit, check.ANSWER) if args.dar else 0
         lengths = [n + description * (by_key[k]["image"] is not None) for k, n in tokens.items()]

@@ -170,7 +170,7 @@ def measure(llava, questions, read, args, ranks):
     """
     tokens, describing, broken, unasked = {}, {}, {}, {}
     groups = by_picture(questions)
-    progress = cli.Progress("checking pictures", len(groups), ranks)
+    progress = cli.Progress("checking images", len(groups), ranks)
 
     def prepare(group):
         image, found = questions[group[0]]["image"], []

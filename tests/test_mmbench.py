@@ -428,6 +428,15 @@ def test_judge_is_asked_up_to_three_times():
     assert judge.asked.keys() == replies.keys()
 
 
+def test_a_reply_that_is_cut_off_is_not_read():
+    """Its A is an article, or the first of two letters."""
+    replies = {f"1, attempt {k}": "A kitten could be" for k in (1, 2, 3)}
+    judged = mmbench.judge([question(1)], records({1: "?"}), Judge(replies, cut=replies))
+    assert judged["drawn"] == 1
+    scores = mmbench.score([question(1), question(2)], records({1: "?", 2: "A"}), judged)
+    assert (scores["judged"], scores["unread"], scores["unread_share"]) == (1, 1, 0.5)
+
+
 def test_drawn_letters_are_all_options_and_z():
     options = {"A": "yes", "B": "nope"}
     questions = [question(i, options=options) for i in range(60)]

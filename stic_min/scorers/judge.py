@@ -67,7 +67,8 @@ def read_reply(body):
     try:
         answer = json.loads(body)
         choice, model = answer["choices"][0], answer.get("model")
-        content, cut = choice["message"].get("content"), choice.get("finish_reason") == "length"
+        message, cut = choice["message"], choice.get("finish_reason") == "length"
+        content = message.get("content")
         if isinstance(content, list):  # in parts
             content = "".join(part["text"] for part in content if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
@@ -75,7 +76,10 @@ def read_reply(body):
     if not isinstance(content, str | None):
         raise ValueError("a chat completion whose content is no text")
     whole = lambda text: text.encode("utf-8", "replace").decode()  # JSON can hold halves of surrogate pairs
-    return Reply(without_reasoning(whole(content or "")), whole(model) if isinstance(model, str) else "unnamed", cut)
+    content = without_reasoning(whole(content or ""))
+    if message.get("reasoning_content") or message.get("reasoning"):  # split off, but for the blank lines behind it
+        content = content.lstrip()
+    return Reply(content, whole(model) if isinstance(model, str) else "unnamed", cut)
 
 
 class Judge:
