@@ -15,16 +15,19 @@ MM-Vet and LLaVA-Bench need a judge model, MathVista and MMBench are better with
 
 import argparse
 import json
+import os
+from collections import Counter
 from pathlib import Path
 
-from stic_min import InputError, cli, report, scoring
-from stic_min.files import Output, read_records
+from stic_min import InputError, audit, cli, report, scoring
+from stic_min.files import Output, check_place, read_records
 from stic_min.images import open_image
-from stic_min.scorers import chartqa
+from stic_min.scorers import chartqa, scienceqa
 from stic_min.scoring import JUDGED, SCORERS
 from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, with_image, without_marks
 
 DESCRIPTION_TOKENS = 1024
+SHORT_ANSWER = 5  # tokens of a letter, a word or a phrase, for --check
 
 
 # ---------------------------------------------------------------- commands
@@ -39,8 +42,8 @@ def mode_of(args):
 
 
 def run_benchmark(args):
-    from stic_min import dar  # here, so that scoring and tables do without the model
-    from stic_min.loader import load_llava
+    from stic_min import dar, lora  # here, so that scoring and tables do without the model
+    from stic_min.loader import load_llava, open_llava
 
     benchmark, scorer = args.command, SCORERS[args.command]
     if args.preset == "released":
@@ -51,29 +54,42 @@ def run_benchmark(args):
     scoring.check_flags(args, benchmark)
     label = Path(args.adapter).resolve().name if args.adapter else "base"
     stem = Path(args.out) / f"{benchmark}-{label}-{mode_of(args)}"
-    questions = scoring.load_questions(benchmark, args.data, getattr(args, "suffix", None))
-    if not any(q["image"] for q in questions):
+    check_place(f"{stem}.jsonl")
+    everything = scoring.load_questions(benchmark, args.data, getattr(args, "suffix", None))
+    if not any(q["image"] for q in everything):
         raise InputError(f"{args.data}: not a question in it has a picture")
-    questions = scoring.limited(benchmark, questions, args.limit, args.seed)
-    if args.judge:
-        scoring.start_judge(args, scorer, stem)  # says now, not after hours, what it lacks
-    ranks = cli.start_ranks(args.device)
-    cli.say_loading(args, ranks)
-    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    questions = scoring.limited(benchmark, everything, args.limit, args.seed)
+    # Says now, not after hours, what the judge lacks. A check leaves the replies on disk alone.
+    judge = scoring.start_judge(args, scorer, os.devnull if args.check else stem) if args.judge else None
+    ranks = cli.start_ranks("cpu" if args.check else args.device)
+    if ranks.first:
+        scoring.warn_of_limit(benchmark, everything, args.limit)
+    options = cli.model_options(args, ranks)
+    if args.check:
+        llava, _ = open_llava(args.model, **options)  # without its weights
+        if args.adapter:
+            lora.attach(llava, read_adapter(args.adapter, llava))
+    else:
+        cli.say_loading(args, ranks)
+        llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
     settings = {"benchmark": benchmark, "mode": mode_of(args), **cli.run_settings(args, llava)}
     settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
+    if args.check and not args.dtype:
+        del settings["dtype"]  # a GPU's default is another than this machine's
     read = lambda question: scoring.open_picture(question, scorer, args.data)
 
-    descriptions = {}
-    if args.dar:
-        limit = DESCRIPTION_TOKENS if args.max_new_tokens == new_tokens(benchmark) else args.max_new_tokens
-        output = Output(f"{stem}.descriptions.jsonl", "image", settings | {"max_new_tokens": limit}, ranks).start()
-        shown = {"": {"image": None}} if args.blind else {q["image"]: q for q in questions if q["image"] is not None}
-        descriptions = dar.describe_pictures(llava, shown, read, output, args, limit)
     key = scoring.key_of(scorer)
     entries = scoring.entries_of(questions, key)
     output = Output(f"{stem}.jsonl", key, settings, ranks)
     scoring.check_prompts(output.path, output.done.values(), entries, key)
+    described, shown, limit = None, {}, args.max_new_tokens
+    if args.dar:
+        limit = DESCRIPTION_TOKENS if args.max_new_tokens == new_tokens(benchmark) else args.max_new_tokens
+        described = Output(f"{stem}.descriptions.jsonl", "image", settings | {"max_new_tokens": limit}, ranks)
+        shown = {"": {"image": None}} if args.blind else {q["image"]: q for q in questions if q["image"] is not None}
+    if args.check:
+        return check_benchmark(args, llava, questions, read, output, described, shown, limit, judge)
+    descriptions = dar.describe_pictures(llava, shown, read, described.start(), args, limit) if args.dar else {}
     output.start()
     if ranks.first and not entries.keys() <= output.done.keys():
         Path(f"{stem}.scores.json").unlink(missing_ok=True)  # of other answers than there will be
@@ -89,16 +105,73 @@ def run_benchmark(args):
         scoring.write(f"{stem}{suffix}", text)
         print(f"{stem}{suffix}")
     if benchmark in ("mmvet", "llavabench") and not args.judge:
-        if Path(f"{stem}.scores.json").is_file():
+        if settings.items() <= scoring.saved_run(f"{stem}.scores.json").items():
             print(f"its score is in {stem}.scores.json")
             return
         part = f" --limit {args.limit} --seed {args.seed}" if args.limit else ""
         print(f"no score yet: {benchmark} is graded by a judge model. With a key for one in OPENAI_API_KEY:")
         print(f"  python evaluate.py score {benchmark} --answers {output.path} --data {args.data} --judge{part}")
         return
-    scores = scoring.scores_of(args, benchmark, questions, answers, stem, output.path)
+    told = audit.read_descriptions(stem, settings)
+    scores = scoring.scores_of(args, benchmark, questions, answers, stem, output.path, told)
     scoring.show(benchmark, scores, settings | {"limit": args.limit})
-    scoring.save(stem, settings, args.limit, benchmark, questions, scores, descriptions)
+    scoring.save(stem, settings, args.limit, benchmark, questions, scores, told)
+
+
+def check_benchmark(args, llava, questions, read, output, described, shown, limit, judge):
+    """The report of --check. Raises InputError if the run would end without answers, or they could not be scored."""
+    from stic_min import check, dar
+
+    if not output.ranks.first:
+        return
+    scorer, key = SCORERS[args.command], scoring.key_of(SCORERS[args.command])
+    by_key = {q[key]: q for q in questions}
+    tokens, describing, broken, unasked = dar.measure(llava, by_key, read, args, output.ranks)
+    values = [q[scorer.GROUPED_BY] for q in questions] if hasattr(scorer, "GROUPED_BY") else []
+    groups = Counter(v for value in values for v in (value if isinstance(value, list) else [value]) if v)
+    left = sum(k not in output.done for k in by_key)
+    lines = [
+        ("questions", f"{len(questions)}, {left} of them not yet in {output.path}"),
+        *([("of them", ", ".join(f"{name} {count}" for name, count in groups.items()))] if groups else []),
+        ("images", f"{len(describing) + len(broken)}, {len(broken)} of them can't be read"),
+        *(("  unread", error) for error in list(broken.values())[:5]),
+    ]
+    if unasked:
+        lines.append(("not asked", f"{len(unasked)} questions: {check.names(list(unasked))}"))
+        lines += [("  reason", error) for error in list(dict.fromkeys(unasked.values()))[:5]]
+    if args.dar:
+        left = sum(name not in described.done for name in shown)
+        lines.append(("descriptions", f"{len(shown)}, {left} of them not yet in {described.path}"))
+        lengths = [dar.length(llava, DESCRIBE_PROMPT, [])] if args.blind else list(describing.values())
+        if lengths:
+            lines.append(("tokens", f"a describer's prompt: {check.percentiles(lengths)}"))
+            lines += check.generation_cost(argparse.Namespace(**vars(args) | {"max_new_tokens": limit}), llava, lengths)
+    lines.append(("judge", judge_needed(args.command, len(questions), judge)))
+    problems = []
+    if len(tokens) < len(questions) and getattr(scorer, "COMPLETE", False):
+        lost = len(questions) - len(tokens)
+        whole = f"{args.command} is scored only as a whole"
+        problems.append(f"{lost} of {len(questions)} questions can't be asked; {whole}")
+    if tokens:
+        description = min(limit, check.ANSWER) if args.dar else 0
+        lengths = [n + description * (by_key[k]["image"] is not None) for k, n in tokens.items()]
+        lines.append(("tokens", f"a question with its image: {check.percentiles(lengths)}"))
+        short = all(by_key[k]["text"].endswith((scienceqa.SUFFIX, chartqa.SUFFIX)) for k in tokens)
+        lines += check.generation_cost(args, llava, lengths, SHORT_ANSWER if short else check.ANSWER)
+    else:
+        problems.append(f"none of the {len(questions)} questions could be asked")
+    check.end(lines, problems)
+
+
+def judge_needed(benchmark, count, judge):
+    """Whether a judge will be asked, as text. judge: the one that is to be asked, or None."""
+    if benchmark not in JUDGED:
+        return "none is needed"
+    every = getattr(SCORERS[benchmark], "COMPLETE", False)
+    if judge is None:
+        return "none is given (--judge): " + ("no score" if every else "what only it can read counts as wrong")
+    asked = f"{count * judge.runs} verdicts" if every else "what the rules can't read"
+    return f"{judge.model} at {judge.url} is asked for {asked}"
 
 
 def run_score(args):
@@ -117,25 +190,26 @@ def run_score(args):
     if settings.get("benchmark", benchmark) != benchmark:
         raise InputError(f"{args.answers}: answers to {settings['benchmark']}, not to {benchmark}")
     questions = scoring.load_questions(benchmark, args.data, settings.get("suffix"))
+    scoring.warn_of_limit(benchmark, questions, limit)
     if settings:  # a file of ours
         key, run = scoring.key_of(scorer), scoring.saved_run(f"{stem}.scores.json") if limit is None else {}
+        if run and (name := audit.differing(settings, run)):
+            cli.warn(f"{stem}.scores.json is of another run, with {name} {run.get(name)!r}: it is replaced")
+            run = {}
         limit, seed = run.get("limit", limit), run.get("seed", seed)  # a subset stays one
         scoring.check_prompts(args.answers, answers, scoring.entries_of(questions, key), key)
     everything, questions = questions, scoring.limited(benchmark, questions, limit, seed)
     if answers and len(questions) < len(everything):
         outside = {str(q["question_id"]) for q in everything} - {str(q["question_id"]) for q in questions}
         answers = [record for record in answers if str(record.get("question_id")) not in outside]
-    scores = scoring.scores_of(args, benchmark, questions, answers, stem, args.answers or args.judged[0])
+    described = audit.read_descriptions(stem, settings)
+    scores = scoring.scores_of(args, benchmark, questions, answers, stem, args.answers or args.judged[0], described)
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
         scoring.show(benchmark, scores, settings | {"limit": limit})
     if settings and not args.rule:
-        described = Path(f"{stem}.descriptions.jsonl")
-        found = [record for _, record in read_records(described)] if described.is_file() else []
-        pairs = [(record.get("image"), record.get("description")) for record in found]
-        descriptions = {image: text for image, text in pairs if isinstance(image, str) and isinstance(text, str)}
-        scoring.save(stem, settings, limit, benchmark, questions, scores, descriptions)
+        scoring.save(stem, settings, limit, benchmark, questions, scores, described)
 
 
 def settings_of(answers):
@@ -144,7 +218,7 @@ def settings_of(answers):
     texts = ("benchmark", "mode", "model", "fingerprint", "template")
     if not all(isinstance(first.get(name), str) for name in texts) or first["template"] not in TEMPLATES:
         return {}
-    return {k: v for k, v in first.items() if k not in ("key", "question_id", "prompt", "text")}
+    return {k: v for k, v in first.items() if k not in ("key", "question_id", "prompt", "text", "finish")}
 
 
 def run_table(args):
@@ -180,6 +254,18 @@ def run_ask(args):
 # ---------------------------------------------------------------- flags
 
 
+def check_kinds(args):
+    """Raises InputError for a file in the place of a folder, and the other way around."""
+    for name in ("model", "adapter", "vision", "data", "out", "dir"):
+        if (path := getattr(args, name, None)) and os.path.isfile(path):
+            raise InputError(f"{'' if name == 'dir' else f'--{name} '}{path} is a file, expected a folder")
+    for name in ("tokenizer", "answers", "judged", "judge_prompts", "image"):
+        given = getattr(args, name, None) or []
+        for path in given if isinstance(given, list) else [given]:
+            if os.path.isdir(path):
+                raise InputError(f"--{name.replace('_', '-')} {path} is a folder, expected a file")
+
+
 def add_judge_flags(parser):
     group = parser.add_argument_group("judge")
     group.add_argument("--judge", action="store_true", help="grade with a judge model over the network")
@@ -193,6 +279,14 @@ def add_judge_flags(parser):
     runs = "how often each answer is graded (default: the benchmark's: MM-Vet 5, LLaVA-Bench 3)"
     group.add_argument("--judge-runs", type=cli.positive, metavar="N", help=runs)
     seconds = cli.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
+    tokens = "at most this many tokens in a reply (default: the benchmark's); a reasoning model needs more"
+    group.add_argument("--judge-max-tokens", type=cli.positive, metavar="N", help=tokens)
+    named = "what the endpoint calls that limit (default: max_tokens); newer OpenAI models take only the second"
+    group.add_argument("--judge-token-field", choices=["max_tokens", "max_completion_tokens"], help=named)
+    bare = "send no temperature, which OpenAI's reasoning models refuse"
+    group.add_argument("--judge-no-temperature", action="store_true", help=bare)
+    unread = f"score although more than {audit.UNREAD:.0%} of the verdicts can't be read".replace("%", "%%")
+    group.add_argument("--allow-unread", action="store_true", help=unread)
     group.add_argument("--judge-timeout", type=seconds, default=60, metavar="SECONDS", help="of one request")
 
 
@@ -202,7 +296,7 @@ def main():
 
     def command(name, summary, run, text=None):
         sub = commands.add_parser(name, help=summary, description=text or summary, formatter_class=cli.HelpFormatter)
-        sub.set_defaults(run=run, judge=False, judged=None, rule=None)
+        sub.set_defaults(run=run, judge=False, judged=None, rule=None, allow_unread=False)
         return sub
 
     for name, scorer in SCORERS.items():
@@ -216,6 +310,7 @@ def main():
         preset = "released: --template vicuna_v1, and on MMBench with --dar also --blind"
         sub.add_argument("--preset", choices=["released"], help=preset)
         cli.add_model_flags(sub)
+        cli.add_check_flag(sub)
         cli.add_limit_flag(sub)
         cli.add_sampling_flags(sub, temperature=0.0, batch_size=8, max_new_tokens=new_tokens(name))
         if name == "chartqa":
@@ -247,6 +342,7 @@ def main():
     cli.add_sampling_flags(sub, temperature=0.0)
 
     args = parser.parse_args()
+    check_kinds(args)
     args.run(args)
 
 

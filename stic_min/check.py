@@ -201,11 +201,12 @@ def generation(args, llava, what, made, left, skipped, asked, problems):
     end(lines, problems if made else [*problems, f"no {what}: every picture would be skipped"])
 
 
-def generation_cost(args, llava, lengths):
+def generation_cost(args, llava, lengths, answer=ANSWER):
+    """Lines on the memory and time of answers to prompts of these lengths, each of about `answer` tokens."""
     config, size = llava.config.decoder, 4 if args.dtype == "float32" else 2
     base, extra = weights(llava)
     position = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    slots, answer = min(args.batch_size, len(lengths)), min(ANSWER, args.max_new_tokens)
+    slots, answer = min(args.batch_size, len(lengths)), min(answer, args.max_new_tokens)
     cache = slots * position * min(max(lengths) + args.max_new_tokens, config.max_positions)
     held = (base + extra) * size
     read = held + slots * position * (sum(lengths) / len(lengths) + answer / 2)

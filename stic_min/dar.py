@@ -9,11 +9,23 @@ from stic_min.images import ahead
 from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
 
 
+def length(llava, text, pictures):
+    """Tokens of a user text with its pictures."""
+    return llava.prompt_length(TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures))), pictures)
+
+
 def excess(llava, text, pictures, args):
     """By how many tokens a user text with its pictures is too long, if an answer is to follow (of 128 at least)."""
-    prompt = TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures)))
     room = llava.config.decoder.max_positions - min(args.max_new_tokens, 128)
-    return llava.prompt_length(prompt, pictures) - min(llava.config.max_length, room)
+    return length(llava, text, pictures) - min(llava.config.max_length, room)
+
+
+def check_question(llava, text, pictures, args):
+    """Raises InputError if it can't be asked."""
+    if IMAGE_MARK in text:
+        raise InputError(f"{IMAGE_MARK} in its text, which would ask for a second picture")
+    if (over := excess(llava, text, pictures, args)) > 0:
+        raise InputError(f"{over} tokens more than the model's sequence holds")
 
 
 def fit(llava, description, text, pictures, args):
@@ -49,7 +61,7 @@ def say(llava, user, pictures, args, *name):
 
 
 def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
-    """Samples what prepare(group) asks for, over this rank's share of groups of keys -> yields (key, text) as they end.
+    """Samples what prepare(group) asks for, over this rank's share of groups of keys -> yields (key, text, finish).
 
     A group is about one picture and stays together: prepare(group) -> its requests, in a worker thread.
     """
@@ -64,7 +76,7 @@ def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
 
     how = {"max_new_tokens": max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     for key, sample in sampler.stream(llava, requests(), slots=min(args.batch_size, count), **how):
-        yield key, llava.tokenizer.decode(sample.ids)
+        yield key, llava.tokenizer.decode(sample.ids), sample.finish
         progress.add()
 
 
@@ -104,11 +116,20 @@ def describe_pictures(llava, shown, read, output, args, max_new_tokens):
         return [request(llava, name, with_image(DESCRIBE_PROMPT, len(pictures)), tiles, seed)]
 
     groups = [[name] for name in todo]
-    for name, text in run(llava, groups, prepare, ranks, f"{args.command} descriptions", args, max_new_tokens):
-        output.append({"image": name, "description": text})
+    what = f"{args.command} descriptions"
+    for name, text, finish in run(llava, groups, prepare, ranks, what, args, max_new_tokens):
+        output.append({"image": name, "description": text, "finish": finish})
     output.finish(list(shown))
     ranks.barrier()  # the first rank has put them together
     return read_descriptions(output.path, output.read(output.path))
+
+
+def by_picture(questions):
+    """The keys of questions in groups about one picture, each of those without one on its own."""
+    groups = {}
+    for key, question in questions.items():
+        groups.setdefault((key,) if question["image"] is None else question["image"], []).append(key)
+    return list(groups.values())
 
 
 def answer_questions(llava, questions, descriptions, entries, read, output, args):
@@ -117,11 +138,9 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
     questions, descriptions (None: asked directly) and entries (what the file says beside `text`) go by the same keys;
     read(question) -> its pictures. A question whose picture can't be read, or that is too long, stays without answer.
     """
-    ranks, groups = output.ranks, {}
-    for key, question in questions.items():
-        if key not in output.done:
-            groups.setdefault((key,) if question["image"] is None else question["image"], []).append(key)
-    left = sum(map(len, groups.values()))
+    ranks = output.ranks
+    groups = by_picture({key: question for key, question in questions.items() if key not in output.done})
+    left = sum(map(len, groups))
     ranks.say(f"{len(questions)} questions, {len(questions) - left} of them already in {output.path}")
 
     def prepare(group):
@@ -130,10 +149,7 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
             question = questions[key]
             try:
                 pictures = read(question) if pictures is None else pictures
-                if IMAGE_MARK in question["text"]:
-                    raise InputError(f"{IMAGE_MARK} in its text, which would ask for a second picture")
-                if (over := excess(llava, question["text"], pictures, args)) > 0:
-                    raise InputError(f"{over} tokens more than the model's sequence holds")
+                check_question(llava, question["text"], pictures, args)
             except InputError as error:
                 cli.warn(f"question {key} has no answer: {error}")
                 continue
@@ -143,6 +159,39 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
         return made
 
     what, limit = f"{args.command} answers", args.max_new_tokens
-    for key, text in run(llava, list(groups.values()), prepare, ranks, what, args, limit):
-        output.append(entries[key] | {"text": text})
+    for key, text, finish in run(llava, groups, prepare, ranks, what, args, limit):
+        output.append(entries[key] | {"text": text, "finish": finish})
     return output.finish(list(questions))
+
+
+def measure(llava, questions, read, args, ranks):
+    """What the model would be asked, for --check -> {key: tokens of the question with its picture}, {picture: tokens of
+    the describer's prompt with it}, {picture: why it can't be read}, {key: why it can't be asked about one that can}.
+    """
+    tokens, describing, broken, unasked = {}, {}, {}, {}
+    groups = by_picture(questions)
+    progress = cli.Progress("checking images", len(groups), ranks)
+
+    def prepare(group):
+        image, found = questions[group[0]]["image"], []
+        try:
+            pictures = read(questions[group[0]])
+        except InputError as error:
+            return image, str(error), found
+        for key in group:
+            try:
+                check_question(llava, questions[key]["text"], pictures, args)
+                found.append((key, length(llava, questions[key]["text"], pictures), None))
+            except InputError as error:
+                found.append((key, None, str(error)))
+        return image, length(llava, DESCRIBE_PROMPT, pictures), found
+
+    for image, described, found in ahead(prepare, groups):
+        if isinstance(described, str):
+            broken[image] = described
+        elif image is not None:
+            describing[image] = described
+        tokens |= {key: count for key, count, error in found if error is None}
+        unasked |= {key: error for key, _, error in found if error is not None}
+        progress.add()
+    return tokens, describing, broken, unasked

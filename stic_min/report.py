@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from stic_min import InputError
+from stic_min import InputError, audit
 from stic_min.scorers import figure, published, read_json
 
 # ---------------------------------------------------------------- Markdown and HTML
@@ -59,9 +59,12 @@ RUN = {"model": str, "adapter": str | None, "mode": str, "fingerprint": str, "te
 
 def is_ours(result):
     """Whether what a .scores.json holds has everything that is shown of it."""
-    run, groups, judge = result.get("run"), result.get("groups", {}), result.get("judge", {})
-    if not isinstance(run, dict) or not isinstance(groups, dict) or not isinstance(judge, dict):
+    run, parts = result.get("run"), [result.get(name, {}) for name in ("groups", "judge", "answers", "descriptions")]
+    groups, judge, *counted = parts
+    if not isinstance(run, dict) or not all(isinstance(part, dict) for part in parts):
         return False
+    numbers = [n for counts in counted for n in counts.values()] + [result.get(k) for k in ("missing", "unread")]
+    share = result.get("unread_share", 0)
     served, files = judge.get("served", []), judge.get("files", [])
     lists = isinstance(served, list) and isinstance(files, list)
     texts = [*served, *files, judge.get("official", "")] if lists else [None]
@@ -69,6 +72,9 @@ def is_ours(result):
         all(isinstance(run.get(key), kind) for key, kind in RUN.items())
         and all(isinstance(text, str) for text in texts)
         and ("official" in judge or not served)
+        and all(type(n) in (int, type(None)) for n in numbers)
+        and type(share) in (int, float)
+        and 0 <= share <= 1
         and all(map(is_figure, [result, *groups.values()]))
     )
 
@@ -89,6 +95,8 @@ def read_results(folder):
             if not is_ours(result):
                 raise InputError(f"{path}: not a file that this version of evaluate.py writes: run `score` again")
             run, name = result["run"], result["benchmark"]
+            if other := audit.other_answers(path, run):
+                raise InputError(f"{path}: not the score of {other}: run `score` again")
             how = [run.get(key) for key in ("model", "adapter", "mode", "fingerprint", "template", "image_mode")]
             if name in by_run.setdefault(tuple(how), {}):
                 raise InputError(f"{path}: a second score of the same run, of {run['model']} on {name}")
@@ -127,7 +135,15 @@ def bound(result):
 
 def marks(result):
     """What keeps a judged result from being compared, behind its figure."""
-    return f" {OWN_WORDS}" * (not comparable(result)) + f" {OTHER_JUDGE}" * other_judge(result)
+    return (
+        f" {OWN_WORDS}" * (not comparable(result))
+        + f" {OTHER_JUDGE}" * other_judge(result)
+        + f" {UNREAD}" * much_unread(result)
+    )
+
+
+def much_unread(result):
+    return result.get("unread_share", 0) > audit.UNREAD
 
 
 def other_judge(result):
@@ -143,7 +159,7 @@ def comparable(result):
 
 SHORT = {"scienceqa": "SciQA", "textvqa": "TextVQA", "chartqa": "ChartQA", "llavabench": "LLaVA-B",
          "mmbench": "MMBench", "mmvet": "MM-Vet", "mathvista": "MathVista"}  # fmt: skip
-OWN_WORDS, OTHER_JUDGE = "‡", "†"
+OWN_WORDS, OTHER_JUDGE, UNREAD = "‡", "†", "§"
 
 
 @dataclass
@@ -235,6 +251,8 @@ def notes(rows):
          "comparable, published numbers are left out."),
         (any(map(other_judge, results)), f"{OTHER_JUDGE} graded by another model than the official judge: published "
          "numbers are a rough guide."),
+        (any(map(much_unread, results)), f"{UNREAD} more than {audit.UNREAD:.0%} of the judge's verdicts could not be "
+         "read and count by the benchmark's rule for them: not a measure of the answers."),
         (any(map(bound, results)), "≥ without a judge, answers that only a judge can read count as wrong; the interval "
          "is that of this lower bound."),
     ]  # fmt: skip
@@ -255,10 +273,12 @@ def runs_table(rows):
             by = ", ".join(judge.get("served") or []) or ", ".join(Path(f).name for f in judge.get("files", []))
             n = f"{r['n']}" + (f" (--limit {run['limit']})" if run["limit"] else "")
             how = [run[key] for key in ("template", "image_mode", "dtype", "max_new_tokens", "temperature")]
-            line = row.label, published.BENCHMARKS[name], n, r.get("missing", 0), *how, run.get("suffix", "–")
-            lines.append([*map(str, line), by or "–"])
-    header = ["", "benchmark", "items", "without answer", "template", "pictures", "dtype", "new tokens", "temperature",
-              "suffix", "judge"]  # fmt: skip
+            known = lambda counts, key: "–" if counts.get(key) is None else counts[key]
+            answers = [known(r.get("answers", {}), key) for key in ("empty", "cut")]
+            line = row.label, published.BENCHMARKS[name], n, r.get("missing", 0), *answers, *how, run.get("suffix", "–")
+            lines.append([*map(str, line), by or "–", str(known(r, "unread"))])
+    header = ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "pictures", "dtype",
+              "new tokens", "temperature", "suffix", "judge", "unread verdicts"]  # fmt: skip
     return Table("How they were made", header, lines, len(lines))
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from stic_min import InputError, cli
+from stic_min import InputError, audit, cli
 from stic_min.files import check_text, subset
 from stic_min.images import image_path, open_image
 from stic_min.scorers import (
@@ -40,7 +40,6 @@ SCORERS = {
 }
 JUDGED = [name for name, scorer in SCORERS.items() if hasattr(scorer, "judge")]
 
-
 # ---------------------------------------------------------------- questions
 
 
@@ -53,11 +52,21 @@ def load_questions(benchmark, data, suffix):
     return questions
 
 
+def group_of(benchmark, question):
+    """What a question is counted and drawn as: itself, or all the orders in which it comes."""
+    return question.get("group", question[key_of(SCORERS[benchmark])])
+
+
 def limited(benchmark, questions, limit, seed):
     """`limit` of the questions, drawn with `seed`; whole groups, where a question comes in several orders."""
-    group = lambda q: q.get("group", q[key_of(SCORERS[benchmark])])
-    chosen = set(subset(list(dict.fromkeys(map(group, questions))), limit, seed))
-    return [q for q in questions if group(q) in chosen]
+    groups = dict.fromkeys(group_of(benchmark, q) for q in questions)
+    chosen = set(subset(list(groups), limit, seed))
+    return [q for q in questions if group_of(benchmark, q) in chosen]
+
+
+def warn_of_limit(benchmark, questions, limit):
+    if limit and limit > (count := len({group_of(benchmark, q) for q in questions})):
+        cli.warn(f"--limit {limit}: only {count} questions")
 
 
 def key_of(scorer):
@@ -125,6 +134,9 @@ def start_judge(args, scorer, stem):
         timeout=args.judge_timeout,
         progress=lambda total: cli.Progress("judge", total, cli.Ranks(0, 1, None)),
         say=cli.warn,
+        max_tokens=args.judge_max_tokens,
+        token_field=args.judge_token_field or "max_tokens",
+        temperature=not args.judge_no_temperature,
     )
 
 
@@ -172,7 +184,8 @@ def judge_of(args, scorer, questions, answers, stem, where):
 def check_flags(args, benchmark):
     """Raises InputError for flags of `score` and of the judge that don't go with the benchmark or with each other."""
     scorer, rules = SCORERS[benchmark], getattr(SCORERS[benchmark], "RULES", ())
-    given = [name for name in ("model", "url", "key", "prompts", "runs") if getattr(args, f"judge_{name}", None)]
+    names = ("model", "url", "key", "prompts", "runs", "max_tokens", "token_field", "no_temperature")
+    given = [name for name in names if getattr(args, f"judge_{name}", None)]
     if args.rule and args.rule not in rules:
         raise InputError(f"--rule {args.rule}: {benchmark} has {' and '.join(rules) or 'no second rule'}")
     if args.judge and benchmark not in JUDGED:
@@ -182,18 +195,27 @@ def check_flags(args, benchmark):
     if args.judged and args.judge:
         raise InputError("--judged has the verdicts, --judge asks for them: give one")
     if given and not args.judge:
-        raise InputError(f"--judge-{given[0]} goes with --judge")
+        raise InputError(f"--judge-{given[0].replace('_', '-')} goes with --judge")
     if "runs" in given and not hasattr(scorer, "RUNS"):
         raise InputError(f"--judge-runs: {benchmark} has one run")
 
 
-def scores_of(args, benchmark, questions, answers, stem, where):
-    """The scores, by a judge if the flags say so. Raises InputError; `where` is the file that is scored."""
+def scores_of(args, benchmark, questions, answers, stem, where, described):
+    """The scores, by a judge if the flags say so. Raises InputError; `where` is the file that is scored.
+
+    described: {image: record} of the descriptions, None if the questions were asked directly.
+    """
     scorer, options = SCORERS[benchmark], {"rule": args.rule} if args.rule else {}
     if benchmark in JUDGED:
         options["judged"], note = judge_of(args, scorer, questions, answers, stem, where)
     with naming(where):
         scores = scorer.score(questions, answers, **options)
+        audit.check_unread(scores, args.allow_unread)
+    if answers:
+        audit.warn_of_sameness([record["text"] for record in answers])
+        scores["answers"] = audit.counts(answers, "text")
+    if described is not None:
+        scores["descriptions"] = audit.description_counts(questions, described)
     return scores | ({"judge": note} if options.get("judged") is not None else {})
 
 
@@ -207,7 +229,7 @@ def saved_run(path):
     return run if usable else {}
 
 
-def save(stem, settings, limit, benchmark, questions, scores, descriptions):
+def save(stem, settings, limit, benchmark, questions, scores, described):
     """stem.scores.json: the settings, what item 1 was asked (its description uncut), the scores.
 
     A whole benchmark's score is not overwritten by a subset's of the same answers.
@@ -216,7 +238,7 @@ def save(stem, settings, limit, benchmark, questions, scores, descriptions):
     if limit and saved and saved["limit"] is None and settings.items() <= saved.items():
         print(f"{stem}.scores.json has the score of all questions: kept", file=sys.stderr)
         return
-    first = questions[0]
+    first, descriptions = questions[0], {image: record["description"] for image, record in (described or {}).items()}
     description = description_of(first, descriptions)
     text = first["text"] if description is None else infused(description, first["text"])
     prompt = TEMPLATES[settings["template"]].prompt(with_image(text) if first["image"] is not None else text)
@@ -237,9 +259,12 @@ def show(benchmark, scores, settings):
     lines = [SCORERS[benchmark].report(scores)]
     if settings.get("limit"):
         lines.append(f"a subset: --limit {settings['limit']}")
+    lines += [audit.summary(name, scores[name]) for name in ("answers", "descriptions") if name in scores]
     if "suffix" in settings:
         lines.append(f"each question was followed by {settings['suffix']!r}")
     note = scores.get("judge")
+    if "unread" in scores:
+        lines.append(f"verdicts of the judge that could not be read: {scores['unread']} ({scores['unread_share']:.1%})")
     if note and "model" in note:
         by = ", ".join(note["served"]) or note["model"]
         lines.append(f"judged by {by} (the official judge is {note['official']})")

@@ -1,6 +1,7 @@
 """The judge's way there and back, over real HTTP: what is sent, what a failure costs, what stays on disk."""
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -29,10 +30,10 @@ def quick(monkeypatch):
 def new(tmp_path):
     """new(server or URL, ...) -> a judge with the same file as those before; what it says goes to new.said."""
 
-    def new(to, key=KEY, model="gpt-4-0613", timeout=10):
+    def new(to, key=KEY, model="gpt-4-0613", timeout=10, **more):
         progress = lambda total: SimpleNamespace(add=lambda: new.steps.append(total))
         return Judge(getattr(to, "url", to), key, model, tmp_path / "a.judge.jsonl", texts={}, runs=1, timeout=timeout,
-                     progress=progress, say=new.said.append)  # fmt: skip
+                     progress=progress, say=new.said.append, **more)  # fmt: skip
 
     new.said, new.steps, new.path = [], [], tmp_path / "a.judge.jsonl"
     return new
@@ -67,6 +68,12 @@ def test_request_and_reply(new, ending):
     ('{"choices": [{"message": {"content": null}}], "model": 5}', Reply("", "unnamed")),
     ('{"choices": [{"message": {"content": [{"type": "text", "text": "8 "}, {"type": "text", "text": "9"}]}}], '
      '"model": "m\\ud800"}', Reply("8 9", "m?")),
+    (completion("<think>\nIs 7 7 too low?\n</think>\n\n8 9\nGood."), Reply("8 9\nGood.", MODEL)),
+    (completion("Is 7 7 too low?\n</think>\n8 9"), Reply("8 9", MODEL)), (completion("<think>Is 7"), Reply("", MODEL)),
+    (completion("\n<think>\n"), Reply("", MODEL)), (completion("8 9\nI <think>."), Reply("8 9\nI <think>.", MODEL)),
+    ('{"choices": [{"message": {"reasoning_content": "Is 7 7", "content": "\\n\\n8 9"}, "finish_reason": "stop"}]}',
+     Reply("8 9", "unnamed")), (completion("\n8 9"), Reply("\n8 9", MODEL)),
+    ('{"choices": [{"message": {"content": "8"}, "finish_reason": "length"}]}', Reply("8", "unnamed", True)),
     ('{"choices": [{"message": {"content": "1"}}, {"message": {"content": "2"}}]}', Reply("1", "unnamed"))])
 def test_what_a_reply_holds(body, reply):
     assert read_reply(body) == reply
@@ -82,6 +89,23 @@ def test_what_is_no_reply(body):
 def test_a_filtered_reply_is_empty_and_not_asked_for_again(new):
     with JudgeServer(verdict=lambda body: None) as server:
         assert ask(new(server)).content == "" and len(server.requests) == 1
+
+
+def test_what_newer_endpoints_ask_for(new):
+    """Another limit, its other name, no temperature. The default request is what it was, so stored replies stay."""
+    with JudgeServer(verdict=lambda body: "8 9") as server:
+        for more in {}, {"max_tokens": 4096}, {"token_field": "max_completion_tokens"}, {"temperature": False}:
+            ask(new(server, **more))
+        bodies = [request.body for request in server.requests]
+    fixed = {"model": "gpt-4-0613", "messages": ASKED}
+    assert bodies == [fixed | own for own in (
+        {"temperature": 0.2, "max_tokens": 1024}, {"temperature": 0.2, "max_tokens": 4096},
+        {"temperature": 0.2, "max_completion_tokens": 1024}, {"max_tokens": 1024})]  # fmt: skip
+    first, *others = stored(new.path)
+    text = json.dumps(fixed | {"temperature": 0.2, "max_tokens": 1024})
+    url = f"{server.url}/chat/completions"
+    assert first["request"] == hashlib.sha256(f"{url}{text}".encode()).hexdigest()[:16]
+    assert first["request"] not in {line["request"] for line in others}
 
 
 # ---- failures

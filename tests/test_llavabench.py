@@ -253,7 +253,7 @@ def test_score_of_one_run():
     assert figures(scores["groups"]["conv"]) == [64.7, 85.0, 55.0, [64.7], 2]  # 5.5 of 8.5: 64.706
     assert figures(scores["groups"]["complex"]) == [114.3, 70.0, 80.0, [114.3], 1]  # 8 of 7
     assert list(scores["groups"]) == ["conv", "complex"]
-    assert (scores["missing"], scores["failed"]) == (0, 0)
+    assert (scores["missing"], scores["unread"]) == (0, 0)
 
 
 def test_means_are_rounded_before_they_are_divided():
@@ -269,13 +269,13 @@ def test_a_failed_review_counts_as_a_pair_of_minus_1():
     scores = llavabench.score(ASKED, None, [RUN2])
     # (8 + 8 - 1) / 3 = 5 and (4 + 6 - 1) / 3 = 3
     assert figures(scores) == [60.0, 50.0, 30.0, [60.0], 3]
-    assert scores["failed"] == 1
+    assert scores["unread"] == 1
     assert figures(scores["groups"]["complex"]) == [100.0, -10.0, -10.0, [100.0], 1]
 
 
 def test_runs_are_averaged():
     scores = llavabench.score(ASKED, answers(2, 0, 1), [RUN1, RUN2])
-    assert scores["runs"] == [79.2, 60.0] and (scores["failed"], scores["n"]) == (1, 3)
+    assert scores["runs"] == [79.2, 60.0] and (scores["unread"], scores["n"]) == (1, 3)
     assert [scores[key] for key in ("score", "reference", "model")] == pytest.approx([69.6, 65.0, 46.65], abs=1e-9)
     conv = scores["groups"]["conv"]
     assert conv["runs"] == [64.7, 62.5] and conv["score"] == pytest.approx(63.6, abs=1e-9)
@@ -287,7 +287,7 @@ def test_content_counts_where_there_is_no_tuple():
     assert figures(llavabench.score(questions, None, [run])) == [58.3, 60.0, 35.0, [58.3], 2]  # 3.5 of 6
     for content, failed in (("8 and 6", 1), ("-1 6", 0), ("-1 -1", 1)):
         run[0]["content"] = content
-        assert llavabench.score(questions, None, [run])["failed"] == failed
+        assert llavabench.score(questions, None, [run])["unread"] == failed
 
 
 def test_intervals_are_over_questions():
@@ -362,7 +362,7 @@ def test_from_files_to_scores(tmp_path):
     scores = llavabench.score(questions, answers(0, 1, 2), llavabench.read_judged(paths))
     assert scores == llavabench.score(questions, None, judged)
     # run 1: 19.5 of 26; run 2: 11 of 15
-    assert (scores["runs"], scores["failed"]) == ([75.0, 73.3], 1)
+    assert (scores["runs"], scores["unread"]) == ([75.0, 73.3], 1)
     assert list(scores["groups"]) == ["conv", "detail", "complex"]
 
 
@@ -389,7 +389,7 @@ def test_official_scores(tmp_path, name, n):
     found = {"all": scores} | {f"llava_bench_{key}": own for key, own in scores["groups"].items()}
     assert {key: {"n": own["n"], "ratio": own["score"], "reference": own["reference"], "model": own["model"]}
             for key, own in found.items()} == expected  # fmt: skip
-    assert scores["failed"] == sum(r["tuple"] == [-1, -1] for r in reviews)
+    assert scores["unread"] == sum(r["tuple"] == [-1, -1] for r in reviews)
 
 
 def test_official_reviews_say_what_was_read_from_them():

@@ -1,13 +1,13 @@
 """MathVista: every rule on cases written by hand, then the official values for published predictions."""
 
 import json
-from collections import namedtuple
 
 import pytest
 from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import mathvista
+from stic_min.scorers.judge import Reply
 from stic_min.text import TEMPLATES, infused, with_image
 
 INTEGER = {"question_type": "free_form", "answer_type": "integer"}
@@ -355,18 +355,15 @@ def test_read_judged_rejects(tmp_path, content, named):
 
 # ---- the judge
 
-Reply = namedtuple("Reply", "content model")
-
-
 class FakeJudge:
     """Replies in their order; keeps what it is asked."""
 
-    def __init__(self, texts, replies):
-        self.texts, self.replies, self.asked = texts, list(replies), []
+    def __init__(self, texts, replies, cut=False):
+        self.texts, self.replies, self.asked, self.cut = texts, list(replies), [], cut
 
     def ask(self, where, messages, *, temperature, max_tokens):
         self.asked.append((where, messages, temperature, max_tokens))
-        return Reply(self.replies.pop(0), "gpt-4-0613")
+        return Reply(self.replies.pop(0), "gpt-4-0613", self.cut)
 
     def map(self, function, items):
         return [function(item) for item in items]
@@ -389,6 +386,22 @@ def test_a_silent_judge_is_asked_five_times():
     fake = FakeJudge(mathvista.OWN_PROMPTS, [""] * 5)
     assert mathvista.judge([question("1")], [{"question_id": "1", "text": "so"}], fake) == {"1": ""}
     assert len(fake.asked) == 5
+
+
+def test_a_judge_that_is_cut_off_has_not_extracted_anything():
+    fake = FakeJudge(mathvista.OWN_PROMPTS, ["Let me think about the"] * 5, cut=True)
+    assert mathvista.judge([question("1")], [{"question_id": "1", "text": "so"}], fake) == {"1": ""}
+
+
+def test_extractions_that_the_judge_did_not_give_are_counted():
+    """A choice is official all the same, the nearest to "": no silent one. An empty answer is not the judge's fault."""
+    questions = [question("1"), question("2", CITIES), question("3", CITIES), question("4")]
+    answers = [{"question_id": qid, "text": text} for qid, text in (("1", "so"), ("2", "so"), ("3", ""))]
+    judged = {"1": "", "2": "", "3": "", "4": None}
+    scores = mathvista.score(questions, answers, judged)
+    assert (scores["unread"], scores["unread_share"], scores["missing"]) == (2, 0.5, 1)
+    assert mathvista.score(questions, None, judged)["unread"] == 0  # whether there were answers is not known then
+    assert "unread" not in mathvista.score(questions, answers)
 
 
 def test_judge_rejects():

@@ -3,13 +3,13 @@
 import base64
 import csv
 import random
-from types import SimpleNamespace
 
 import pytest
 from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import figure, mmbench, share
+from stic_min.scorers.judge import Reply
 from stic_min.text import TEMPLATES, infused, with_image
 
 SENTENCE = "Answer with the option's letter from the given choices directly."
@@ -346,7 +346,7 @@ def test_score_with_a_judge():
     judged = {4: "A", 1_000_002: "B", 2_000_003: "A", "drawn": 1}
     scores = mmbench.score(QUESTIONS, records(PREDICTIONS), judged)
     assert (scores["correct"], scores["rows"]["correct"], scores["vanilla"]["correct"]) == (3, 6, 4)
-    assert (scores["unmatched"], scores["judged"], scores["drawn"], scores["missing"]) == (1, 1, 1, 1)
+    assert (scores["unmatched"], scores["judged"], scores["unread"], scores["missing"]) == (1, 1, 1, 1)
     assert mmbench.score(QUESTIONS, records(PREDICTIONS), {4: "Z", "drawn": 0})["correct"] == 2
 
 
@@ -396,15 +396,15 @@ def test_report():
 class Judge:
     """Answers from a table of replies by `where`, and keeps what it was asked."""
 
-    def __init__(self, replies=(), template="Q {} O {} A {} ="):
-        self.texts, self.replies, self.asked = {"template": template}, dict(replies), {}
+    def __init__(self, replies=(), template="Q {} O {} A {} =", cut=()):
+        self.texts, self.replies, self.asked, self.cut = {"template": template}, dict(replies), {}, cut
 
     def ask(self, where, messages, *, temperature, max_tokens):
         assert where not in self.asked and (temperature, max_tokens) == (0, 1024)
         [message] = messages
         self.asked[where] = message["content"]
         assert message["role"] == "user"
-        return SimpleNamespace(content=self.replies[where], model="judge-1")
+        return Reply(self.replies[where], "judge-1", where in self.cut)
 
     def map(self, function, items):
         return [function(item) for item in items]
@@ -426,6 +426,15 @@ def test_judge_is_asked_up_to_three_times():
     drawn = random.Random(3).choice(["A", "B", "C", "D", "Z"])
     assert mmbench.judge(questions, answers, judge) == {1: "C", 2: "Z", 3: drawn, "drawn": 1}
     assert judge.asked.keys() == replies.keys()
+
+
+def test_a_reply_that_is_cut_off_is_not_read():
+    """Its A is an article, or the first of two letters."""
+    replies = {f"1, attempt {k}": "A kitten could be" for k in (1, 2, 3)}
+    judged = mmbench.judge([question(1)], records({1: "?"}), Judge(replies, cut=replies))
+    assert judged["drawn"] == 1
+    scores = mmbench.score([question(1), question(2)], records({1: "?", 2: "A"}), judged)
+    assert (scores["judged"], scores["unread"], scores["unread_share"]) == (1, 1, 0.5)
 
 
 def test_drawn_letters_are_all_options_and_z():

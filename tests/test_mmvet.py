@@ -90,6 +90,14 @@ def test_judge_gives_0_after_five_failures():
     assert asked == [0.0, 0.0, 0.5, 1.0, 1.5]
 
 
+def test_grades_that_the_judge_did_not_give_are_counted():
+    """From what it said, so in files of others too: 0 without a grade is not a 0."""
+    contents, scores = ["0.0", "", "nan", "no", "0", "0.5"], [0.0, 0.0, 0.0, 0.0, 0, 0.5]
+    judged = {"v1_7": {"content": contents, "score": scores, "model": ["m"] * 6}}
+    found = mmvet.score([question(7)], None, judged)
+    assert (found["unread"], found["unread_share"]) == (3, 0.5)
+
+
 def test_a_judge_that_gives_no_grade_at_all_is_no_judge():
     judge = Judge({f"v1_7, run 1, attempt {i}": f"no {i}" for i in range(1, 9)})
     with pytest.raises(InputError, match="MM-Vet: no reply of the judge is a grade, the first says 'no'"):

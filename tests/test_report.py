@@ -1,6 +1,7 @@
 """The paper's tables and the page, from small score files written by hand."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -153,18 +154,22 @@ def test_an_adapter_that_was_asked_in_one_way_stands_in_table_1_anyway(tmp_path)
 
 def test_how_each_was_made(tmp_path):
     special = {"limit": 90, "dtype": "float32", "suffix": "Be brief."}
-    save(tmp_path, "chartqa", 30, "stage2", "dar", missing=2, n=90, run=special)
-    save(tmp_path, "mmvet", 40, judge=COMPARABLE | {"served": ["a-1", "b-2"]})
+    answers = {"n": 88, "empty": 3, "cut": 5}
+    save(tmp_path, "chartqa", 30, "stage2", "dar", missing=2, n=90, run=special, answers=answers)
+    save(tmp_path, "mmvet", 40, judge=COMPARABLE | {"served": ["a-1", "b-2"]}, unread=4, unread_share=0.0037,
+         answers={"n": 218, "empty": 1, "cut": None})  # fmt: skip
     save(tmp_path, "llavabench", 70, judge={"files": ["some/where/reviews.jsonl"], "comparable": True})
     report.write(tmp_path)
     header, *made = table(tmp_path, "How they were made")
-    assert header == ["", "benchmark", "items", "without answer", "template", "pictures", "dtype", "new tokens",
-                      "temperature", "suffix", "judge"]  # fmt: skip
+    assert header == ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "pictures", "dtype",
+                      "new tokens", "temperature", "suffix", "judge", "unread verdicts"]  # fmt: skip
     how = ["vicuna_v1", "anyres"]
     assert made == [
-        ["ours, base", "LLaVA-Bench", "100", "0", *how, "bfloat16", "1024", "0.0", "–", "reviews.jsonl"],
-        ["ours, base", "MM-Vet", "100", "0", *how, "bfloat16", "1024", "0.0", "–", "a-1, b-2"],
-        ["ours, stage2, DaR", "ChartQA", "90 (--limit 90)", "2", *how, "float32", "1024", "0.0", "Be brief.", "–"],
+        ["ours, base", "LLaVA-Bench", "100", "0", "–", "–", *how, "bfloat16", "1024", "0.0", "–", "reviews.jsonl",
+         "–"],
+        ["ours, base", "MM-Vet", "100", "0", "1", "–", *how, "bfloat16", "1024", "0.0", "–", "a-1, b-2", "4"],
+        ["ours, stage2, DaR", "ChartQA", "90 (--limit 90)", "2", "3", "5", *how, "float32", "1024", "0.0", "Be brief.",
+         "–", "–"],
     ]  # fmt: skip
 
 
@@ -221,6 +226,29 @@ def test_another_judge_than_the_official_one_says_so(tmp_path):
     assert row(tmp_path, "Table 1", "ours, base")[4] == "70.0 [65.0, 75.0]"
     assert [label for label, _ in chart(tmp_path, "MM-Vet")] == ["ours, base †", "ours, stage2, DaR ‡ †"]
     assert "† graded by another model than the official judge" in Reader(page(tmp_path)).text
+
+
+def test_a_score_with_many_unread_verdicts_says_so(tmp_path):
+    save(tmp_path, "mmvet", 40, judge=COMPARABLE, unread=30, unread_share=0.03, groups={"rec": entry(30)})
+    save(tmp_path, "llavabench", 70, judge=COMPARABLE, unread=2, unread_share=0.02)
+    report.write(tmp_path)
+    assert row(tmp_path, "Table 1", "ours, base")[6] == "40.0 [35.0, 45.0] §"
+    assert row(tmp_path, "Table 6", "ours, base")[0] == "30.0 [25.0, 35.0] §"
+    assert row(tmp_path, "Table 1", "ours, base")[4] == "70.0 [65.0, 75.0]"
+    assert "§ more than 2% of the judge's verdicts could not be read" in Reader(page(tmp_path)).text
+
+
+@pytest.mark.parametrize("differs", [{"model": "another"}, {"fingerprint": "ffffffffffff"}, {"adapter": "stage2"}])
+def test_a_score_of_other_answers_than_those_beside_it(tmp_path, differs):
+    path = save(tmp_path, "textvqa", 60)
+    settings = json.loads(path.read_text())["run"]
+    answers = tmp_path / "textvqa-base-direct.jsonl"
+    answers.write_text(json.dumps({"question_id": 1, "text": "red"} | settings))
+    report.write(tmp_path)
+    answers.write_text(json.dumps({"question_id": 1, "text": "red"} | settings | differs))
+    with pytest.raises(InputError) as error:
+        report.write(tmp_path)
+    assert str(error.value) == f"{path}: not the score of {answers}: run `score` again"
 
 
 def test_notes_are_those_of_what_was_run(tmp_path):
@@ -360,7 +388,9 @@ def test_a_folder_without_scores(tmp_path, folder):
 
 
 @pytest.mark.parametrize("fault", [
-    "", "[]", {"run": None}, {"run": {}}, {"score": "1.0"}, {"score": None}, {"interval": None}, {"interval": [1.0]}])
+    "", "[]", {"run": None}, {"run": {}}, {"score": "1.0"}, {"score": None}, {"interval": None}, {"interval": [1.0]},
+    {"score": math.nan}, {"interval": [1.0, math.inf]}, {"n": math.nan}, {"missing": math.nan}, {"unread": "3"},
+    {"unread_share": math.nan}, {"answers": 5}, {"answers": {"empty": "<b>"}}, {"descriptions": {"cut": math.inf}}])
 def test_a_file_that_is_not_ours(tmp_path, fault):
     save(tmp_path, "textvqa", 60)
     path = save(tmp_path, "mmvet", 40, judge=COMPARABLE)

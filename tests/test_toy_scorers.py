@@ -297,9 +297,11 @@ def test_score_command(tmp_path, monkeypatch, benchmark, write, said, scores):
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in said))
     command = ["score", benchmark, "--answers", path, "--data", tmp_path]
-    assert json.loads(call(*command, "--json")) == scores
+    numbers = json.loads(call(*command, "--json"))
+    empty = sum(record["text"] == "" for record in said)
+    assert numbers.pop("answers") == {"n": len(said), "empty": empty, "cut": None} and numbers == scores
     scorer = {"toycaptions": toy_captions, "toyvqa": toy_vqa}[benchmark]
-    assert call(*command) == scorer.report(scores) + "\n"
+    assert call(*command) == f"{scorer.report(scores)}\nanswers: {len(said)}, {empty} empty\n"
 
     path.write_text(json.dumps(said[0] | {"question_id": "zz"}))
     with pytest.raises(InputError, match="'zz' is no question's id$") as error:

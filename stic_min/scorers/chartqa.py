@@ -15,6 +15,7 @@ from stic_min.files import check_text
 from stic_min.scorers import figure, match_answers, read_entries, share
 
 SUFFIX = "Answer the question using a single word or phrase."
+GROUPED_BY = "split"
 SPLITS = ("human", "augmented")
 
 

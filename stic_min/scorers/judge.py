@@ -23,7 +23,8 @@ TRIES = 8
 WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; it doubles from try to try
 WORKERS = 4  # requests under way at the same time
 
-Reply = namedtuple("Reply", "content model")  # what the judge said, and which model says it was
+# What the judge said, which model says it was, and whether it was cut off by the token limit
+Reply = namedtuple("Reply", "content model cut", defaults=[False])
 
 
 class JudgeError(InputError):
@@ -49,11 +50,25 @@ def printable(text):
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def without_reasoning(content):
+    """The verdict behind a reasoning model's thoughts; "" if it was cut off before it came to one.
+
+    The official judges do not think aloud, so nothing changes for them. A server that does not split thoughts off puts
+    them in front of the verdict, for some models without the opening tag, which is part of their template.
+    """
+    thoughts, tag, verdict = content.partition("</think>")
+    if tag:
+        return verdict.lstrip()
+    return "" if thoughts.lstrip().startswith("<think>") else content
+
+
 def read_reply(body):
     """The body of a chat completion -> Reply. Raises ValueError if it is none; no content (a filter's doing) is ""."""
     try:
         answer = json.loads(body)
-        content, model = answer["choices"][0]["message"].get("content"), answer.get("model")
+        choice, model = answer["choices"][0], answer.get("model")
+        message, cut = choice["message"], choice.get("finish_reason") == "length"
+        content = message.get("content")
         if isinstance(content, list):  # in parts
             content = "".join(part["text"] for part in content if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
@@ -61,7 +76,10 @@ def read_reply(body):
     if not isinstance(content, str | None):
         raise ValueError("a chat completion whose content is no text")
     whole = lambda text: text.encode("utf-8", "replace").decode()  # JSON can hold halves of surrogate pairs
-    return Reply(whole(content or ""), whole(model) if isinstance(model, str) else "unnamed")
+    content = without_reasoning(whole(content or ""))
+    if message.get("reasoning_content") or message.get("reasoning"):  # split off, but for the blank lines behind it
+        content = content.lstrip()
+    return Reply(content, whole(model) if isinstance(model, str) else "unnamed", cut)
 
 
 class Judge:
@@ -69,12 +87,14 @@ class Judge:
 
     url: of the API, up to and without /chat/completions. path: where raw replies go, one JSON line each, before they
     are read; a reply that is there already is not asked for again. texts, runs: for the benchmark's `judge` function.
-    progress: number of items -> object with `add()`. say: takes a line about a try that failed.
+    progress: number of items -> object with `add()`. say: takes a line about a try that failed. max_tokens: in place of
+    the benchmark's own limit; token_field: what the endpoint calls it. temperature: whether one is sent.
     Raises InputError: a URL or key that can't be one, a file that is not ours, and, when asked, a judge that refuses
     or gives no usable reply in TRIES tries; what it said until then is kept.
     """
 
-    def __init__(self, url, key, model, path, *, texts, runs, timeout, progress, say):
+    def __init__(self, url, key, model, path, *, texts, runs, timeout, progress, say, max_tokens=None,
+                 token_field="max_tokens", temperature=True):  # fmt: skip
         try:
             parts = urllib.parse.urlsplit(url)
             usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
@@ -86,6 +106,7 @@ class Judge:
             raise InputError("the judge's key is empty or has characters that no key has (set OPENAI_API_KEY)")
         self.url, self.key, self.model, self.path = url.rstrip("/") + "/chat/completions", key, model, Path(path)
         self.texts, self.runs, self.timeout, self.progress, self.say = texts, runs, timeout, progress, say
+        self.max_tokens, self.token_field, self.temperature = max_tokens, token_field, temperature
         self.opener = urllib.request.build_opener(NoRedirect)
         self.lock, self.served = threading.Lock(), set()
         self.stored = self.read()
@@ -120,7 +141,9 @@ class Judge:
 
     def ask(self, where, messages, *, temperature, max_tokens):
         """messages: [{"role", "content"}]; `where`, unique, names the request on disk and in messages -> Reply."""
-        body = {"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens}
+        body = {"model": self.model, "messages": messages}
+        body |= {"temperature": temperature} if self.temperature else {}
+        body[self.token_field] = self.max_tokens or max_tokens
         data = json.dumps(body).encode()
         place = where, hashlib.sha256(self.url.encode() + data).hexdigest()[:16]
         reply = self.stored.get(place)

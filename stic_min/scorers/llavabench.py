@@ -15,8 +15,9 @@ import numpy as np
 
 from stic_min import InputError
 from stic_min.files import field, read_records
-from stic_min.scorers import bootstrap, figure, match_answers
+from stic_min.scorers import bootstrap, figure, match_answers, unread
 
+COMPLETE, GROUPED_BY = True, "category"
 CATEGORIES = ("conv", "detail", "complex")
 FAILED = (-1, -1)
 
@@ -171,9 +172,9 @@ def score(questions, answers, judged):
     questions: as from `load`. answers: None, or the records that were reviewed, checked to be complete. judged: a list
     of reviews a run, as from `judge` or `read_judged`; `tuple` counts, without one `content` is parsed.
     Returns {"score", "interval", "n", "missing": 0, "reference", "model": the mean ratings times ten, "runs": [score of
-    each run], "failed": reviews without two scores, "groups": {category: the same without missing and failed}}. Each
-    number of a run is rounded as the official one, and those of several runs are averaged; the interval is over the
-    choice of questions. A failed review counts as a pair of -1, so if all fail the score is 100.
+    each run], "unread", "unread_share": reviews without two scores, "groups": {category: all but missing and unread}}.
+    Each number of a run is rounded as the official one, and those of several runs are averaged; the interval is over
+    the choice of questions. An unread review counts as a pair of -1, so if all are unread the score is 100.
     Raises InputError: no reviews, a review of an unknown question or a repeated one, a question without one, another
     category than the question's, a NaN or an infinite number, ratings of the reference that average to 0, answers as
     `match_answers`. Source: LLaVA, `llava/eval/summarize_gpt_review.py`.
@@ -187,8 +188,8 @@ def score(questions, answers, judged):
     for name in CATEGORIES:
         if any(own := [question["category"] == name for question in questions]):
             groups[name] = _figures(pairs[:, own], name)
-    failed = int((pairs == FAILED).all(2).sum())
-    return {**_figures(pairs, "all"), "missing": 0, "failed": failed, "groups": groups}
+    failed = (pairs == FAILED).all(2)  # (runs, questions)
+    return {**_figures(pairs, "all"), "missing": 0, **unread(int(failed.sum()), failed.size), "groups": groups}
 
 
 def _pairs(questions, reviews, where):
@@ -229,10 +230,10 @@ def _ratios(drawn):
 
 def report(scores):
     """The numbers as lines of text. scores: as from `score`."""
-    n, runs, failed = scores["n"], scores["runs"], scores["failed"]
+    n, runs = scores["n"], scores["runs"]
     lines = [f"{name:<10} {figure(own):<22}{own['reference']:>9.1f}{own['model']:>9.1f}{own['n']:>6}"
              for name, own in [("all", scores), *scores["groups"].items()]]  # fmt: skip
     return "\n".join([
-        f"LLaVA-Bench (In-the-Wild): {n} questions, {failed} of {n * len(runs)} reviews without two scores",
+        f"LLaVA-Bench (In-the-Wild): {n} questions, {scores['unread']} of {n * len(runs)} reviews without two scores",
         f"{len(runs)} runs of the judge: {' '.join(f'{run:.1f}' for run in runs)}",
         f"{'':<10} {'score [95 % interval]':<22}{'reference':>9}{'model':>9}{'n':>6}", *lines])  # fmt: skip

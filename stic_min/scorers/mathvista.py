@@ -15,9 +15,10 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.files import check_text, read_records
-from stic_min.scorers import figure, match_answers, read_json, share
+from stic_min.scorers import figure, match_answers, read_json, share, unread
 
 FILES = ("testmini.json", "annot_testmini.json")
+GROUPED_BY = "answer_type"
 RULES = ("lenient_int", "strict_int")  # the code of the repository, and what most published totals were made with
 
 # What official files hold of a problem, in their order, besides `pid` and `query`.
@@ -295,8 +296,8 @@ def judge(questions, answers, judge):
     """Extracts every answer, by the rules where they do, else by asking the judge.
 
     questions: as from `load`, with their text. answers: records {"question_id", "text"}. judge: see `scorers.judge`.
-    Returns {pid: extraction}: "" for an empty response or a judge that stays silent, None without an answer.
-    Raises InputError as `match_answers`, or if a question has no text.
+    Returns {pid: extraction}: "" for an empty response or a judge that stays silent or is cut off by its token limit,
+    None without an answer. Raises InputError as `match_answers`, or if a question has no text.
     Source: MathVista, `evaluation/extract_answer.py`."""
     records, found = _extract_all(questions, answers)
     rest = [q for q in questions if found.get(q["question_id"], "") is None]
@@ -310,8 +311,9 @@ def judge(questions, answers, judge):
         content = f"{judge.texts['few_shot'].strip()}\n\n{item}{judge.texts['suffix']}"
         for attempt in range(1, TRIES + 1):
             where, messages = f"problem {pid}, attempt {attempt}", [{"role": "user", "content": content}]
-            if reply := judge.ask(where, messages, temperature=0, max_tokens=256).content.strip():
-                return reply
+            reply = judge.ask(where, messages, temperature=0, max_tokens=256)
+            if reply.content.strip() and not reply.cut:
+                return reply.content.strip()
         return ""
 
     found |= {q["question_id"]: reply for q, reply in zip(rest, judge.map(ask, rest))}
@@ -328,7 +330,8 @@ def score(questions, answers, judged=None, rule=RULES[0]):
     for them. judged: {pid: extraction} of all questions; without, the rules alone extract. rule: one of RULES.
     Returns {"score", "interval", "n", "correct", "missing", "unextracted", "rule", "groups": {"tag|value": {"score",
     "interval", "n", "correct"}}}. A problem without an answer and one whose answer is not extracted (None) are wrong;
-    a problem counts in the group of each of its skills.
+    a problem counts in the group of each of its skills. With `judged` also "unread" and "unread_share": extractions
+    that are "" although there was an answer (known only with `answers`), which for a multiple choice still is one.
     Raises InputError as `match_answers`, or if the pids of `judged` are not those of the questions.
     Source: MathVista, `evaluation/calculate_score.py`."""
     ids = {q["question_id"] for q in questions}
@@ -338,6 +341,7 @@ def score(questions, answers, judged=None, rule=RULES[0]):
         raise InputError(f"MathVista extractions: {odd[0]!r} is {fault} ({len(odd)} such differences)")
     answered = ids if answers is None else set(records)
     extracted = {pid: (found if judged is None else judged)[pid] for pid in answered}
+    silent = lambda pid: judged[pid] == "" != records[pid]["text"]
     hits, groups = [], {}
     for q in questions:
         hits.append(normalize(q, extracted.get(q["question_id"]), rule) == q["answer"])
@@ -349,6 +353,7 @@ def score(questions, answers, judged=None, rule=RULES[0]):
         **share(hits),
         "missing": len(ids) - len(answered),
         "unextracted": sum(extraction is None for extraction in extracted.values()),
+        **({} if judged is None else unread(sum(map(silent, records)), len(questions))),
         "rule": rule,
         "groups": {f"{TAGS[number]}|{value}": share(own) for (number, value), own in sorted(groups.items())},
     }

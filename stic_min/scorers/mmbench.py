@@ -19,12 +19,13 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.files import check_text, read_records
-from stic_min.scorers import figure, match_answers, share
+from stic_min.scorers import figure, match_answers, share, unread
 
 FILE = "mmbench_dev_20230712.tsv"
 SUFFIX = "Answer with the option's letter from the given choices directly."
 RULES = ("2024", "2026")
 LETTERS = "ABCD"
+GROUPED_BY = "l2"
 CIRCLE = 1_000_000  # row k * CIRCLE + i is question i with its options rotated k times
 GROUPS = {
     "logic_reasoning": "LR",
@@ -240,8 +241,9 @@ def judge(questions, answers, judge, rule=RULES[0]):
     """Asks which option an answer means, for the rows that `match` cannot tell -> {index: letter, "drawn": number}.
 
     questions, answers, rule: as for `score`. judge: has `texts` (here `template`, with {} for question, options and
-    answer), `ask` and `map`. The reply is matched like an answer; after three that cannot be, a letter or Z is drawn,
-    and "drawn" says how often. Raises InputError as `match_answers`, and if the template has not three {}.
+    answer), `ask` and `map`. The reply is matched like an answer; after three that cannot be, or that the token limit
+    cut off, a letter or Z is drawn as in the official protocol, and "drawn" says how often. Raises InputError as
+    `match_answers`, and if the template has not three {}.
     Source: VLMEvalKit, `extract_answer_from_item` in `multiple_choice.py`.
     """
     template = judge.texts.get("template")
@@ -262,7 +264,7 @@ def judge(questions, answers, judge, rule=RULES[0]):
         for attempt in range(1, 4):
             messages = [{"role": "user", "content": content}]
             reply = judge.ask(f"{index}, attempt {attempt}", messages, temperature=0, max_tokens=1024)
-            if letter := match(reply.content, options, rule):
+            if letter := None if reply.cut else match(reply.content, options, rule):
                 return letter, False
         return random.Random(index).choice([*options, "Z"]), True
 
@@ -281,8 +283,9 @@ def score(questions, answers, judged=None, rule=RULES[0]):
     unmatched row is wrong (the toolkit's "exact matching"). rule: one of RULES, for `match`.
     Returns {"score", "interval", "n", "correct"} over the questions, in percent; the same as `groups`, by l2-category,
     as `categories`, as `vanilla` over the rows with options in their first order, as `rows` over all rows; `missing`
-    and `unmatched`, numbers of rows; `rule`; with a judge `judged` and `drawn`, for how many rows it was asked and for
-    how many of these a letter was drawn. Empty groups are left out. Raises InputError as `match_answers`.
+    and `unmatched`, numbers of rows; `rule`; with a judge `judged`, for how many rows it was asked, and `unread`, for
+    how many of these a letter was drawn, with its share of all rows as `unread_share`. Empty groups are left out.
+    Raises InputError as `match_answers`.
     Source: VLMEvalKit, `multiple_choice.py`.
     """
     records = match_answers("MMBench", questions, answers)
@@ -311,7 +314,7 @@ def score(questions, answers, judged=None, rule=RULES[0]):
         "rule": rule,
     }
     if judged is not None:
-        scores |= {"judged": len(unmatched & judged.keys()), "drawn": judged.get("drawn", 0)}
+        scores |= {"judged": len(unmatched & judged.keys()), **unread(judged.get("drawn", 0), len(questions))}
     return scores
 
 
@@ -319,7 +322,7 @@ def report(scores):
     """A plain-text table with intervals: the whole, by ability, by category. scores: as from `score`."""
     rest = "they count as wrong"
     if "judged" in scores:
-        rest = f"{scores['judged']} of them judged, {scores['drawn']} letters drawn"
+        rest = f"{scores['judged']} of them judged, {scores['unread']} letters drawn"
     lines = [
         f"MMBench dev: {scores['n']} questions in {scores['rows']['n']} rows, {scores['missing']} without an answer",
         f"{scores['unmatched']} answers match no option by the rule of {scores['rule']}; {rest}",

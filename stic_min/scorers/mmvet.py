@@ -16,8 +16,9 @@ import numpy as np
 
 from stic_min import InputError
 from stic_min.files import field, read_records
-from stic_min.scorers import figure, match_answers, mean, read_json
+from stic_min.scorers import figure, match_answers, mean, read_json, unread
 
+COMPLETE, GROUPED_BY = True, "capabilities"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 OFFICIAL_JUDGE = "gpt-4-0613"
@@ -121,6 +122,11 @@ def parse(content):
     return None if value < 0 or value > 1 else value
 
 
+def _is_grade(content):
+    value = parse(str(content))
+    return value is not None and not math.isnan(value)
+
+
 def _first(content):
     return content.split(" ")[0].strip()
 
@@ -140,24 +146,25 @@ def judge(questions, answers, judge):
         truth = question["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
         row = " | ".join([question["prompt"], truth, records[str(question["question_id"])]["text"], ""])
         request = f"{judge.texts['few_shot']}\n{row}"
-        unread = False
+        failed = False
         for attempt, temperature in enumerate(TEMPERATURES, 1):
             where = f"v1_{question['question_id']}, run {run}, attempt {attempt}"
             text = request if attempt == 1 else request + judge.texts["retry_suffix"]
             messages = [{"role": "user", "content": text}]
             reply = judge.ask(where, messages, temperature=temperature, max_tokens=3)
-            value = parse(reply.content)
-            if value is not None and not math.isnan(value):
+            if _is_grade(reply.content):
+                value = parse(reply.content)
                 break
         else:
-            value, unread = 0.0, True
-        return unread, {"content": _first(reply.content), "score": value, "model": reply.model}
+            value, failed = 0.0, True
+        return failed, {"content": _first(reply.content), "score": value, "model": reply.model}
 
     items = [(question, run) for question in questions for run in range(1, judge.runs + 1)]
     judged = {f"v1_{q['question_id']}": {"content": [], "score": [], "model": []} for q in questions}
     verdicts = judge.map(grade, items)
-    if all(unread for unread, _ in verdicts):
-        raise InputError(f"MM-Vet: no reply of the judge is a grade, the first says {verdicts[0][1]['content']!r}")
+    if all(failed for failed, _ in verdicts):
+        first = verdicts[0][1]["content"]
+        raise InputError(f"MM-Vet: no reply of the judge is a grade, the first says {first!r} (see --judge-max-tokens)")
     for (question, _), (_, verdict) in zip(items, verdicts):
         for name, values in judged[f"v1_{question['question_id']}"].items():
             values.append(verdict[name])
@@ -198,8 +205,9 @@ def score(questions, answers, judged):
 
     questions: as from `load`. answers: None, or the records that were graded, checked to be complete. judged: as from
     `judge` or `read_judged`.
-    Returns {"score", "interval", "n", "missing": 0, "runs": [total of each run], "std": of these, as of a population,
-    "groups": {capability: {"score", "interval", "n"}}, "integrations": {"gen_know_rec": the same}}. Everything is a
+    Returns {"score", "interval", "n", "missing": 0, "unread", "unread_share": grades of 0 because the judge gave none,
+    "runs": [total of each run], "std": of these, as of a population, "groups": {capability: {"score", "interval",
+    "n"}}, "integrations": {"gen_know_rec": the same}}. Everything is a
     mean over the runs; the intervals are over the choice of questions. A question counts in each of its capabilities
     and in one integration; the integration with most questions comes first.
     Raises InputError: no grades, grades of an unknown question, a question without grades, or with more or fewer than
@@ -220,6 +228,8 @@ def score(questions, answers, judged):
         first, other = f"{ids[0]!r} has {runs_of[ids[0]]} grades", f"{uneven[0]!r} has {runs_of[uneven[0]]}"
         raise InputError(f"MM-Vet: not the same number of runs for all questions: {first}, {other}")
     grades = np.array([judged[key]["score"] for key in ids], dtype=np.float64)  # (questions, runs)
+    verdicts = [pair for key in ids for pair in zip(judged[key]["content"], judged[key]["score"])]
+    failed = sum(grade == 0 and not _is_grade(content) for content, grade in verdicts)
 
     capabilities, integrations = {name: [] for name in CAPABILITIES}, {}
     for question, own in zip(questions, grades.mean(1)):
@@ -229,7 +239,8 @@ def score(questions, answers, judged):
     by_size = sorted(integrations.items(), key=lambda item: -len(item[1]))
     runs = 100 * grades.mean(0)
     return {
-        **mean(grades.mean(1)), "missing": 0, "runs": runs.tolist(), "std": float(runs.std()),
+        **mean(grades.mean(1)), "missing": 0, **unread(failed, grades.size),
+        "runs": runs.tolist(), "std": float(runs.std()),
         "groups": {name: mean(own) for name, own in capabilities.items() if own},
         "integrations": {name: mean(own) for name, own in by_size},
     }  # fmt: skip

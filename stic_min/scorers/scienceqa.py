@@ -17,6 +17,7 @@ from stic_min.scorers import match_answers, read_json, share
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 
+GROUPED_BY = "subject"
 LETTERS = tuple("ABCDE")
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 GRADES = {f"grade{g}": "G1-6" if g <= 6 else "G7-12" for g in range(1, 13)}

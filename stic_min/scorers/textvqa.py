@@ -17,6 +17,7 @@ from stic_min import InputError
 from stic_min.files import field, read_records
 from stic_min.scorers import figure, mean, read_entries
 
+COMPLETE = True
 MAX_NEW_TOKENS = 128
 KEY = "key"  # question_id is the picture's
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from stic_min.scorers import match_answers, read_entries
 
+GROUPED_BY = "type"
+
 
 def load(data):
     """The questions: a dict each with `question_id`, `image` (relative to `data`), `type`, `text` and `answer`.
