@@ -10,6 +10,7 @@
 Answers are greedy and go to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl, one line each, written at once; descriptions
 to ...-dar.descriptions.jsonl, one a picture; scores to .scores.json. The same command again skips what is there.
 MM-Vet and LLaVA-Bench need a judge model, MathVista and MMBench are better with one: --judge asks it over the network.
+--check reads a benchmark's files and images first, on any machine, and reports what the run would lack and take.
 --preset released asks as the authors' scripts do: with Vicuna's template, and on MMBench a describer that sees nothing.
 """
 
