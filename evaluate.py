@@ -44,6 +44,7 @@ def mode_of(args):
 
 def run_benchmark(args):
     from stic_min import dar, lora  # here, so that scoring and tables do without the model
+    from stic_min.formats.adapters import read_adapter
     from stic_min.loader import load_llava, open_llava
 
     benchmark, scorer = args.command, SCORERS[args.command]
