@@ -61,6 +61,7 @@ def run_benchmark(args):
     ranks = cli.start_ranks(args.device)
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    cli.say_loaded(llava, ranks)
     settings = {"benchmark": benchmark, "mode": mode_of(args), **cli.run_settings(args, llava)}
     settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
     read = lambda question: scoring.open_picture(question, scorer, args.data)
@@ -166,6 +167,7 @@ def run_ask(args):
     pictures = [open_image(path) for path in args.image]
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    cli.say_loaded(llava, ranks)
     question = without_marks(args.question)
     if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")

@@ -121,9 +121,12 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
     read = adapters.read_adapter(adapter, base[V16])
     read.tensors |= new
     adapters.write_adapter(adapter, read)
-    torch.save(llava_style, file)
-    llava = load_llava(tiny / V16, adapter=adapter)  # ours, where both are there
+    llava = load_llava(tiny / V16, adapter=adapter)  # ours
     assert all(torch.equal(llava.get_parameter(name), new[name]) for name in names)
+    torch.save(llava_style, file)
+    refuse("projector.safetensors and non_lora_trainables.bin both hold a projector", tiny / V16, adapter=adapter)
+    torch.save({}, file)
+    assert torch.equal(load_llava(tiny / V16, adapter=adapter).mm_projector[0].bias, new["mm_projector.0.bias"])
 
 
 def test_a_fresh_adapter(base, tmp_path):

@@ -30,15 +30,15 @@ def test_wrong_tensors(tiny, tmp_path, match):
 WRONG_CONFIGS = {
     "config.json: no mm_vision_tower": dict(without=["mm_vision_tower"]),
     "config.json: no num_attention_heads": dict(without=["num_attention_heads"]),
-    "config.json: rope scaling": dict(rope_scaling={"type": "linear", "factor": 2.0}),
-    "config.json: only silu": dict(hidden_act="gelu"),
+    "config.json: rope_scaling: type 'linear' is not supported": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "config.json: hidden_act 'gelu' is not supported, only 'silu'": dict(hidden_act="gelu"),
     "config.json: mm_projector_type": dict(mm_projector_type="linear"),
     "config.json: mm_vision_select_layer -1": dict(mm_vision_select_layer=-1),
     "config.json: mm_vision_select_feature .cls_patch": dict(mm_vision_select_feature="cls_patch"),
     "config.json: image_aspect_ratio 'square'": dict(image_aspect_ratio="square"),
     "vocabulary of 599": dict(vocab_size=599),
     "config.json: image_grid_pinpoints": dict(image_grid_pinpoints=[[56, 112], [112, 60]]),
-    "config.json: a value of the wrong kind": dict(hidden_size=None),
+    "config.json: no hidden_size": dict(hidden_size=None),
     # The tower's geometry is not in the checkpoint: that its folder was not found must be said, not what came of it.
     "model.safetensors: the vision tower .*--vision": dict(mm_vision_tower="clip-missing"),
 }
