@@ -17,10 +17,10 @@ TEXT = lambda x: isinstance(x, str), "a text"
 NAMES = lambda x: isinstance(x, list) and all(isinstance(name, str) for name in x), "a list of names"
 OBJECT = lambda x: isinstance(x, dict), "a JSON object"
 
-
 # In the config.json of every model of transformers.
 HARMLESS = {
-    "records": "transformers_version name_or_path _commit_hash auto_map",
+    "records": "transformers_version name_or_path _commit_hash",
+    "no code of a checkpoint runs": "auto_map trust_remote_code",
     "the flag --dtype decides": "torch_dtype dtype",
     "how transformers computes, not what": "use_cache return_dict output_attentions output_hidden_states torchscript "
     "use_bfloat16 chunk_size_feed_forward _attn_implementation attn_implementation _attn_implementation_autoset "
