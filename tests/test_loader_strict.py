@@ -1,8 +1,13 @@
 """Checkpoints that do not fit are refused, in one line that names the file or the key."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_loader import TOWER, V15, V16, copy, read_tensors, refuse
+
+from stic_min.loader import load_llava
 
 
 def drop(key):
@@ -74,3 +79,48 @@ def test_broken_folders(tiny, tmp_path):
     torch.save([torch.ones(2)], good("list", "pytorch_model.bin") / "pytorch_model.bin")
     refuse("pytorch_model.bin", tmp_path / "list")
     refuse("can't do anyres", tiny / V15, image_mode="anyres")
+
+
+# ---------------------------------------------------------------- files that contradict themselves
+
+
+def test_an_index_that_lies(tiny, tmp_path):
+    folder = copy(tiny, V16, tmp_path / "a", form="model-0000%d-of-00003.safetensors")
+    index = folder / "model.safetensors.index.json"
+    right = json.loads(index.read_text())
+    key, first, last = "lm_head.weight", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 3))
+    assert right["weight_map"][key] == first
+    for wrong, where in {key: first, "model.extra.weight": "no shard"}.items():
+        index.write_text(json.dumps(right | {"weight_map": right["weight_map"] | {wrong: last}}))
+        refuse(f"index.json: {wrong} is not in {last}, but in {where}", folder)
+    index.write_text(json.dumps(right))
+    save_file(read_tensors(tiny / V16), folder / "model.safetensors")
+    refuse("model.safetensors and model.safetensors.index.json are two sets of weights", folder)
+
+
+def test_which_of_several_files_was_used(tiny, tmp_path):
+    folder = copy(tiny, V15, tmp_path / "both")
+    copy(tiny, V15, folder, form="pytorch_model.bin")
+    for name in ("generation_config.json", "mm_projector.bin", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    used, rest = load_llava(folder).notes
+    assert used.startswith(f"{folder}: model.safetensors; vision tower: {tiny}/clip-tiny; tokenizer: {folder}/tok")
+    assert "template: vicuna_v1 (a Llama decoder); images: pad" in used
+    assert rest.endswith("not read: generation_config.json, mm_projector.bin, pytorch_model.bin, tokenizer.json")
+    assert load_llava(tiny / V16).notes == [
+        f"{tiny}/{V16}: model-00001-of-00002.safetensors and 1 more; vision tower: the checkpoint's; tokenizer: "
+        f"{tiny}/{V16}/tokenizer.model; template: mistral_instruct (a Mistral decoder); images: anyres"
+    ]
+
+
+def test_a_bin_file_from_before_torch_1_6(tiny, tmp_path):
+    folder = copy(tiny, V15, tmp_path, form="pytorch_model.bin")
+    torch.save(read_tensors(tiny / V15), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    llava, expected = load_llava(folder), load_llava(tiny / V15)
+    assert all(torch.equal(p, expected.get_parameter(name)) for name, p in llava.named_parameters())
+
+
+def test_a_projector_that_holds_no_numbers(tiny, tmp_path):
+    tensors = read_tensors(tiny / V15)
+    tensors["model.mm_projector.2.bias"][3] = float("nan")
+    refuse("model.safetensors: model.mm_projector.2.bias holds NaN", copy(tiny, V15, tmp_path, tensors))
