@@ -74,6 +74,7 @@ def run_benchmark(args):
     else:
         cli.say_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
+        cli.say_loaded(llava, ranks)
     settings = {"benchmark": benchmark, "mode": mode_of(args), **cli.run_settings(args, llava)}
     settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
     if args.check and not args.dtype:
@@ -241,6 +242,7 @@ def run_ask(args):
     pictures = [open_image(path) for path in args.image]
     cli.say_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
+    cli.say_loaded(llava, ranks)
     question = without_marks(args.question)
     if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")

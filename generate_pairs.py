@@ -150,6 +150,7 @@ def main():
     else:
         cli.say_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
+        cli.say_loaded(llava, ranks)
     settings = {"images": Path(args.images).resolve().name, **cli.run_settings(args, llava)}
     if args.check and not args.dtype:
         del settings["dtype"]  # a GPU's default is another than this machine's

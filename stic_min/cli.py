@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import errno
-import hashlib
 import os
 import select
 import signal
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from stic_min import InputError, first_line
-from stic_min.files import check_text, printable, wait_until
+from stic_min.files import check_text, fingerprint, printable, wait_until
 from stic_min.text import TEMPLATES
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +61,7 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
     group.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
     if adapter:
         group.add_argument("--adapter", metavar="DIR", help="LoRA adapter: a folder of ours, or any in PEFT's format")
+        group.add_argument("--other-base", action="store_true", help="use --adapter though its base had other weights")
     group.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint neither holds nor finds it")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
     group.add_argument("--template", choices=sorted(TEMPLATES), help="chat template (default: the checkpoint's)")
@@ -98,6 +98,7 @@ def model_options(args, ranks):
         "template": args.template,
         "image_mode": args.image_mode,
         "dtype": DTYPES[args.dtype or default],
+        "other_base": getattr(args, "other_base", False),
     }
 
 
@@ -117,29 +118,16 @@ def run_settings(args, llava):
     }
 
 
-def fingerprint(*paths):
-    """12 hex digits of what is in checkpoint and adapter folders and files; None is skipped.
-
-    Names do not count, nor do logs. Of each file, its size and 64 samples of it: 15 GB are not read for this.
-    """
-    digest = hashlib.sha256()
-    for path in (Path(p) for p in paths if p):
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            wanted = file.suffix in (".bin", ".safetensors", ".model") or file.name.endswith("config.json")
-            if file.is_file() and (wanted or file == path):
-                size = file.stat().st_size
-                digest.update(str(size).encode())
-                with open(file, "rb") as opened:
-                    for offset in range(0, size, max(1 << 16, size // 64)):
-                        opened.seek(offset)
-                        digest.update(opened.read(1 << 16))
-    return digest.hexdigest()[:12]
-
-
 def say_loading(args, ranks):
     adapter = f" with {args.adapter}" if getattr(args, "adapter", None) else ""
     if ranks.first:
         print(f"loading {args.model}{adapter} on {ranks.device}", file=sys.stderr, flush=True)
+
+
+def say_loaded(llava, ranks):
+    """What the loader used and what it did not."""
+    for note in llava.notes if ranks.first else ():
+        put(one_line(note if note.startswith("warning: ") else f"loaded {note}"), "stderr")
 
 
 # ---------------------------------------------------------------- ranks

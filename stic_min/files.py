@@ -1,11 +1,13 @@
 """JSON lines in and out: reading what others wrote, and output files that survive a kill. No model code."""
 
 import fcntl
+import hashlib
 import json
 import os
 import random
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 from stic_min import InputError
@@ -48,8 +50,19 @@ def read_records(path):
 
 
 def read_json(path):
+    """A JSON object. Raises InputError for anything else, and where a name comes twice: the last would win unseen."""
+
+    def unique(pairs):
+        if len(value := dict(pairs)) < len(pairs):
+            [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+            raise InputError(f"{path}: {printable(name)[:60]!r} comes twice")
+        return value
+
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        value = json.loads(text, object_pairs_hook=unique)
+    except InputError:
+        raise
     except OSError:
         raise InputError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
@@ -91,6 +104,25 @@ def subset(items, limit, seed):
     chosen = list(range(len(items)))
     random.Random(seed).shuffle(chosen)
     return [items[i] for i in sorted(chosen[:limit])]
+
+
+def fingerprint(*paths):
+    """12 hex digits of what is in checkpoint and adapter folders and files; None is skipped.
+
+    Names do not count, nor do logs. Of each file, its size and 64 samples of it: 15 GB are not read for this.
+    """
+    digest = hashlib.sha256()
+    for path in (Path(p) for p in paths if p):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            wanted = file.suffix in (".bin", ".safetensors", ".model") or file.name.endswith("config.json")
+            if file.is_file() and (wanted or file == path):
+                size = file.stat().st_size
+                digest.update(str(size).encode())
+                with open(file, "rb") as opened:
+                    for offset in range(0, size, max(1 << 16, size // 64)):
+                        opened.seek(offset)
+                        digest.update(opened.read(1 << 16))
+    return digest.hexdigest()[:12]
 
 
 # ---------------------------------------------------------------- files out

@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from stic_min import InputError, lora
-from stic_min.files import read_json
-from stic_min.formats.adapters import read_adapter
+from stic_min.files import fingerprint, read_json
+from stic_min.formats.adapters import finite, read_adapter
 from stic_min.formats.config import read_config
-from stic_min.formats.tensors import canonical, open_shard, shards
+from stic_min.formats.tensors import canonical, check_index, open_shard, shards
+from stic_min.formats.tokenizer import read_tokenizer
 from stic_min.llava import LLaVA
-from stic_min.text import Tokenizer
 
 # Names (after RENAMES) that a checkpoint may hold and we have no use for, with the reason.
 IGNORED = {
@@ -27,14 +27,16 @@ IGNORED = {
     r".+\.rotary_emb\.inv_freq": "computed from rope_theta",
 }
 IGNORED_IN_CLIP = {r"text_model\..+|text_projection\.weight|visual_projection\.weight|logit_scale": "CLIP's text side"}
+READ = {"config.json", "tokenizer_config.json", "added_tokens.json"}
 
 
 def open_weights(folder, ignored, only=""):
     """{our name: (key, file, function)} of a folder's tensors whose name starts with `only`."""
-    weights = {}
+    weights, places = {}, {}
     for file in shards(folder):
         for key, read in open_shard(file).items():
             name = canonical(key)
+            places[key] = file.name
             if any(re.fullmatch(pattern, name or key) for pattern in ignored):
                 continue
             if name is None or not name.startswith(only):
@@ -42,39 +44,42 @@ def open_weights(folder, ignored, only=""):
             if name in weights:
                 raise InputError(f"{file}: {key} and {weights[name][0]} are the same parameter")
             weights[name] = key, file, read
+    check_index(folder, places)
     return weights
 
 
 # ---------------------------------------------------------------- model
 
 
-def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=None, dtype=torch.float32):
+def open_llava(
+    path, *, vision=None, tokenizer=None, image_mode=None, template=None, dtype=torch.float32, other_base=False
+):
     """A LLaVA on the meta device, and the source of its parameters: {name: (key, file, function)}.
 
-    For those who shard the model before `fill`; everybody else calls `load_llava`.
+    For those who shard the model before `fill`; everybody else calls `load_llava`. Its `base` is for adapters, its
+    `notes` are lines on what was used and what was not.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise InputError(f"no such checkpoint folder: {folder} (nothing is downloaded; README.md says how to get one)")
     if not (folder / "config.json").is_file():
         raise InputError(f"no LLaVA checkpoint: there is no {folder / 'config.json'}")
-    config, vision_folder, huggingface = read_config(folder, vision, image_mode, template)
-    legacy = True
-    if (folder / "tokenizer_config.json").is_file():
-        legacy = read_json(folder / "tokenizer_config.json").get("legacy", True) is not False
-    tokenizer = Tokenizer(tokenizer or folder / "tokenizer.model", legacy)
+    config, vision_folder, huggingface, reason = read_config(folder, vision, image_mode, template)
+    tokenizer = read_tokenizer(folder, tokenizer)
 
     last = config.vision.num_hidden_layers - 1
     ignored = IGNORED | {rf"vision_tower\.encoder\.layers\.{last}\..+": "hidden state -2 comes before it"}
     if config.pinpoints is None:
         ignored |= {"image_newline": "pad mode has no rows to end"}
     source = open_weights(folder, ignored)
+    files, tower = shards(folder), "the checkpoint's"
     if not any(name.startswith("vision_tower.") for name in source):
         # Weights embedded in the checkpoint win: LLaVA-1.6 carries its own tuned CLIP.
         if vision_folder is None:
             named = read_json(folder / "config.json").get("mm_vision_tower")
             raise InputError(f"{folder} holds no vision weights and {named!r} is no folder near it; name it: --vision")
         source |= open_weights(vision_folder, ignored | IGNORED_IN_CLIP, only="vision_tower.")
+        tower = vision_folder
     elif vision_folder is None and not huggingface:
         # Its own tower, of unknown geometry (heads and patches are no tensors): CLIP-L/14-336 if the shapes fit.
         _, file, read = source.get("vision_tower.embeddings.position_embedding.weight", (None, None, None))
@@ -104,7 +109,21 @@ def open_llava(path, *, vision=None, tokenizer=None, image_mode=None, template=N
     with torch.device("meta"):
         llava = LLaVA(config, tokenizer).to(dtype).requires_grad_(False).eval()
     check_keys(llava, source, folder)
+    llava.base = lora.Base(str(path), fingerprint(*files), huggingface, other_base)
+    weights = f"{files[0].name}{f' and {len(files) - 1} more' * (len(files) > 1)}"
+    llava.notes = [f"{folder}: {weights}; vision tower: {tower}; tokenizer: {tokenizer.path}; "
+                   f"template: {config.template} ({reason}); images: {config.image_mode}"]
+    if rest := unread(folder, files):
+        more = f" and {len(rest) - 5} more" * (len(rest) > 5)
+        llava.notes.append(f"{folder}: not read: {', '.join(rest[:5])}{more}")
     return llava, source
+
+
+def unread(folder, files):
+    """Names of the files of weights and of settings in a checkpoint folder that nothing was taken from."""
+    names = {file.name for file in folder.iterdir() if file.suffix in (".json", ".bin", ".safetensors", ".pt", ".pth")}
+    indices = {f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")}
+    return sorted(names - READ - indices - {file.name for file in files})
 
 
 def check_keys(llava, source, folder):
@@ -139,7 +158,8 @@ def fill(llava, source, device="cpu"):
     for name, parameter in list(llava.named_parameters()):
         value = source[name]
         if isinstance(value, tuple):
-            value = value[2]()
+            key, file, read = value
+            value = finite(read(), key, file) if name.startswith("mm_projector.") else read()
         if isinstance(parameter, DTensor):
             parameter.to_local().copy_(own_rows(value, parameter))
         else:
@@ -160,6 +180,7 @@ def load_llava(
     template=None,
     device="cpu",
     dtype=torch.float32,
+    other_base=False,
 ):
     """A LLaVA checkpoint folder -> LLaVA, ready for inference.
 
@@ -168,11 +189,11 @@ def load_llava(
     adapter     a PEFT folder; the projector file beside it is applied too
     tokenizer   another tokenizer.model
     image_mode  pad or anyres; template: mistral_instruct or vicuna_v1; None takes the checkpoint's
+    other_base  also takes an adapter that was trained on other weights
     Raises InputError, one line naming the file and the key, for whatever does not fit exactly.
     """
-    llava, source = open_llava(
-        path, vision=vision, tokenizer=tokenizer, image_mode=image_mode, template=template, dtype=dtype
-    )
+    options = {"image_mode": image_mode, "template": template, "dtype": dtype, "other_base": other_base}
+    llava, source = open_llava(path, vision=vision, tokenizer=tokenizer, **options)
     if adapter is not None:
         adapter = read_adapter(adapter, llava)
         lora.attach(llava, adapter)

@@ -64,6 +64,16 @@ def attach(llava, spec):
 # ---------------------------------------------------------------- adapters
 
 
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that an adapter belongs to."""
+
+    folder: str = ""
+    fingerprint: str = ""  # of its weights
+    huggingface: bool = False  # whether its tensors have transformers' names
+    any_adapter: bool = False  # --other-base: also adapters that were trained on other weights
+
+
 @dataclass
 class Adapter:
     r: int
@@ -71,7 +81,7 @@ class Adapter:
     dropout: float
     modules: list  # names in llava, "model.layers.0.self_attn.q_proj", ...
     tensors: dict  # llava's parameter names -> CPU tensors: LoRA, and the projector where the folder has one
-    base: str = ""  # which checkpoint it belongs to, for the record
+    base: Base = Base()
 
 
 def fresh(llava, r, alpha, dropout, seed):

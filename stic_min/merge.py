@@ -21,6 +21,10 @@ from stic_min.formats.adapters import read_adapter
 from stic_min.formats.tensors import canonical, open_shard, shards, write_tensors
 from stic_min.loader import open_llava
 
+ENOUGH = 0.9  # of a change; where rounding leaves less of it, the merged model is another than the one that was trained
+# Indices of the old shards, and what is not of the checkpoint: transformers would apply an adapter beside it once more.
+LEFT_OUT = "model.safetensors.index.json", "pytorch_model.bin.index.json", "adapter_config.json", "run.json"
+
 
 def merge_shard(tensors, adapter, dtype=None):
     """{key: function that reads it} of one shard -> merged {key: tensor}, and the sums <W' - W, D> and <D, D>."""
@@ -44,7 +48,7 @@ def merge_shard(tensors, adapter, dtype=None):
     return merged, kept, wanted
 
 
-def write_merged(folder, adapter, out, dtype=None):
+def write_merged(folder, adapter, out, dtype=None, tokenizer=None):
     """The checkpoint `folder` with its weights merged, into the folder `out`. Returns the surviving fraction."""
     files, kept, wanted, weight_map = shards(folder), 0.0, 0.0, {}
     progress = cli.Progress("merging shards", len(files), cli.Ranks(0, 1, torch.device("cpu")))
@@ -59,10 +63,12 @@ def write_merged(folder, adapter, out, dtype=None):
         index = {"metadata": {}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
-    indices = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+    stale = (*LEFT_OUT, "tokenizer.json") if tokenizer else LEFT_OUT
     for file in folder.iterdir():
-        if file.is_file() and file.name not in indices and file.suffix not in (".bin", ".safetensors"):
+        if file.is_file() and file.name not in stale and file.suffix not in (".bin", ".safetensors"):
             shutil.copyfile(file, out / file.name)
+    if tokenizer:
+        shutil.copyfile(tokenizer, out / "tokenizer.model")
     config = read_json(folder / "config.json")
     tower = config.get("mm_vision_tower")
     if tower and not Path(tower).is_absolute() and (folder / tower / "config.json").is_file():
@@ -73,7 +79,7 @@ def write_merged(folder, adapter, out, dtype=None):
     return kept / wanted if wanted else 1.0
 
 
-def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
+def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None, other_base=False):
     """Writes the merged checkpoint to the new folder `out`, one shard at a time, in `dtype` (None: as stored).
 
     Returns the fraction of the change that survived: <W' - W, D> / <D, D> over all changed tensors, D the exact
@@ -82,12 +88,15 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None):
     folder, out = Path(model), Path(out)
     if out.exists():
         raise InputError(f"{out} exists already")
-    llava, _ = open_llava(folder, vision=vision, tokenizer=tokenizer)
+    # The template is in no file: the merged checkpoint has whatever the base has.
+    llava, _ = open_llava(folder, vision=vision, tokenizer=tokenizer, template="vicuna_v1", other_base=other_base)
     adapter = read_adapter(adapter, llava)
+    for note in llava.notes[1:]:
+        cli.put(note, "stderr")
     beside = out.with_name(f"{out.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
-        survived = write_merged(folder, adapter, beside, dtype)
+        survived = write_merged(folder, adapter, beside, dtype, tokenizer)
     except BaseException:
         shutil.rmtree(beside)
         raise
@@ -104,12 +113,16 @@ def main():
     parser.add_argument("--dtype", choices=sorted(cli.DTYPES), help="of the result (default: as stored)")
     parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint holds or finds none")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
+    parser.add_argument("--other-base", action="store_true", help="use --adapter though its base had other weights")
     args = parser.parse_args()
     if cli.place()[0]:
         return  # no work for several ranks
     dtype = cli.DTYPES[args.dtype] if args.dtype else None
-    survived = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer)
+    survived = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer, args.other_base)
     print(f"wrote {args.out}; {100 * survived:.2f} % of the change survived rounding")
+    if survived < ENOUGH:
+        better = "float32" if dtype == torch.float16 else "float16"
+        cli.warn(f"rounding took the rest: use the adapter unmerged, or merge with --dtype {better}")
 
 
 if __name__ == "__main__":

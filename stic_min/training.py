@@ -132,7 +132,7 @@ def build(args, ranks, keep_reference):
     else:
         r = args.lora_r or 128
         adapter = lora.fresh(llava, r, args.lora_alpha or 2 * r, args.lora_dropout, args.seed)
-    adapter.base = str(args.model)
+    adapter.base = llava.base
     lora.attach(llava, adapter)
     projector = {name: value for name, value in source.items() if name.startswith("mm_projector.")}  # theta_0's
     source |= adapter.tensors
@@ -154,8 +154,9 @@ def build(args, ranks, keep_reference):
         llava.to_empty(device=ranks.device)
     if not args.check:
         fill(llava, source, ranks.device)
-    # LoRA is in the model now. A projector that came with the adapter is kept: untrained, it is written as it was.
-    adapter.tensors = {name: value for name, value in adapter.tensors.items() if name.startswith("mm_projector.")}
+        cli.say_loaded(llava, ranks)
+    # LoRA is in the model now. What came beside it is kept: untrained, it is written as it was.
+    adapter.tensors = {name: value for name, value in adapter.tensors.items() if ".lora_" not in name}
     return llava, adapter
 
 

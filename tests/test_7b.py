@@ -183,7 +183,10 @@ def test_configurations(name, tmp_path):
         template="mistral_instruct" if mistral else "vicuna_v1",
         max_length=32768 if name == "v1.6-hf" else 4096,
     )
-    assert config_of(tmp_path, name) == (expected, None, huggingface)
+    *read, reason = config_of(tmp_path, name)
+    assert read == [expected, None, huggingface]
+    base = {"v1.6": "Mistral-7B-Instruct-v0.2", "v1.5": "llava-v1.5-7b", "v1.5-hf": "vicuna-7b-v1.5"}
+    assert reason.endswith(f"decoder made from {base.get(name, base['v1.6'])}")
     assert expected.image_tokens((640, 480)) == (2340 if mistral else 576)
 
 

@@ -2,15 +2,19 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from test_loader import TEXT, TOWER, V15, V16, read_tensors, refuse
+from test_loader import PROMPT, TEXT, TOWER, V15, V16, copy, read_tensors, refuse
 
 from stic_min import lora
 from stic_min.formats import adapters
 from stic_min.loader import load_llava
+from stic_min.merge import merge
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
 CLIP_LAYER = f"base_model.model.{TOWER}encoder.layers.0.self_attn.q_proj.lora_"
@@ -121,9 +125,12 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
     read = adapters.read_adapter(adapter, base[V16])
     read.tensors |= new
     adapters.write_adapter(adapter, read)
-    torch.save(llava_style, file)
-    llava = load_llava(tiny / V16, adapter=adapter)  # ours, where both are there
+    llava = load_llava(tiny / V16, adapter=adapter)  # ours
     assert all(torch.equal(llava.get_parameter(name), new[name]) for name in names)
+    torch.save(llava_style, file)
+    refuse("projector.safetensors and non_lora_trainables.bin both hold a projector", tiny / V16, adapter=adapter)
+    torch.save({}, file)
+    assert torch.equal(load_llava(tiny / V16, adapter=adapter).mm_projector[0].bias, new["mm_projector.0.bias"])
 
 
 def test_a_fresh_adapter(base, tmp_path):
@@ -165,3 +172,137 @@ def test_wrong_adapters(tiny, adapter):
     (adapter / "adapter_config.json").unlink()
     refuse("no adapter in .*adapter: ", tiny / V16, adapter=adapter)
     refuse("nowhere", tiny / V16, adapter=adapter / "nowhere")
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something"])
+def test_what_was_made_on_a_changed_base_is_refused(tiny, adapter, init):
+    change(adapter, init_lora_weights=init)
+    refuse(f"init_lora_weights '{init}'.*path_initial_model", tiny / V16, adapter=adapter)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
+def test_what_left_the_base_alone_loads(tiny, base, adapter, init):
+    adapters.read_adapter(change(adapter, init_lora_weights=init), base[V16])
+
+
+def test_options_of_peft(tiny, base, adapter):
+    """Whatever the installed version writes for plain LoRA is known, and what nobody knows is refused."""
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM").to_dict()
+    change(adapter, **options | {"target_modules": ["q_proj"], "peft_type": "LORA"})
+    adapters.read_adapter(adapter, base[V16])
+    for option, value in {
+        "alora_invocation_tokens": [1, 2], "lora_bias": True, "layer_replication": [[0, 2]], "invented": 3,
+        "modules_to_save": ["lm_head"], "bias": "all", "peft_type": "LOHA", "lora_alpha": "8", "lora_dropout": 1.5,
+        "use_rslora": "yes", "r": 4.0,
+    }.items():  # fmt: skip
+        before = json.loads((adapter / "adapter_config.json").read_text())
+        refuse(f"adapter_config.json: {option} ", tiny / V16, adapter=change(adapter, **{option: value}))
+        (adapter / "adapter_config.json").write_text(json.dumps(before))
+    text = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(text.replace('"r": 4', '"r": 8, "r": 4'))
+    refuse("adapter_config.json: 'r' comes twice", tiny / V16, adapter=adapter)
+    (adapter / "adapter_config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    adapters.read_adapter(adapter, base[V16])
+
+
+# ---------------------------------------------------------------- what it belongs to
+
+
+def test_an_adapter_of_another_base(tiny, base, adapter, tmp_path):
+    """Ours records what the base's weights were: renamed or moved, they are the same, changed, they are not."""
+    read = adapters.read_adapter(adapter, base[V16])
+    read.base = replace(base[V16].base, folder="models/llava-v1.6-mistral-7b")
+    adapters.write_adapter(adapter, read)
+    assert not warnings(load_llava(copy(tiny, V16, tmp_path / "renamed", form="model-0000%d-of-00003.safetensors"),
+                                   adapter=unsigned(adapter, "renamed")))
+    same = tmp_path / "same"
+    shutil.copytree(tiny / V16, same)
+    (same / "config.json").write_text((same / "config.json").read_text().replace("clip-tiny", str(tiny / "clip-tiny")))
+    assert not warnings(load_llava(same, adapter=adapter))
+    tensors = read_tensors(tiny / V16)
+    tensors["model.norm.weight"] += 1
+    other = copy(tiny, V16, tmp_path / "other", tensors)
+    refuse("adapter was trained on other weights .*llava-v1.6-mistral-7b.*other.*--other-base", other, adapter=adapter)
+    [warning] = warnings(load_llava(other, adapter=adapter, other_base=True))
+    assert "models/llava-v1.6-mistral-7b" in warning and str(other) in warning
+
+
+def unsigned(folder, base):
+    """The same as others write it: without a record of the base's weights, but with its name."""
+    others = shutil.copytree(folder, folder.with_name(f"of-{base.replace('/', '-')}"), dirs_exist_ok=True)
+    return change(others, read_tensors(folder), base_model_name_or_path=base)
+
+
+def warnings(llava):
+    return [note for note in llava.notes if note.startswith("warning: ")]
+
+
+@pytest.mark.parametrize("path, name, warns", [
+    ("llava-v1.6-tiny", "someone/llava-v1.6-tiny", False), ("llava-v1.6-tiny", "/data/LLaVA-v1.6-tiny/", False),
+    ("models--someone--llava-x/snapshots/0123", "someone/llava-x", False), ("llava-v1.6-tiny", "", False),
+    ("llava-v1.6-tiny", "cache/models--a--llava-v1.6-tiny/snapshots/12", False),
+    ("llava-v1.6-tiny", "someone/llava-v1.5-tiny", True), ("models--a--b/snapshots/c", "a/c", True),
+])  # fmt: skip
+def test_names_of_the_base(tiny, adapter, tmp_path, path, name, warns):
+    model = copy(tiny, V16, tmp_path / "m" / path)
+    notes = warnings(load_llava(model, adapter=unsigned(adapter, name)))
+    assert len(notes) == warns and all(name in note and str(model) in note for note in notes)
+
+
+# ---------------------------------------------------------------- beside it
+
+
+def test_what_was_used_is_said(tiny, adapter):
+    note = load_llava(tiny / V16, adapter=adapter).notes[-1]
+    assert note == f"{adapter}: LoRA on 14 modules; projector: the base's"
+    torch.save(read_tensors(adapter), adapter / "adapter_model.bin")
+    torch.save({f"model.mm_projector.{i}.{x}": torch.ones(32, 32)[0 if x == "bias" else slice(None)].clone()
+                for i in "02" for x in ("weight", "bias")}, adapter / "mm_projector.bin")
+    llava = load_llava(tiny / V16, adapter=adapter)  # of LLaVA's pretraining
+    assert llava.notes[-1].endswith("projector: the adapter's; adapter_model.bin is not read")
+    assert llava.mm_projector[0].weight.eq(1).all()
+    torch.save(torch.load(adapter / "mm_projector.bin"), adapter / "non_lora_trainables.bin")
+    refuse("non_lora_trainables.bin and mm_projector.bin both hold a projector", tiny / V16, adapter=adapter)
+
+
+def test_a_newline_beside_the_adapter(tiny, adapter, base):
+    """LLaVA's non_lora_trainables.bin of an anyres run holds one."""
+    newline, picture = torch.linspace(-1, 1, 32), Image.new("RGB", (300, 200), "red")
+    torch.save({"base_model.model.model.image_newline": newline}, adapter / "non_lora_trainables.bin")
+    llava = load_llava(tiny / V16, adapter=adapter)
+    assert torch.equal(llava.image_newline, newline) and "image_newline: the adapter's" in llava.notes[-1]
+    (adapter / "non_lora_trainables.bin").rename(adapter.with_name("newline.bin"))
+    without = load_llava(tiny / V16, adapter=adapter)
+    assert (llava.logits(PROMPT, [picture]) - without.logits(PROMPT, [picture])).abs().max() > 0.01
+    with torch.no_grad():
+        without.image_newline.copy_(newline)
+    assert torch.equal(llava.logits(PROMPT, [picture]), without.logits(PROMPT, [picture]))
+    adapter.with_name("newline.bin").rename(adapter / "non_lora_trainables.bin")
+    assert "not used, as the mode is pad" in load_llava(tiny / V16, adapter=adapter, image_mode="pad").notes[-1]
+    read = adapters.read_adapter(adapter, base[V16])
+    adapters.write_adapter(adapter.with_name("again"), read)  # as stage 2 does
+    assert torch.equal(load_llava(tiny / V16, adapter=adapter.with_name("again")).image_newline, newline)
+    merge(tiny / V16, adapter, adapter.with_name("merged"), torch.float32)
+    torch.testing.assert_close(read_tensors(adapter.with_name("merged"))["model.image_newline"], newline)
+
+    made = lora.fresh(base[V15], r=4, alpha=8, dropout=0.0, seed=0)
+    made.tensors |= {name: 0.1 + t for name, t in made.tensors.items() if name.endswith("B")}
+    made.tensors["image_newline"] = newline
+    adapters.write_adapter(adapter.with_name("v15"), made)  # on a model that knows only pad
+    assert "not used" in load_llava(tiny / V15, adapter=adapter.with_name("v15")).notes[-1]
+
+
+def test_numbers_that_are_none(tiny, adapter):
+    tensors = read_tensors(adapter)
+    wrong = {key: t.clone() for key, t in tensors.items()}
+    wrong[f"{LAYER}A.weight"][1, 2] = float("inf")
+    refuse("q_proj.lora_A.weight holds NaN or infinite", tiny / V16, adapter=change(adapter, wrong))
+    zero = {key: torch.zeros_like(t) if "lora_A" in key else t for key, t in tensors.items()}
+    refuse("changes nothing, lora_A or lora_B is zero", tiny / V16, adapter=change(adapter, zero))
+    change(adapter, tensors)
+    torch.save({"model.mm_projector.0.bias": torch.full((32,), float("nan"))}, adapter / "mm_projector.bin")
+    refuse("mm_projector.bin: model.mm_projector.0.bias holds NaN", tiny / V16, adapter=adapter)

@@ -124,7 +124,7 @@ def outcome(w, name, *flags):
 def said(capsys):
     """stdout, and stderr without progress."""
     out, err = capsys.readouterr()
-    progress = r"(loading|pairs|descriptions|checking|merging|scienceqa) "
+    progress = r"(loading|loaded|pairs|descriptions|checking|merging|scienceqa) "
     return out, [line for line in err.splitlines() if not re.match(progress, line)]
 
 

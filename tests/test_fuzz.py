@@ -240,7 +240,8 @@ def with_huggingface_config(folder, clip):
     """Gives a checkpoint the configuration that transformers would write."""
     file, vision = folder / "config.json", json.loads((clip / "config.json").read_text())["vision_config"]
     old = json.loads(file.read_text())
-    text = {key: value for key, value in old.items() if not key.startswith(("mm_", "image_"))}
+    own = ("mm_", "image_", "tokenizer_", "unfreeze_", "use_mm_proj")  # LLaVA's
+    text = {key: value for key, value in old.items() if not key.startswith(own)}
     text["model_type"] = "mistral"
     new = {"model_type": "llava_next", "text_config": text, "vision_config": vision, "vision_feature_layer": -2}
     file.write_text(json.dumps(new | {"image_grid_pinpoints": old["image_grid_pinpoints"]}))

@@ -1,8 +1,13 @@
 """Checkpoints that do not fit are refused, in one line that names the file or the key."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_loader import TOWER, V15, V16, copy, read_tensors, refuse
+
+from stic_min.loader import load_llava
 
 
 def drop(key):
@@ -30,15 +35,15 @@ def test_wrong_tensors(tiny, tmp_path, match):
 WRONG_CONFIGS = {
     "config.json: no mm_vision_tower": dict(without=["mm_vision_tower"]),
     "config.json: no num_attention_heads": dict(without=["num_attention_heads"]),
-    "config.json: rope scaling": dict(rope_scaling={"type": "linear", "factor": 2.0}),
-    "config.json: only silu": dict(hidden_act="gelu"),
+    "config.json: rope_scaling: type 'linear' is not supported": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "config.json: hidden_act 'gelu' is not supported, only 'silu'": dict(hidden_act="gelu"),
     "config.json: mm_projector_type": dict(mm_projector_type="linear"),
     "config.json: mm_vision_select_layer -1": dict(mm_vision_select_layer=-1),
     "config.json: mm_vision_select_feature .cls_patch": dict(mm_vision_select_feature="cls_patch"),
     "config.json: image_aspect_ratio 'square'": dict(image_aspect_ratio="square"),
     "vocabulary of 599": dict(vocab_size=599),
     "config.json: image_grid_pinpoints": dict(image_grid_pinpoints=[[56, 112], [112, 60]]),
-    "config.json: a value of the wrong kind": dict(hidden_size=None),
+    "config.json: no hidden_size": dict(hidden_size=None),
     # The tower's geometry is not in the checkpoint: that its folder was not found must be said, not what came of it.
     "model.safetensors: the vision tower .*--vision": dict(mm_vision_tower="clip-missing"),
 }
@@ -74,3 +79,48 @@ def test_broken_folders(tiny, tmp_path):
     torch.save([torch.ones(2)], good("list", "pytorch_model.bin") / "pytorch_model.bin")
     refuse("pytorch_model.bin", tmp_path / "list")
     refuse("can't do anyres", tiny / V15, image_mode="anyres")
+
+
+# ---------------------------------------------------------------- files that contradict themselves
+
+
+def test_an_index_that_lies(tiny, tmp_path):
+    folder = copy(tiny, V16, tmp_path / "a", form="model-0000%d-of-00003.safetensors")
+    index = folder / "model.safetensors.index.json"
+    right = json.loads(index.read_text())
+    key, first, last = "lm_head.weight", *(f"model-0000{i}-of-00003.safetensors" for i in (1, 3))
+    assert right["weight_map"][key] == first
+    for wrong, where in {key: first, "model.extra.weight": "no shard"}.items():
+        index.write_text(json.dumps(right | {"weight_map": right["weight_map"] | {wrong: last}}))
+        refuse(f"index.json: {wrong} is not in {last}, but in {where}", folder)
+    index.write_text(json.dumps(right))
+    save_file(read_tensors(tiny / V16), folder / "model.safetensors")
+    refuse("model.safetensors and model.safetensors.index.json are two sets of weights", folder)
+
+
+def test_which_of_several_files_was_used(tiny, tmp_path):
+    folder = copy(tiny, V15, tmp_path / "both")
+    copy(tiny, V15, folder, form="pytorch_model.bin")
+    for name in ("generation_config.json", "mm_projector.bin", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    used, rest = load_llava(folder).notes
+    assert used.startswith(f"{folder}: model.safetensors; vision tower: {tiny}/clip-tiny; tokenizer: {folder}/tok")
+    assert "template: vicuna_v1 (a Llama decoder); images: pad" in used
+    assert rest.endswith("not read: generation_config.json, mm_projector.bin, pytorch_model.bin, tokenizer.json")
+    assert load_llava(tiny / V16).notes == [
+        f"{tiny}/{V16}: model-00001-of-00002.safetensors and 1 more; vision tower: the checkpoint's; tokenizer: "
+        f"{tiny}/{V16}/tokenizer.model; template: mistral_instruct (a Mistral decoder); images: anyres"
+    ]
+
+
+def test_a_bin_file_from_before_torch_1_6(tiny, tmp_path):
+    folder = copy(tiny, V15, tmp_path, form="pytorch_model.bin")
+    torch.save(read_tensors(tiny / V15), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    llava, expected = load_llava(folder), load_llava(tiny / V15)
+    assert all(torch.equal(p, expected.get_parameter(name)) for name, p in llava.named_parameters())
+
+
+def test_a_projector_that_holds_no_numbers(tiny, tmp_path):
+    tensors = read_tensors(tiny / V15)
+    tensors["model.mm_projector.2.bias"][3] = float("nan")
+    refuse("model.safetensors: model.mm_projector.2.bias holds NaN", copy(tiny, V15, tmp_path, tensors))

@@ -1,7 +1,10 @@
 """Merged checkpoints: the same model as base plus adapter, in the layout and the form the base came in."""
 
 import json
+import re
 import shutil
+import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from test_loader import PROMPT, TEXT, V15, V16, copy, read_tensors
 from stic_min import InputError, lora
 from stic_min.formats import adapters
 from stic_min.loader import load_llava
-from stic_min.merge import merge
+from stic_min.merge import main, merge
 
 
 def make_adapter(llava, folder, size):
@@ -122,3 +125,32 @@ def test_transformers_loads_a_merged_checkpoint_of_its_own(tiny, tmp_path):
     with torch.no_grad():
         logits = theirs.eval()(input_ids=torch.tensor([ours.tokenizer.encode_prompt(TEXT)])).logits[0, :, :600]
     torch.testing.assert_close(ours.logits(TEXT, []), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size, flags, warns", [(1e-6, [], "--dtype float16"), (1e-6, ["--dtype", "float32"], None),
+                                                (1e-9, ["--dtype", "float16"], "--dtype float32")])  # fmt: skip
+def test_a_lost_change_is_a_warning(tiny, tmp_path, capsys, size, flags, warns):
+    base = copy(tiny, V16, tmp_path / "base")
+    adapter, out = make_adapter(load_llava(base), tmp_path / "adapter", size), tmp_path / "out"
+    command = ["merge", "--model", base, "--adapter", adapter, "--out", out, *flags]
+    with mock.patch.object(sys, "argv", list(map(str, command))):
+        main()
+    captured = capsys.readouterr()
+    assert re.search(r"wrote .*out; \d+\.\d\d ?% of the change", captured.out)
+    lines = [line for line in captured.err.splitlines() if line.startswith("warning: ")]
+    assert [warns in line for line in lines] == ([True] if warns else [])
+
+
+def test_what_lies_beside_the_checkpoint(tiny, tmp_path):
+    """An adapter's files would be applied to the result once more; of two tokenizers, the one in use comes along."""
+    base = copy(tiny, V16, tmp_path / "base")
+    adapter, other = make_adapter(load_llava(base), tmp_path / "adapter", 0.1), tmp_path / "other.model"
+    shutil.copytree(adapter, base, dirs_exist_ok=True)
+    shutil.copy(base / "tokenizer.model", other)
+    for name in ("tokenizer.json", "generation_config.json", "tokenizer.model", "mm_projector.bin"):
+        (base / name).write_text("{}")
+    merge(base, adapter, tmp_path / "out", torch.float32, tokenizer=other)
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model",
+                     "tokenizer_config.json"}  # fmt: skip
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == other.read_bytes()

@@ -1,12 +1,18 @@
 """config.json of a LLaVA checkpoint, in LLaVA's own layout or in transformers', -> LlavaConfig. Strictly: what the
-model here can't do is an error, and so are numbers that no model has."""
+model here can't do is an error, and so are numbers that no model has. The tables list every option that the published
+files and transformers 4 and 5 are known to write."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
 
-from stic_min import InputError, first_line
+from stic_min import InputError
 from stic_min.clip import ClipConfig
-from stic_min.files import read_json
+from stic_min.files import printable, read_json
+from stic_min.formats.options import HARMLESS, NAMES, OBJECT, REAL, REFUSED, SIZE, TEXT, check_options, heads_fit
+from stic_min.formats.template import chat_template
+from stic_min.formats.tower import check_pixels, clip_config, read_tower
 from stic_min.llava import LlavaConfig
 from stic_min.mistral import DecoderConfig
 from stic_min.text import TEMPLATES
@@ -28,57 +34,121 @@ MISTRAL_7B = LLAMA_7B | {
     "sliding_window": 4096,
 }
 
+# ---------------------------------------------------------------- of the decoder
 
-def checked(config, source):
-    """A DecoderConfig or ClipConfig as it is. Raises InputError for numbers that no model has."""
-    for name, value in vars(config).items():
-        real = name in ("rms_norm_eps", "layer_norm_eps", "rope_theta")
-        if type(value) not in ((int, float) if real else (int,)) or not 0 < value <= (1e12 if real else 2**20):
-            raise InputError(f"{source}: a value of the wrong kind ({name} {str(value)[:60]!r})")
-    width, heads = config.hidden_size, config.num_attention_heads
-    if width % (2 * heads):
-        raise InputError(f"{source}: hidden_size {width} does not split into {heads} heads of even width")
-    return config
+DECODER = {
+    "architectures": NAMES,
+    "model_type": TEXT,
+    "_name_or_path": TEXT,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": SIZE,
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE,
+    "vocab_size": SIZE,
+    "max_position_embeddings": SIZE,
+    "sliding_window": SIZE,
+    "rms_norm_eps": REAL,
+    "rope_theta": REAL,
+    "rope_scaling": OBJECT,  # transformers 4
+    "rope_parameters": OBJECT,  # transformers 5
+}
+DECODER_REQUIRED = {
+    "hidden_act": ("silu",),
+    "bos_token_id": (1, None),
+    "eos_token_id": (2, [2], None),
+    "partial_rotary_factor": (1, None),
+}
+DECODER_REFUSED = REFUSED | {
+    "tie_word_embeddings": "lm_head has to be a tensor of its own",
+    "attention_bias": "the decoder has no biases",
+    "mlp_bias": "the decoder has no biases",
+    "attention_dropout": "in training, only LoRA has dropout",
+}
+DECODER_HARMLESS = HARMLESS | {"the order of sums": "pretraining_tp"}
+ROPE = {"rope_theta": REAL}
+ROPE_REQUIRED = {"rope_type": ("default", None), "type": ("default", None), "partial_rotary_factor": (1, None)}
+
+# ---------------------------------------------------------------- of LLaVA in its own layout
+
+ORIGINAL = {
+    "mm_vision_tower": TEXT,
+    "mm_hidden_size": SIZE,
+    "mm_patch_merge_type": (lambda x: x in ("flat", "spatial_unpad"), "flat or spatial_unpad"),
+    "image_aspect_ratio": TEXT,
+    "image_grid_pinpoints": (lambda x: isinstance(x, (list, str)), "a list of [width, height]"),
+    "tokenizer_model_max_length": SIZE,
+}
+ORIGINAL_REQUIRED = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_vision_select_feature": ("patch",),
+    "mm_vision_select_layer": (-2,),
+}
+ORIGINAL_REFUSED = {
+    "mm_use_im_start_end": "prompts here have no <im_start> and <im_end>",
+    "mm_resampler_type": "image features go through the projector alone",
+    "s2": "an image is seen at one scale",
+}
+ORIGINAL_HARMLESS = {
+    "how it was trained": "tune_mm_mlp_adapter freeze_mm_mlp_adapter pretrain_mm_mlp_adapter mm_projector_lr "
+    "tune_mm_vision_resampler freeze_mm_vision_resampler unfreeze_mm_vision_tower mm_vision_tower_lr use_mm_proj "
+    "vision_tower_pretrained",
+    "no prompt holds <im_patch>": "mm_use_im_patch_token",
+    "of image modes that LLaVA has dropped": "image_crop_resolution image_split_resolution",
+    "rows are not padded": "tokenizer_padding_side",
+    "of s2 alone": "s2_scales",
+}
+
+# ---------------------------------------------------------------- of transformers' Llava and LlavaNext
+
+HUGGINGFACE = {
+    "model_type": (lambda x: x in ("llava", "llava_next"), "llava or llava_next"),
+    "_name_or_path": TEXT,
+    "text_config": OBJECT,
+    "vision_config": OBJECT,
+    "image_grid_pinpoints": ORIGINAL["image_grid_pinpoints"],
+}
+HUGGINGFACE_REQUIRED = {
+    "vision_feature_layer": (-2,),
+    "vision_feature_select_strategy": ("default",),
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+    "use_image_newline_parameter": (True,),
+}
+HUGGINGFACE_REFUSED = REFUSED | {"tie_word_embeddings": DECODER_REFUSED["tie_word_embeddings"]}
+HUGGINGFACE_HARMLESS = HARMLESS | {
+    "images are put in by their size, not by a token": "image_token_index image_token_id image_seq_length",
+    "labels follow from segments": "ignore_index",
+    "text_config has it": "vocab_size bos_token_id eos_token_id",
+    "the class follows from model_type": "architectures",
+}
 
 
-def decoder_config(config, source):
-    """DecoderConfig from a config.json (or its text_config). Raises InputError for what the decoder can't do."""
-    if config.get("hidden_act", "silu") != "silu" or config.get("tie_word_embeddings"):
-        raise InputError(f"{source}: only silu decoders with untied embeddings are supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"{source}: rope scaling is not supported")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    if config.get("head_dim") not in (None, width // heads):
-        raise InputError(f"{source}: head_dim {config['head_dim']} is not hidden_size / num_attention_heads")
-    longest = config["max_position_embeddings"]
-    if config.get("sliding_window"):  # within one window a sliding one changes nothing
-        longest = min(longest, config["sliding_window"])
+def decoder_config(options, source):
+    """DecoderConfig from the checked options of a config.json (or its text_config)."""
+    rope = options.get("rope_parameters") or options.get("rope_scaling") or {}
+    rope = check_options(rope, f"{source}: rope_scaling", ROPE, ROPE_REQUIRED, {}, {})
+    heads, width = options["num_attention_heads"], options["hidden_size"]
+    if options.get("head_dim", width // heads) != width // heads:
+        raise InputError(f"{source}: head_dim {options['head_dim']} is not hidden_size / num_attention_heads")
+    # Within one window a sliding one changes nothing.
+    longest = min(options["max_position_embeddings"], options.get("sliding_window", 2**20))
     decoder = DecoderConfig(
         hidden_size=width,
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
+        intermediate_size=options["intermediate_size"],
+        num_hidden_layers=options["num_hidden_layers"],
         num_attention_heads=heads,
-        num_key_value_heads=config.get("num_key_value_heads") or heads,
-        vocab_size=config["vocab_size"],
-        rms_norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        num_key_value_heads=options.get("num_key_value_heads", heads),
+        vocab_size=options["vocab_size"],
+        rms_norm_eps=options["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta", options.get("rope_theta", 10000.0))),
         max_positions=longest,
     )
-    return checked(decoder, source)
+    return heads_fit(decoder, source)
 
 
-def clip_config(config, source):
-    """ClipConfig from a vision_config. Missing keys take CLIP-L/14-336's values."""
-    if not isinstance(config, dict):
-        raise InputError(f"{source}: its vision_config is no JSON object")
-    if config.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise InputError(f"{source}: only CLIP towers with quick_gelu are supported")
-    fields = ClipConfig.__dataclass_fields__
-    return checked(ClipConfig(**{key: config[key] for key in fields if key in config}), source)
-
-
-def find_vision_folder(folder, config, vision):
+def find_vision_folder(folder, named, vision):
     """CLIP's folder: `vision`, else where `mm_vision_tower` points (absolute, or beside or inside the checkpoint).
 
     Returns None if that is only a hub's name here. Raises InputError if `vision` was given and is no folder.
@@ -87,46 +157,68 @@ def find_vision_folder(folder, config, vision):
         if not (Path(vision) / "config.json").is_file():
             raise InputError(f"no vision tower (config.json) in {vision}")
         return Path(vision)
-    named = config["mm_vision_tower"]
     places = folder / named, folder.parent / named  # an absolute name stays as it is
     return next((p for p in places if os.path.isfile(p / "config.json")), None)
 
 
+def read_pinpoints(value, source):
+    """image_grid_pinpoints as a tuple of (width, height); LLaVA's training flag leaves the list as text."""
+    pairs = value
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            pairs = json.loads(value)
+    pair = lambda p: isinstance(p, list) and len(p) == 2 and all(SIZE[0](n) for n in p)
+    if not isinstance(pairs, list) or not all(map(pair, pairs)):
+        shown = printable(repr(value))[:60]
+        raise InputError(f"{source}: image_grid_pinpoints {shown} is not a list of [width, height]")
+    return tuple(map(tuple, pairs))
+
+
 def read_original(config, folder, vision):
-    """A config.json of LLaVA's own -> (DecoderConfig, ClipConfig, CLIP's folder or None, pinpoints, mode, longest)."""
+    """A config.json of LLaVA's own -> (options, DecoderConfig, ClipConfig, CLIP's folder or None, mode, longest)."""
     source = folder / "config.json"
-    if "mm_vision_tower" not in config and vision is None:
+    lists = DECODER | ORIGINAL, DECODER_REQUIRED | ORIGINAL_REQUIRED, DECODER_REFUSED | ORIGINAL_REFUSED
+    options = check_options(config, source, *lists, DECODER_HARMLESS | ORIGINAL_HARMLESS)
+    if "mm_vision_tower" not in options and vision is None:
         raise InputError(f"{source}: no mm_vision_tower: no LLaVA checkpoint, or name its CLIP with --vision")
-    vision_folder, clip = find_vision_folder(folder, config, vision), ClipConfig()
+    vision_folder, clip = find_vision_folder(folder, options.get("mm_vision_tower"), vision), ClipConfig()
     if vision_folder is not None:
-        tower = read_json(vision_folder / "config.json")
-        clip = clip_config(tower.get("vision_config", tower), vision_folder / "config.json")
-    for key, needed in (("mm_projector_type", "mlp2x_gelu"), ("mm_vision_select_feature", "patch"),
-                        ("mm_vision_select_layer", -2), ("mm_use_im_start_end", False)):
-        if config.get(key, needed) != needed:
-            raise InputError(f"{source}: {key} {config[key]!r}, only {needed!r} is supported")
-    decoder = decoder_config(config, source)
-    anyres = "spatial_unpad" in config.get("mm_patch_merge_type", "flat")
-    pinpoints = config.get("image_grid_pinpoints") if anyres else None
-    longest = min(decoder.max_positions, config.get("tokenizer_model_max_length") or decoder.max_positions)
-    return decoder, clip, vision_folder, pinpoints, config.get("image_aspect_ratio"), longest
+        clip = read_tower(vision_folder)
+        check_pixels(vision_folder)
+        if options.get("mm_hidden_size", clip.hidden_size) != clip.hidden_size:
+            raise InputError(f"{source}: mm_hidden_size {options['mm_hidden_size']}, but the tower in {vision_folder} "
+                             f"has {clip.hidden_size}")
+    decoder = decoder_config(options, source)
+    if options.get("mm_patch_merge_type") != "spatial_unpad":  # 1.6's anyres is both
+        options.pop("image_grid_pinpoints", None)
+    longest = min(decoder.max_positions, options.get("tokenizer_model_max_length", decoder.max_positions))
+    return options, decoder, clip, vision_folder, options.get("image_aspect_ratio"), longest
 
 
 def read_huggingface(config, folder):
     """The same from a config.json of transformers' Llava and LlavaNext classes."""
-    source, text = folder / "config.json", config["text_config"]
-    decoder = decoder_config((MISTRAL_7B if text.get("model_type") == "mistral" else LLAMA_7B) | text, source)
-    for key, needed in (("vision_feature_layer", -2), ("vision_feature_select_strategy", "default")):
-        if config.get(key, needed) != needed:
-            raise InputError(f"{source}: {key} {config[key]!r}, only {needed!r} is supported")
-    anyres = config.get("model_type") == "llava_next"  # 1.5 files do not say how pictures are laid out; LLaVA's do
-    pinpoints = config.get("image_grid_pinpoints") if anyres else None
-    clip = clip_config(config.get("vision_config", {}), source)
-    return decoder, clip, None, pinpoints, "anyres" if anyres else "pad", decoder.max_positions
+    source = folder / "config.json"
+    lists = HUGGINGFACE, HUGGINGFACE_REQUIRED, HUGGINGFACE_REFUSED, HUGGINGFACE_HARMLESS
+    options = check_options(config, source, *lists)
+    text = options["text_config"]
+    text = (MISTRAL_7B if text.get("model_type") == "mistral" else LLAMA_7B) | text
+    lists = DECODER, DECODER_REQUIRED, DECODER_REFUSED, DECODER_HARMLESS
+    text = check_options(text, f"{source}: text_config", *lists)
+    decoder = decoder_config(text, source)
+    clip = clip_config(options.get("vision_config", {}), f"{source}: vision_config")
+    check_pixels(folder)
+    anyres = options.get("model_type") == "llava_next"  # 1.5 files do not say how images are laid out; LLaVA's do
+    if not anyres:
+        options.pop("image_grid_pinpoints", None)
+    named = [o["_name_or_path"] for o in (options, text) if o.get("_name_or_path")]
+    text |= {"_name_or_path": named[-1]} if named else {}
+    text["image_grid_pinpoints"] = options.get("image_grid_pinpoints")
+    return text, decoder, clip, None, "anyres" if anyres else "pad", decoder.max_positions
 
 
 def read_config(folder, vision=None, image_mode=None, template=None):
-    """config.json of a LLaVA folder -> (LlavaConfig, CLIP's folder or None, whether the layout is transformers').
+    """config.json of a LLaVA folder -> (LlavaConfig, CLIP's folder or None, whether the layout is transformers', why
+    it is this template).
 
     Raises InputError naming the file and the key for anything missing or not supported.
     """
@@ -135,16 +227,11 @@ def read_config(folder, vision=None, image_mode=None, template=None):
     huggingface = "text_config" in config
     try:
         read = read_huggingface(config, folder) if huggingface else read_original(config, folder, vision)
-        decoder, clip, vision_folder, pinpoints, mode, longest = read
-        pinpoints = pinpoints and tuple((int(w), int(h)) for w, h in pinpoints)
-        text = config["text_config"] if huggingface else config
-        mistral = "mistral" in text.get("model_type", "") or "Mistral" in "".join(text.get("architectures") or [])
-    except InputError:
-        raise
     except KeyError as key:
         raise InputError(f"{source}: no {key.args[0]}") from None
-    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{source}: a value of the wrong kind ({first_line(error)})") from None
+    options, decoder, clip, vision_folder, mode, longest = read
+    pinpoints = options.get("image_grid_pinpoints")
+    pinpoints = read_pinpoints(pinpoints, source) if pinpoints else None
     for given, known in ((image_mode, ("pad", "anyres")), (template, tuple(TEMPLATES))):
         if given is not None and given not in known:
             raise InputError(f"{given!r} is none of {', '.join(known)}")
@@ -153,5 +240,7 @@ def read_config(folder, vision=None, image_mode=None, template=None):
         raise InputError(f"{source}: image_aspect_ratio {mode!r} is not supported, choose with --image-mode")
     if mode == "anyres" and not pinpoints:
         raise InputError(f"{folder} can't do anyres: its config.json has no spatial_unpad with image_grid_pinpoints")
-    template = template or ("mistral_instruct" if mistral else "vicuna_v1")
-    return LlavaConfig(decoder, clip, mode, pinpoints, template, longest), vision_folder, huggingface
+    template, reason = (template, "as given") if template else chat_template(options, decoder, folder)
+    if template is None:
+        raise InputError(f"{folder}: {reason}; its chat template is not known here, choose one with --template")
+    return LlavaConfig(decoder, clip, mode, pinpoints, template, longest), vision_folder, huggingface, reason

@@ -5,6 +5,7 @@ Three key layouts are in use: the original LLaVA one, and the two that transform
 
 import os
 import re
+import zipfile
 from pathlib import Path
 
 import safetensors
@@ -37,6 +38,22 @@ def canonical(key):
     return None
 
 
+# Our name -> transformers', of modules in memory since its version 4.52: what PEFT's adapters name.
+IN_MEMORY = {
+    "model.": "model.language_model.",
+    "mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "mm_projector.2.": "model.multi_modal_projector.linear_2.",
+    "image_newline": "model.image_newline",
+}
+
+
+def published(name, huggingface):
+    """The name of our parameter in LLaVA's own model, or in transformers'."""
+    if huggingface:
+        return next(theirs + name.removeprefix(ours) for ours, theirs in IN_MEMORY.items() if name.startswith(ours))
+    return name if name.startswith("model.") else f"model.{name}"
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -45,16 +62,32 @@ def shards(folder):
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise InputError(f"{index}: no weight_map")
-            files = sorted(set(map(str, weight_map.values())))
+            if (folder / name).is_file():
+                raise InputError(f"{folder}: {name} and {index.name} are two sets of weights; delete one")
+            files = sorted(set(read_index(index).values()))
             if missing := [f for f in files if not os.path.isfile(folder / f)]:
                 raise InputError(f"missing shard {folder / printable(missing[0])}, named by {index}")
             return [folder / f for f in files]
         if (folder / name).is_file():
             return [folder / name]
     raise InputError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+def read_index(file):
+    """{key: shard} of an index of shards."""
+    weight_map = read_json(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{file}: no weight_map")
+    return {key: str(shard) for key, shard in weight_map.items()}
+
+
+def check_index(folder, places):
+    """Raises InputError if the index of shards, where there is one, and the shards disagree. places: {key: shard}"""
+    for index in folder.glob("*.index.json"):
+        for key, shard in read_index(index).items():
+            if shard in places.values() and places.get(key) != shard:
+                where = places.get(key, "no shard")
+                raise InputError(f"{index}: {printable(key)} is not in {printable(shard)}, but in {where}")
 
 
 def open_shard(file):
@@ -64,7 +97,8 @@ def open_shard(file):
         if safe:
             opened = safetensors.safe_open(file, framework="pt")
         else:
-            opened = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            mapped = zipfile.is_zipfile(file)  # before torch 1.6 they were none, and have to be read whole
+            opened = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
         raise InputError(f"can't read {file}: {printable(first_line(error))}") from None
     if safe:
@@ -87,6 +121,14 @@ def read_tensors(path):
     return tensors
 
 
+def read_metadata(path):
+    """{name: text} that a readable safetensors file holds beside its tensors; {} for a torch file."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
 def check_tensors(tensors, path):
     """Raises InputError naming the file unless what it held is {name: tensor}."""
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
@@ -101,13 +143,13 @@ def check_names(names, path):
             raise InputError(f"{path}: unknown key {ascii(name)}")
 
 
-def write_tensors(tensors, path):
+def write_tensors(tensors, path, **metadata):
     """A safetensors file with the permissions of any other new file (the library makes them its owner's alone). Raises
     InputError where it can't be written."""
     Path(path).touch()
     mode = Path(path).stat().st_mode
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"} | metadata)
     except SafetensorError as error:  # a full disk
         raise InputError(f"can't write {path}: {first_line(error)}") from None
     Path(path).chmod(mode)
