@@ -113,17 +113,18 @@ def open_llava(
     weights = f"{files[0].name}{f' and {len(files) - 1} more' * (len(files) > 1)}"
     llava.notes = [f"{folder}: {weights}; vision tower: {tower}; tokenizer: {tokenizer.path}; "
                    f"template: {config.template} ({reason}); images: {config.image_mode}"]
-    if rest := unread(folder, files):
+    if rest := unread(folder, files, huggingface):
         more = f" and {len(rest) - 5} more" * (len(rest) > 5)
         llava.notes.append(f"{folder}: not read: {', '.join(rest[:5])}{more}")
     return llava, source
 
 
-def unread(folder, files):
+def unread(folder, files, huggingface):
     """Names of the files of weights and of settings in a checkpoint folder that nothing was taken from."""
     names = {file.name for file in folder.iterdir() if file.suffix in (".json", ".bin", ".safetensors", ".pt", ".pth")}
     indices = {f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin")}
-    return sorted(names - READ - indices - {file.name for file in files})
+    pixels = {"preprocessor_config.json"} if huggingface else set()  # LLaVA's own layout has CLIP's folder for it
+    return sorted(names - READ - indices - pixels - {file.name for file in files})
 
 
 def check_keys(llava, source, folder):

@@ -77,6 +77,12 @@ def test_names_are_transformers_and_come_back(checkpoint):
     assert back.keys() == made.tensors.keys() and all(torch.equal(t, made.tensors[n]) for n, t in back.items())
 
 
+def test_what_is_not_read(checkpoint):
+    folder, _, _ = checkpoint
+    (folder / "base/preprocessor_config.json").write_text('{"resample": 3}')
+    assert not [note for note in load_llava(folder / "base").notes if "preprocessor_config" in note]
+
+
 def test_merged(checkpoint, tmp_path):
     folder, _, _ = checkpoint
     assert merge(folder / "base", folder / "adapter", tmp_path / "merged") > 0.999

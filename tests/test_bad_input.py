@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from stic_min import check, cli, data, lora, mistral, training
 from stic_min.checkpoint import folders as checkpoint_folders
 from stic_min.clip import ClipConfig
+from stic_min.formats.tensors import write_tensors
 from stic_min.llava import Example, LLaVA, LlavaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -224,6 +225,9 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "not LLaVA": ("pairs", config(mm_vision_tower=None), "", r"{w}/model/config.json: no mm_vision_tower"),
     "no hidden size": ("pairs", config(hidden_size=None), "", r"{w}/model/config.json: no hidden_size"),
     "hidden size a word": ("pairs", config(hidden_size="big"), "", r"{w}/model/config.json: "),
+    "unknown option": ("pairs", config(rope_rotation=2), "", r"{w}/model/config.json: rope_rotation 2 is an option"),
+    "quantized": ("ask", config(quantization_config={"bits": 4}), "", r"config.json: quantization_config .*not read"),
+    "another template": ("ask", config(_name_or_path="Llama-2-7b-chat"), "", r"{w}/model: Llama-2-7b-chat has .*--t"),
     "broken index": ("pairs", cuts("model16/model.safetensors.index.json"), MODEL16, r"index.json: not JSON"),
     "no tokenizer": ("stage2", drops("model/tokenizer.model"), "", r"no tokenizer: {w}/model/tokenizer.model"),
     "not a tokenizer": ("stage2", None, "--tokenizer {w}/pairs.jsonl", r"not a sentencepiece model: {w}/pairs.jsonl"),
@@ -237,6 +241,10 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "all zero": ("ask", weights(ADAPTER, zero), "", rf"{ADAPTER}: the adapter changes nothing"),
     "truncated adapter": ("merge", cuts(ADAPTER), "", rf"can't read {{w}}/{ADAPTER}"),
     "no LoRA settings": ("ask", puts("stage1/adapter_config.json", b"[]"), "", r"{w}/stage1/adapter_config.json: "),
+    "other weights": ("ask", lambda w: write_tensors(load_file(w / ADAPTER), w / ADAPTER, base_fingerprint="0"), "",
+                      r"{w}/stage1 was trained on other weights .*{w}/model; --other-base"),
+    "made of the base": ("ask", edits("stage1/adapter_config.json", lambda c: c.update(init_lora_weights="pissa")), "",
+                         r"{w}/stage1/adapter_config.json: init_lora_weights 'pissa' has changed the base"),
     "another rank": ("stage2", None, "--lora-r 8", r"--lora-r 8: {w}/stage1 has 2"),
     # pictures
     "empty folder": ("pairs", each(Path.unlink), "", r"no pictures .*in {w}/images"),

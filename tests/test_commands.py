@@ -30,9 +30,10 @@ import generate_pairs
 from stic_min import InputError, data, lora, sampler, training
 from stic_min.files import subset
 from stic_min.formats.adapters import PREFIX
+from stic_min.formats.tensors import read_metadata
 from stic_min.images import corrupt, open_image
 from stic_min.llava import collate
-from stic_min.loader import load_llava
+from stic_min.loader import load_llava, open_llava
 from stic_min.loss import token_logps
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, infused, with_image
 
@@ -431,6 +432,8 @@ def test_a_finished_run_is_an_adapter_with_its_projector(runs, tmp_path):
         assert {f.name for f in stage.iterdir()} == files | {"projector.safetensors"}
         config = json.loads((stage / "adapter_config.json").read_text())
         assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
+        recorded = read_metadata(stage / "adapter_model.safetensors")["base_fingerprint"]
+        assert recorded == open_llava(runs.model)[0].base.fingerprint
     before = load_llava(runs.model).state_dict()
     for key, value in load_file(runs.one / "stage1" / "projector.safetensors").items():
         assert not torch.equal(value, before[key.removeprefix("model.")]), key

@@ -116,7 +116,7 @@ def read_adapter(folder, llava):
     note = f"{folder}: LoRA on {len(modules)} modules; projector: {whose}"
     if "image_newline" in beside:
         applied = "image_newline" in parameters and llava.config.image_mode == "anyres"
-        note += f"; image_newline: {'the adapter' + chr(39) + 's' if applied else 'not used, as the mode is pad'}"
+        note += "; image_newline: " + ("the adapter's" if applied else "not used, as the mode is pad")
         beside = {name: value for name, value in beside.items() if name in parameters}
     llava.notes.append(note + "".join(f"; {f.name} is not read" for f in files[1:]))
     return Adapter(r, alpha, dropout, modules, tensors | beside)
@@ -129,7 +129,7 @@ def check_base(folder, base_name, fingerprint, llava):
     if fingerprint == base.fingerprint:
         return
     if fingerprint and not base.any_adapter:
-        raise InputError(f"{folder} was trained on other weights ({printable(base_name or '')[:80]}) than those of "
+        raise InputError(f"{folder} was trained on other weights ({printable(known_as)[:80]}) than those of "
                          f"{base.folder}; --other-base uses it all the same")
     names = {model_name(path).lower() for path in (base.folder, Path(base.folder).resolve())}
     if fingerprint or (base_name and known_as.lower() not in names):
@@ -198,7 +198,8 @@ def write_adapter(folder, adapter):
     matrices = {f"{PREFIX}{name}.weight": t for name, t in tensors.items() if ".lora_" in name}
     projector = {name: t for name, t in tensors.items() if ".lora_" not in name}
     # In the file's own metadata, as older versions of PEFT take no unknown option.
-    write_tensors(matrices, folder / "adapter_model.safetensors", base_fingerprint=adapter.base.fingerprint)
+    record = {"base_fingerprint": adapter.base.fingerprint} if adapter.base.fingerprint else {}
+    write_tensors(matrices, folder / "adapter_model.safetensors", **record)
     if projector:
         write_tensors(projector, folder / PROJECTOR_FILE)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

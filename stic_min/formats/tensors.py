@@ -144,12 +144,15 @@ def check_names(names, path):
 
 
 def write_tensors(tensors, path, **metadata):
-    """A safetensors file with the permissions of any other new file (the library makes them its owner's alone). Raises
-    InputError where it can't be written."""
+    """A safetensors file with the permissions of any other new file (the library makes them its owner's alone).
+
+    Of `metadata`, at most one entry: the order of several is random, and equal runs write equal files. Raises
+    InputError where it can't be written.
+    """
     Path(path).touch()
     mode = Path(path).stat().st_mode
     try:
-        save_file(tensors, path, metadata={"format": "pt"} | metadata)
+        save_file(tensors, path, metadata=metadata or {"format": "pt"})
     except SafetensorError as error:  # a full disk
         raise InputError(f"can't write {path}: {first_line(error)}") from None
     Path(path).chmod(mode)
