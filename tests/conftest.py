@@ -1,13 +1,21 @@
 """What several test files use: the reference data beside the repository, and the tiny checkpoints of tests/tiny.py."""
 
+import json
 import os
 import signal
 from pathlib import Path
 
-import pytest
-import torch
+# Before torch is imported, and for all child processes: the tests run on the CPU whatever the machine has. test_gpu.py
+# gives its children the GPUs back.
+HIDING = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
+os.environ.setdefault("STIC_GPUS", json.dumps({name: os.environ.get(name) for name in HIDING}))
+os.environ |= dict.fromkeys(HIDING, "")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread waits more than it works
 
-torch.set_num_threads(1)  # the models are tiny: a second thread waits more than it works
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Numbers computed by the official code; the project never needs them to run.
 SHARED = Path(os.environ.get("STIC_SHARED") or Path(__file__).resolve().parents[2] / "shared")

@@ -38,7 +38,7 @@ from stic_min.loss import token_logps
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, infused, with_image
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STEPS = 3  # 8 samples, 3 at a time: the last batch is short, and two ranks never have equal shares
 only = lambda model: pytest.mark.parametrize("runs", [model], indirect=True)

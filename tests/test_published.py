@@ -63,7 +63,7 @@ V16 = [f"paper, LLaVA-1.6 7B{how}" for how in ("", " + DaR", " + STIC", " + STIC
 V15 = [f"paper, LLaVA-1.5 7B{how}" for how in ("", " + STIC + DaR")]
 
 
-@pytest.mark.parametrize("benchmark, base, expected", [
+@pytest.mark.parametrize("name, base, expected", [
     ("scienceqa", "v1.6", [*zip(V16, (68.9, 69.9, 72.5, 75.3)), ("LLaVA's own, LLaVA-1.6 7B", 72.8)]),
     ("chartqa", "v1.6", [*zip(V16, (36.4, 34.6, 39.3, 41.5))]),
     ("mmvet", "v1.6", [*zip(V16, (42.2, 42.3, 45.7, 45.2)), (f"{V16[-1]}, by Table 1", 45.0),
@@ -71,14 +71,14 @@ V15 = [f"paper, LLaVA-1.5 7B{how}" for how in ("", " + STIC + DaR")]
     ("mmbench", "v1.5", [*zip(V15, (64.3, 65.3)), ("LLaVA's own, LLaVA-1.5 7B", 64.3)]),
     ("mathvista", "v1.5", [*zip(V15, (25.1, 27.2))]),
 ])  # fmt: skip
-def test_rows(benchmark, base, expected):
-    assert published.rows(benchmark, base) == expected
+def test_rows(name, base, expected):
+    assert published.rows(name, base) == expected
 
 
-@pytest.mark.parametrize("benchmark", published.BENCHMARKS)
+@pytest.mark.parametrize("name", published.BENCHMARKS)
 @pytest.mark.parametrize("base", published.LLAVA)
-def test_rows_are_labels_with_numbers(benchmark, base):
-    rows = published.rows(benchmark, base)
+def test_rows_are_labels_with_numbers(name, base):
+    rows = published.rows(name, base)
     assert len(dict(rows)) == len(rows) >= 2
     assert all(isinstance(value, float) for _, value in rows)
 

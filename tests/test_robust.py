@@ -25,7 +25,7 @@ from stic_min import InputError, check, cli, training
 from stic_min.loader import load_llava
 
 ROOT = Path(__file__).resolve().parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 SAID = "stopped after step {}; the same command goes on from there"
 
 

@@ -1,7 +1,6 @@
 """The toy world end to end: the base that comes with the project, demo and study in short forms, pretraining."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def toy(*args, check=True):
     """`python -m stic_min.toy args...` -> the finished process."""
     command = [sys.executable, "-m", "stic_min.toy", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
     return done
 

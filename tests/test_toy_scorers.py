@@ -287,20 +287,20 @@ def test_load_names_a_missing_or_broken_file(tmp_path, scorer, name, content, co
 
 # ---- the command
 
-@pytest.mark.parametrize("benchmark, write, said, scores", [
+@pytest.mark.parametrize("name, write, said, scores", [
     ("toycaptions", write_captions, SAID, SCORES),
     ("toyvqa", write_questions, REPLIES, VQA_SCORES),
 ])  # fmt: skip
-def test_score_command(tmp_path, monkeypatch, benchmark, write, said, scores):
+def test_score_command(tmp_path, monkeypatch, name, write, said, scores):
     monkeypatch.delenv("RANK", raising=False)
     write(tmp_path)
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in said))
-    command = ["score", benchmark, "--answers", path, "--data", tmp_path]
+    command = ["score", name, "--answers", path, "--data", tmp_path]
     numbers = json.loads(call(*command, "--json"))
     empty = sum(record["text"] == "" for record in said)
     assert numbers.pop("answers") == {"n": len(said), "empty": empty, "cut": None} and numbers == scores
-    scorer = {"toycaptions": toy_captions, "toyvqa": toy_vqa}[benchmark]
+    scorer = {"toycaptions": toy_captions, "toyvqa": toy_vqa}[name]
     assert call(*command) == f"{scorer.report(scores)}\nanswers: {len(said)}, {empty} empty\n"
 
     path.write_text(json.dumps(said[0] | {"question_id": "zz"}))
