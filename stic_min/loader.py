@@ -60,6 +60,8 @@ def open_llava(
     `notes` are lines on what was used and what was not.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, --model has to name the folder of a checkpoint")
     if not folder.is_dir():
         raise InputError(f"no such checkpoint folder: {folder} (nothing is downloaded; README.md says how to get one)")
     if not (folder / "config.json").is_file():

@@ -214,6 +214,8 @@ def checkpoint(w):
 
 CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no model": ("pairs", None, "--model {w}/nowhere", r"no such checkpoint folder: {w}/nowhere"),
+    "a file as model": ("pairs", None, f"--model {{w}}/{MODEL}", rf"{{w}}/{MODEL} is a file, --model has to name"),
+    "a file as adapter": ("stage2", None, f"--adapter {{w}}/{ADAPTER}", rf"{{w}}/{ADAPTER} is a file, --adapter has"),
     "no shard": ("pairs", drops(SHARD), MODEL16, rf"missing shard {{w}}/{SHARD}"),
     "truncated weights": ("pairs", cuts(MODEL), "", rf"can't read {{w}}/{MODEL}"),
     "no weights": ("stage1", drops(MODEL), "", r"no weights in {w}/model: "),

@@ -79,6 +79,8 @@ def read_adapter(folder, llava):
     supported, keys or shapes or weights of another model, an adapter that changes nothing.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder} is a file, --adapter has to name the folder of an adapter")
     config_file = folder / "adapter_config.json"
     files = [f for name in ("adapter_model.safetensors", "adapter_model.bin") if (f := folder / name).is_file()]
     if not config_file.is_file() or not files:
