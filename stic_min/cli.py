@@ -239,6 +239,8 @@ def warn(text):
 
 # ---------------------------------------------------------------- being stopped
 
+SIGNALS = signal.SIGINT, signal.SIGTERM
+
 
 class Stop:
     """Within it, SIGTERM and Ctrl-C only set `asked`, for a loop to look at.
@@ -262,7 +264,7 @@ class Stop:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
             ask = lambda number, frame: setattr(self, "asked", number)
-            self.before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {s: signal.signal(s, ask) for s in SIGNALS}
             # Python runs `ask` only between two lines of its own. What C code holds up, a thread sees by this pipe.
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
@@ -271,15 +273,17 @@ class Stop:
             self.thread.start()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, *error):
         if self.before:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
-            signal.set_wakeup_fd(self.old)
             os.write(self.pipe[1], b"\0")
             self.thread.join()
+            signal.set_wakeup_fd(self.old)
             for end in self.pipe:
                 os.close(end)
+            if self.asked or kind is KeyboardInterrupt:
+                interrupt.armed = False  # it is on its way out
+            for number, handler in self.before.items():  # last, as `interrupt` may raise at once
+                signal.signal(number, handler)
 
     def watch(self):
         asked = None  # when
@@ -300,13 +304,38 @@ class Stop:
 
 def on_signals(handler):
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             signal.signal(number, handler)
 
 
 def interrupt(number, frame):
-    on_signals(signal.SIG_IGN)  # it is on its way out
-    raise KeyboardInterrupt
+    """Ends main. Only the first signal does: one more could hit what handles the first."""
+    if interrupt.armed:
+        interrupt.armed = False
+        raise KeyboardInterrupt
+
+
+interrupt.armed = False
+
+
+def ignore_signals():
+    """For good. Blocked meanwhile, as Python prints a traceback of a signal that finds its handler just replaced."""
+    interrupt.armed = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    on_signals(signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def pass_on(unraisable):
+    """A sys.unraisablehook. What finalizers and callbacks raise is only printed: the signal comes once more instead."""
+
+    def again():
+        interrupt.armed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if unraisable.exc_type is not KeyboardInterrupt:
+        return sys.__unraisablehook__(unraisable)
+    threading.Timer(0.01, again).start()
 
 
 def died_elsewhere(error):
@@ -323,33 +352,25 @@ OUT_OF_MEMORY = (
 )
 
 
-def run(main):
-    """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
-    status, rank = 0, int(os.environ.get("RANK", 0))
-    on_signals(interrupt)
+def exit_status(main, rank):
+    """Runs main; bad input is one line and status 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
     try:
         main()
+        return 0
     except BrokenPipeError:  # what it says has no reader any more, as behind `| head`
-        sys.stdout, status = open(os.devnull, "w"), 1
+        sys.stdout = open(os.devnull, "w")
     except (InputError, OSError) as error:
         if isinstance(error, OSError):
             if error.filename is None and error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
                 raise
             error = f"{error.filename or 'writing'}: {error.strerror}"
         if rank:  # when all ranks fail alike, torchrun ends this one before it says the same again
-            on_signals(signal.SIG_DFL)
             time.sleep(2)
         put(f"error: {error}", "stderr")
-        status = 1
-    except KeyboardInterrupt as stopped:
-        if rank == 0:
-            put(f"{str(stopped) or 'stopped; what was finished is kept'}", "stderr")
-        status = 130
     except MemoryError as error:
         put(f"error: {OUT_OF_MEMORY.format(first_line(error) or 'of the machine')}", "stderr")
-        status = 1
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             put(f"error: {OUT_OF_MEMORY.format(first_line(error))}", "stderr")
@@ -357,8 +378,25 @@ def run(main):
             put(f"rank {rank} ends, as another one has: {first_line(error)}", "stderr")
         else:
             raise
-        status = 1
-    on_signals(signal.SIG_IGN)  # nothing is left to stop
+    return 1
+
+
+def run(main):
+    """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
+    rank = int(os.environ.get("RANK", 0))
+    hook, sys.unraisablehook = sys.unraisablehook, pass_on
+    try:  # around all of it: the signal may arrive while an error is being reported
+        interrupt.armed = True
+        on_signals(interrupt)
+        status = exit_status(main, rank)
+        interrupt.armed = False  # nothing is left to stop
+    except KeyboardInterrupt as stopped:
+        interrupt.armed, status = False, 130
+        if rank == 0:
+            put(f"{str(stopped) or 'stopped; what was finished is kept'}", "stderr")
+    finally:
+        ignore_signals()
+        sys.unraisablehook = hook
     if dist.is_initialized():
         if status == 0:  # after an error of one rank alone it would wait for the others
             dist.destroy_process_group()
