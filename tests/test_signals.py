@@ -162,14 +162,16 @@ def bursts():
             os.dup2(err[1], 2)
             cli.run(lambda: [os.write(ready[1], b"."), command()])
             sys.exit()
+        for _, end in (ready, out, err):
+            os.close(end)
         os.read(ready[0], 1)
         time.sleep(rng.uniform(0, 0.003))
         for _ in range(20):
             os.kill(child, rng.choice(cli.SIGNALS))
             time.sleep(rng.uniform(0, 0.0003))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        check(command, status, *(os.read(pipe[0], 1 << 16).decode() for pipe in (out, err) if not os.close(pipe[1])))
-        for end in (*ready, out[0], err[0]):
+        check(command, status, *(os.read(end, 1 << 16).decode() for end, _ in (out, err)))
+        for end, _ in (ready, out, err):
             os.close(end)
     print(len(commands), "bursts")
 
