@@ -12,16 +12,14 @@ UNREAD = 0.02  # the largest share of verdicts without which there still is a sc
 SAME_RUN = ("benchmark", "mode", "model", "adapter", "fingerprint", "template", "image_mode", "dtype")
 
 
-def check_unread(scores, allowed):
+def check_unread(scores, allowed, asked):
     """Warns of verdicts of the judge that could not be read. Raises InputError if they are too many for a score."""
     if not scores.get("unread"):
         return
     text = f"{scores['unread']} verdicts of the judge could not be read ({scores['unread_share']:.1%} of all)"
     if scores["unread_share"] > UNREAD and not allowed:
-        raise InputError(
-            f"{text}, which is no score; give it more room (--judge-max-tokens) or use another one, "
-            "or accept this with --allow-unread"
-        )
+        more = "give it more room (--judge-max-tokens) or use another one, or " if asked else ""
+        raise InputError(f"{text}: too many for a score; {more}accept this with --allow-unread")
     cli.warn(text)
 
 

@@ -330,8 +330,10 @@ class Stop:
     @contextlib.contextmanager
     def busy(self):
         self.writing = True
-        yield
-        self.writing = False
+        try:
+            yield
+        finally:
+            self.writing = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle

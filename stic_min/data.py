@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.files import brief, check_text, field
-from stic_min.formats.records import EXPECTED, image_name, kind, pair_sides, read_kind
+from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, kind, pair_sides, read_kind
 from stic_min.images import image_path, image_size, open_image
 from stic_min.llava import Example
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
@@ -100,7 +100,7 @@ def image_records(path, left_out=None):
     """
     records, with_images, taken, repeats = read_kind(path, "instructions"), [], set(), {}
     for where, record in records:
-        if record.get("image") or record.get("images"):
+        if any(record.get(key) for key in IMAGE_KEYS):
             try:
                 image, wrong = image_name(record, where), None
             except InputError as error:

@@ -63,8 +63,10 @@ def read_json(path):
         value = json.loads(text, object_pairs_hook=unique)
     except InputError:
         raise
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
+    except OSError as error:
+        raise InputError(f"can't read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):

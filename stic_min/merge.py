@@ -92,7 +92,7 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None, other_ba
     llava, _ = open_llava(folder, vision=vision, tokenizer=tokenizer, template="vicuna_v1", other_base=other_base)
     adapter = read_adapter(adapter, llava)
     for note in llava.notes[1:]:
-        cli.put(note, "stderr")
+        cli.put(cli.one_line(note), "stderr")
     beside = out.with_name(f"{out.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:

@@ -210,7 +210,7 @@ def scores_of(args, benchmark, questions, answers, stem, where, described):
         options["judged"], note = judge_of(args, scorer, questions, answers, stem, where)
     with naming(where):
         scores = scorer.score(questions, answers, **options)
-        audit.check_unread(scores, args.allow_unread)
+        audit.check_unread(scores, args.allow_unread, args.judge)
     if answers:
         audit.warn_of_sameness([record["text"] for record in answers])
         scores["answers"] = audit.counts(answers, "text")

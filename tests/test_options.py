@@ -78,6 +78,11 @@ def test_other_templates_are_refused_unless_one_is_chosen(tmp_path, name, config
     assert (config.template, reason) == ("vicuna_v1", "as given")
 
 
+@pytest.mark.parametrize("name", ["llava-v1.5-7b-merged-v0", "llava-philosophy", "stic-134b"])
+def test_a_folder_of_ones_own_may_have_any_name(tmp_path, name):
+    assert read(tmp_path / name, V15)[0].template == "vicuna_v1"
+
+
 def test_names_of_models():
     paths = "liuhaotian/llava-v1.5-7b", "/data/llava-v1.5-7b/", "a/models--liuhaotian--llava-v1.5-7b/snapshots/4481"
     assert {model_name(path) for path in paths} == {"llava-v1.5-7b"}

@@ -6,6 +6,7 @@ import pytest
 
 from stic_min import InputError, data, files
 from stic_min.formats import records
+from stic_min.formats.records import IMAGE_KEYS
 
 PARTS = lambda text: [{"type": "image", "text": None}, {"type": "text", "text": text}]
 MESSAGE = lambda role, content: {"role": role, "content": content}
@@ -146,3 +147,10 @@ def test_instructions_with_other_than_one_image_are_left_out(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{"id": 0, "image": "a.jpg", "description": "D"}]))
     with pytest.raises(InputError, match="record 0: 2 images"):
         data.read_infused(path, tmp_path / "d.json")
+
+
+def test_instructions_by_image_path(tmp_path):
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}]
+    records = [{"id": str(i), key: "a.jpg", "conversations": talk} for i, key in enumerate(IMAGE_KEYS)]
+    (tmp_path / "i.json").write_text(json.dumps(records))
+    assert [record["image"] for _, _, record in data.image_records(tmp_path / "i.json")[0]] == ["a.jpg"] * len(records)

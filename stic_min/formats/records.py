@@ -10,6 +10,7 @@ from stic_min import InputError
 from stic_min.files import field, read_records, read_text
 from stic_min.text import IMAGE_MARK
 
+IMAGE_KEYS = "image", "images", "image_path"
 KINDS = {  # what each file is, and the flag that takes it
     "pairs": "preference pairs (--pairs)",
     "descriptions": "descriptions (--descriptions)",
@@ -56,7 +57,7 @@ def read_names(path):
 
 def image_name(record, where):
     """The one image that a record names, as a name or as a list of one. Raises InputError if it is not one."""
-    image = next((record[key] for key in ("image", "images", "image_path") if record.get(key)), None)
+    image = next((record[key] for key in IMAGE_KEYS if record.get(key)), None)
     if isinstance(image, list):
         if len(image) != 1:
             raise InputError(f"{where}: {len(image)} images, a sample has one image")

@@ -7,11 +7,12 @@ from stic_min.files import printable
 # Models whose template is another one, by the names of themselves and their base.
 OTHER_TEMPLATES = {
     r"llama-?[23]": "Llama's own template",
-    r"34b|(^|-)yi-|hermes": "chatml",
+    r"(^|\D)34b|(^|-)yi-|hermes": "chatml",
     r"bakllava": "a template of its own",
     r"^mistral-7b-v0": "no template, as it is a base model",
-    r"(^|-)(mpt|qwen|gemma|phi)|(^|-)v0($|-)": "a template of its own",
+    r"(^|-)(mpt|qwen|gemma|phi)(\d|-|$)": "a template of its own",
 }
+LLAVA_V0 = {r"(^|-)v0($|-)": "a template of its own"}  # of a base alone: a folder of one's own may well end in -v0
 LARGEST_VOCABULARY = 32128  # Llama-2's and Mistral's 32000 with whatever was added
 
 
@@ -30,8 +31,8 @@ def chat_template(options, decoder, folder):
     kind = re.fullmatch(r"(llava_?)?(llama|mistral)?(forcausallm)?", architecture.lower())
     if not kind:
         return None, f"it is a {printable(architecture)[:60]}"
-    for name in (base, model_name(folder.resolve())):
-        for pattern, template in OTHER_TEMPLATES.items():
+    for name, patterns in (base, OTHER_TEMPLATES | LLAVA_V0), (model_name(folder.resolve()), OTHER_TEMPLATES):
+        for pattern, template in patterns.items():
             if re.search(pattern, name.lower()):
                 return None, f"{printable(name)[:60]} has {template}"
     if decoder.vocab_size > LARGEST_VOCABULARY:
