@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import struct
+import sys
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
@@ -495,7 +496,8 @@ def time_limit(seconds):
 
 def peak():
     """Most memory of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss; Linux counts in KB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow, torch and others warn of some damage
