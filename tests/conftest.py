@@ -9,7 +9,7 @@ from pathlib import Path
 # gives its children the GPUs back.
 HIDING = "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
 os.environ.setdefault("STIC_GPUS", json.dumps({name: os.environ.get(name) for name in HIDING}))
-os.environ |= dict.fromkeys(HIDING, "")
+os.environ |= dict.fromkeys(HIDING, "-1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second thread waits more than it works
 
 import pytest  # noqa: E402
