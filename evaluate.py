@@ -20,11 +20,14 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from stic_min import InputError, audit, cli, report, scoring
-from stic_min.files import Output, check_place, read_records
+from stic_min import InputError
 from stic_min.images import open_image
-from stic_min.scorers import chartqa, scienceqa
-from stic_min.scoring import JUDGED, SCORERS
+from stic_min.runtime import console, flags, process
+from stic_min.runtime.files import check_place, read_records
+from stic_min.runtime.output import Output
+from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
+from stic_min.scorers import audit, chartqa, harness, report, scienceqa
+from stic_min.scorers.harness import JUDGED, SCORERS
 from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, with_image, without_marks
 
 DESCRIPTION_TOKENS = 1024
@@ -53,38 +56,38 @@ def run_benchmark(args):
         args.blind = args.blind or (args.dar and benchmark == "mmbench")  # the one DaR script it has is MMBench's
     if args.blind and not args.dar:
         raise InputError("--blind is about the description: it needs --dar")
-    scoring.check_flags(args, benchmark)
+    harness.check_flags(args, benchmark)
     label = Path(args.adapter).resolve().name if args.adapter else "base"
     stem = Path(args.out) / f"{benchmark}-{label}-{mode_of(args)}"
     check_place(f"{stem}.jsonl")
-    everything = scoring.load_questions(benchmark, args.data, getattr(args, "suffix", None))
+    everything = harness.load_questions(benchmark, args.data, getattr(args, "suffix", None))
     if not any(q["image"] for q in everything):
         raise InputError(f"{args.data}: not a question in it has a picture")
-    questions = scoring.limited(benchmark, everything, args.limit, args.seed)
+    questions = harness.limited(benchmark, everything, args.limit, args.seed)
     # Says now, not after hours, what the judge lacks. A check leaves the replies on disk alone.
-    judge = scoring.start_judge(args, scorer, os.devnull if args.check else stem) if args.judge else None
-    ranks = cli.start_ranks("cpu" if args.check else args.device)
+    judge = harness.start_judge(args, scorer, os.devnull if args.check else stem) if args.judge else None
+    ranks = start_ranks("cpu" if args.check else args.device)
     if ranks.first:
-        scoring.warn_of_limit(benchmark, everything, args.limit)
-    options = cli.model_options(args, ranks)
+        harness.warn_of_limit(benchmark, everything, args.limit)
+    options = flags.model_options(args, ranks)
     if args.check:
         llava, _ = open_llava(args.model, **options)  # without its weights
         if args.adapter:
             lora.attach(llava, read_adapter(args.adapter, llava))
     else:
-        cli.say_loading(args, ranks)
+        console.say_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-        cli.say_loaded(llava, ranks)
-    settings = {"benchmark": benchmark, "mode": mode_of(args), **cli.run_settings(args, llava)}
+        console.say_loaded(llava, ranks)
+    settings = {"benchmark": benchmark, "mode": mode_of(args), **flags.run_settings(args, llava)}
     settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
     if args.check and not args.dtype:
         del settings["dtype"]  # a GPU's default is another than this machine's
-    read = lambda question: scoring.open_picture(question, scorer, args.data)
+    read = lambda question: harness.open_picture(question, scorer, args.data)
 
-    key = scoring.key_of(scorer)
-    entries = scoring.entries_of(questions, key)
+    key = harness.key_of(scorer)
+    entries = harness.entries_of(questions, key)
     output = Output(f"{stem}.jsonl", key, settings, ranks)
-    scoring.check_prompts(output.path, output.done.values(), entries, key)
+    harness.check_prompts(output.path, output.done.values(), entries, key)
     described, shown, limit = None, {}, args.max_new_tokens
     if args.dar:
         limit = DESCRIPTION_TOKENS if args.max_new_tokens == new_tokens(benchmark) else args.max_new_tokens
@@ -96,7 +99,7 @@ def run_benchmark(args):
     output.start()
     if ranks.first and not entries.keys() <= output.done.keys():
         Path(f"{stem}.scores.json").unlink(missing_ok=True)  # of other answers than there will be
-    behind = {q[key]: scoring.description_of(q, descriptions) for q in questions}
+    behind = {q[key]: harness.description_of(q, descriptions) for q in questions}
     answers = dar.answer_questions(llava, {q[key]: q for q in questions}, behind, entries, read, output, args)
     if not ranks.first:
         return
@@ -105,10 +108,10 @@ def run_benchmark(args):
     print(output.path)
     if hasattr(scorer, "official"):
         suffix, text = scorer.official(questions, answers)
-        scoring.write(f"{stem}{suffix}", text)
+        harness.write(f"{stem}{suffix}", text)
         print(f"{stem}{suffix}")
     if benchmark in ("mmvet", "llavabench") and not args.judge:
-        if settings.items() <= scoring.saved_run(f"{stem}.scores.json").items():
+        if settings.items() <= harness.saved_run(f"{stem}.scores.json").items():
             print(f"its score is in {stem}.scores.json")
             return
         part = f" --limit {args.limit} --seed {args.seed}" if args.limit else ""
@@ -116,9 +119,9 @@ def run_benchmark(args):
         print(f"  python evaluate.py score {benchmark} --answers {output.path} --data {args.data} --judge{part}")
         return
     told = audit.read_descriptions(stem, settings)
-    scores = scoring.scores_of(args, benchmark, questions, answers, stem, output.path, told)
-    scoring.show(benchmark, scores, settings | {"limit": args.limit})
-    scoring.save(stem, settings, args.limit, benchmark, questions, scores, told)
+    scores = harness.scores_of(args, benchmark, questions, answers, stem, output.path, told)
+    harness.show(benchmark, scores, settings | {"limit": args.limit})
+    harness.save(stem, settings, args.limit, benchmark, questions, scores, told)
 
 
 def check_benchmark(args, llava, questions, read, output, described, shown, limit, judge):
@@ -127,7 +130,7 @@ def check_benchmark(args, llava, questions, read, output, described, shown, limi
 
     if not output.ranks.first:
         return
-    scorer, key = SCORERS[args.command], scoring.key_of(SCORERS[args.command])
+    scorer, key = SCORERS[args.command], harness.key_of(SCORERS[args.command])
     by_key = {q[key]: q for q in questions}
     tokens, describing, broken, unasked = dar.measure(llava, by_key, read, args, output.ranks)
     values = [q[scorer.GROUPED_BY] for q in questions] if hasattr(scorer, "GROUPED_BY") else []
@@ -178,41 +181,41 @@ def judge_needed(benchmark, count, judge):
 
 
 def run_score(args):
-    if cli.place()[0]:
+    if place()[0]:
         return  # no work for several ranks
     if not args.answers and not args.judged:
         raise InputError("score needs --answers FILE" + (" or --judged FILE" if args.benchmark in JUDGED else ""))
     if args.judge and not args.answers:
         raise InputError("--judge grades answers: it needs --answers FILE")
     benchmark, scorer, answers, limit, seed = args.benchmark, SCORERS[args.benchmark], None, args.limit, args.seed
-    scoring.check_flags(args, benchmark)
+    harness.check_flags(args, benchmark)
     if args.answers:
         read = getattr(scorer, "read_answers", lambda path: [record for _, record in read_records(path)])
         answers = read(args.answers)
     settings, stem = settings_of(answers), Path(args.answers).with_suffix("") if args.answers else None
     if settings.get("benchmark", benchmark) != benchmark:
         raise InputError(f"{args.answers}: answers to {settings['benchmark']}, not to {benchmark}")
-    questions = scoring.load_questions(benchmark, args.data, settings.get("suffix"))
-    scoring.warn_of_limit(benchmark, questions, limit)
+    questions = harness.load_questions(benchmark, args.data, settings.get("suffix"))
+    harness.warn_of_limit(benchmark, questions, limit)
     if settings:  # a file of ours
-        key, run = scoring.key_of(scorer), scoring.saved_run(f"{stem}.scores.json") if limit is None else {}
+        key, run = harness.key_of(scorer), harness.saved_run(f"{stem}.scores.json") if limit is None else {}
         if run and (name := audit.differing(settings, run)):
-            cli.warn(f"{stem}.scores.json is of another run, with {name} {run.get(name)!r}: it is replaced")
+            console.warn(f"{stem}.scores.json is of another run, with {name} {run.get(name)!r}: it is replaced")
             run = {}
         limit, seed = run.get("limit", limit), run.get("seed", seed)  # a subset stays one
-        scoring.check_prompts(args.answers, answers, scoring.entries_of(questions, key), key)
-    everything, questions = questions, scoring.limited(benchmark, questions, limit, seed)
+        harness.check_prompts(args.answers, answers, harness.entries_of(questions, key), key)
+    everything, questions = questions, harness.limited(benchmark, questions, limit, seed)
     if answers and len(questions) < len(everything):
         outside = {str(q["question_id"]) for q in everything} - {str(q["question_id"]) for q in questions}
         answers = [record for record in answers if str(record.get("question_id")) not in outside]
     described = audit.read_descriptions(stem, settings)
-    scores = scoring.scores_of(args, benchmark, questions, answers, stem, args.answers or args.judged[0], described)
+    scores = harness.scores_of(args, benchmark, questions, answers, stem, args.answers or args.judged[0], described)
     if args.json:
         print(json.dumps(scores, indent=2))
     else:
-        scoring.show(benchmark, scores, settings | {"limit": limit})
+        harness.show(benchmark, scores, settings | {"limit": limit})
     if settings and not args.rule:
-        scoring.save(stem, settings, limit, benchmark, questions, scores, described)
+        harness.save(stem, settings, limit, benchmark, questions, scores, described)
 
 
 def settings_of(answers):
@@ -225,7 +228,7 @@ def settings_of(answers):
 
 
 def run_table(args):
-    if cli.place()[0]:
+    if place()[0]:
         return  # no work for several ranks
     report.write(Path(args.dir))
 
@@ -234,15 +237,15 @@ def run_ask(args):
     from stic_min import dar
     from stic_min.loader import load_llava
 
-    if cli.place()[0]:
+    if place()[0]:
         return  # no work for several ranks
     if args.dar and not args.image:
         raise InputError("--dar describes a picture first: it needs --image")
-    ranks = cli.Ranks(0, 1, cli.start_device(args.device))
+    ranks = Ranks(0, 1, start_device(args.device))
     pictures = [open_image(path) for path in args.image]
-    cli.say_loading(args, ranks)
-    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **cli.model_options(args, ranks))
-    cli.say_loaded(llava, ranks)
+    console.say_loading(args, ranks)
+    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **flags.model_options(args, ranks))
+    console.say_loaded(llava, ranks)
     question = without_marks(args.question)
     if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
@@ -281,10 +284,10 @@ def add_judge_flags(parser):
     prompts = "the official prompts, see README.md; without them scores don't compare with published ones"
     group.add_argument("--judge-prompts", metavar="FILE", help=prompts)
     runs = "how often each answer is graded (default: the benchmark's: MM-Vet 5, LLaVA-Bench 3)"
-    group.add_argument("--judge-runs", type=cli.positive, metavar="N", help=runs)
-    seconds = cli.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
+    group.add_argument("--judge-runs", type=flags.positive, metavar="N", help=runs)
+    seconds = flags.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
     tokens = "at most this many tokens in a reply (default: the benchmark's); a reasoning model needs more"
-    group.add_argument("--judge-max-tokens", type=cli.positive, metavar="N", help=tokens)
+    group.add_argument("--judge-max-tokens", type=flags.positive, metavar="N", help=tokens)
     named = "what the endpoint calls that limit (default: max_tokens); newer OpenAI models take only the second"
     group.add_argument("--judge-token-field", choices=["max_tokens", "max_completion_tokens"], help=named)
     bare = "send no temperature, which OpenAI's reasoning models refuse"
@@ -295,11 +298,11 @@ def add_judge_flags(parser):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, summary, run, text=None):
-        sub = commands.add_parser(name, help=summary, description=text or summary, formatter_class=cli.HelpFormatter)
+        sub = commands.add_parser(name, help=summary, description=text or summary, formatter_class=flags.HelpFormatter)
         sub.set_defaults(run=run, judge=False, judged=None, rule=None, allow_unread=False)
         return sub
 
@@ -313,10 +316,10 @@ def main():
         sub.add_argument("--blind", action="store_true", help="with --dar: describe without the picture (as released)")
         preset = "released: --template vicuna_v1, and on MMBench with --dar also --blind"
         sub.add_argument("--preset", choices=["released"], help=preset)
-        cli.add_model_flags(sub)
-        cli.add_check_flag(sub)
-        cli.add_limit_flag(sub)
-        cli.add_sampling_flags(sub, temperature=0.0, batch_size=8, max_new_tokens=new_tokens(name))
+        flags.add_model_flags(sub)
+        flags.add_check_flag(sub)
+        flags.add_limit_flag(sub)
+        flags.add_sampling_flags(sub, temperature=0.0, batch_size=8, max_new_tokens=new_tokens(name))
         if name == "chartqa":
             sub.add_argument("--suffix", default=chartqa.SUFFIX, help="the line below each question")
         if name in JUDGED:
@@ -331,8 +334,8 @@ def main():
     rules = "; ".join(f"{name}: {', '.join(s.RULES)}" for name, s in SCORERS.items() if hasattr(s, "RULES"))
     sub.add_argument("--rule", help=f"where official scorers differ (default: the first). {rules}")
     sub.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    cli.add_limit_flag(sub)
-    sub.add_argument("--seed", type=cli.seed, default=0, help="of --limit")
+    flags.add_limit_flag(sub)
+    sub.add_argument("--seed", type=flags.seed_value, default=0, help="of --limit")
     add_judge_flags(sub)
 
     sub = command("table", "the paper's tables with the scores in a folder, as text and as a page", run_table)
@@ -342,8 +345,8 @@ def main():
     sub.add_argument("question")
     sub.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be given again")
     sub.add_argument("--dar", action="store_true", help="describe the picture first, then answer (section 4)")
-    cli.add_model_flags(sub)
-    cli.add_sampling_flags(sub, temperature=0.0)
+    flags.add_model_flags(sub)
+    flags.add_sampling_flags(sub, temperature=0.0)
 
     args = parser.parse_args()
     check_kinds(args)
@@ -351,4 +354,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -16,23 +16,27 @@ import os
 import random
 from pathlib import Path
 
-from stic_min import InputError, check, cli, consistency, lora, sampler
+from stic_min import InputError, check, lora, sampler
 from stic_min.data import each, image_records, parse_instruction, say_left_out
-from stic_min.files import Output, brief, subset
 from stic_min.formats.adapters import read_adapter
 from stic_min.formats.records import read_names
-from stic_min.images import ahead, check_folder, corrupt, foreign_images, image_path, list_images, open_image
+from stic_min.images import check_folder, corrupt, foreign_images, image_path, list_images, open_image
 from stic_min.loader import load_llava, open_llava
+from stic_min.runtime import consistency, console, flags, process
+from stic_min.runtime.files import brief
+from stic_min.runtime.output import Output
+from stic_min.runtime.ranks import start_ranks
+from stic_min.runtime.work import prefetch, row_seed, subset
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
 
 
 def plan_pair(name, seed):
     """What Algorithm 1 draws for one picture, from (seed, name) alone: x, and x_b or the seed of h(v)."""
-    rng = random.Random(sampler.row_seed(seed, name, "plan"))
+    rng = random.Random(row_seed(seed, name, "plan"))
     x = rng.choice(CAPTION_PROMPTS)
     if rng.random() < 0.5:
         return {"x": x, "x_b": rng.choice(HALLUCINATION_PROMPTS), "corruption_seed": None}
-    return {"x": x, "x_b": None, "corruption_seed": sampler.row_seed(seed, name, "corruption")}
+    return {"x": x, "x_b": None, "corruption_seed": row_seed(seed, name, "corruption")}
 
 
 def pair_rows(name, picture, seed):
@@ -44,8 +48,8 @@ def pair_rows(name, picture, seed):
         bad_picture, corruption = corrupt(picture, plan["corruption_seed"])
         corruption["seed"] = plan["corruption_seed"]
     rows = [
-        (GOOD_PROMPT, picture, sampler.row_seed(seed, name, "chosen")),
-        (bad_prompt, bad_picture, sampler.row_seed(seed, name, "rejected")),
+        (GOOD_PROMPT, picture, row_seed(seed, name, "chosen")),
+        (bad_prompt, bad_picture, row_seed(seed, name, "rejected")),
     ]
 
     def record(texts, finishes):
@@ -71,12 +75,12 @@ def pair_rows(name, picture, seed):
 
 def description_rows(id, name, picture, seed):
     """The same for one description: x_des ~ P, y_des ~ p(. | v, x_des)."""
-    x = random.Random(sampler.row_seed(seed, id, "plan")).choice(CAPTION_PROMPTS)
+    x = random.Random(row_seed(seed, id, "plan")).choice(CAPTION_PROMPTS)
 
     def record(texts, finishes):
         return {"id": id, "image": name, "prompt": x, "description": texts[0], "finish": finishes[0]}
 
-    return [(x, picture, sampler.row_seed(seed, id, "description"))], record
+    return [(x, picture, row_seed(seed, id, "description"))], record
 
 
 # ---------------------------------------------------------------- what there is to make
@@ -113,21 +117,21 @@ def records_to_describe(args, ranks):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--images", required=True, metavar="DIR", help="folder of pictures")
     parser.add_argument("--names", metavar="FILE", help="only these of its images, one name per line or a JSON list")
     parser.add_argument("--describe", metavar="FILE", help="LLaVA instruction data: describe its pictures instead")
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON lines, appended to")
-    cli.add_model_flags(parser)
-    cli.add_check_flag(parser)
-    cli.add_limit_flag(parser)
-    cli.add_sampling_flags(parser, temperature=0.2, batch_size=8)
+    flags.add_model_flags(parser)
+    flags.add_check_flag(parser)
+    flags.add_limit_flag(parser)
+    flags.add_sampling_flags(parser, temperature=0.2, batch_size=8)
     args = parser.parse_args()
     if args.describe and args.names:
         parser.error("--names goes with pairs; --describe takes its pictures from the instructions")
     check.file_out(args.out)
     check_folder(args.images)
-    ranks = cli.start_ranks("cpu" if args.check else args.device)
+    ranks = start_ranks("cpu" if args.check else args.device)
 
     # items: {key: image name}; the key is the picture, or the id of the instruction it belongs to
     if args.describe:
@@ -142,16 +146,16 @@ def main():
     if args.describe:  # what is wrong with them is said now, not in stage 2
         each(lambda key: parse_instruction(*records[key]), keys, problems)
 
-    options = cli.model_options(args, ranks)
+    options = flags.model_options(args, ranks)
     if args.check:
         llava, _ = open_llava(args.model, **options)  # without its weights
         if args.adapter:
             lora.attach(llava, read_adapter(args.adapter, llava))
     else:
-        cli.say_loading(args, ranks)
+        console.say_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-        cli.say_loaded(llava, ranks)
-    settings = {"images": Path(args.images).resolve().name, **cli.run_settings(args, llava)}
+        console.say_loaded(llava, ranks)
+    settings = {"images": Path(args.images).resolve().name, **flags.run_settings(args, llava)}
     if args.check and not args.dtype:
         del settings["dtype"]  # a GPU's default is another than this machine's
     output = Output(args.out, "id" if args.describe else "image", settings, ranks)
@@ -162,7 +166,7 @@ def main():
     ranks.say(f"{len(keys)} {what} to make, {len(keys) - len(todo)} of them already in {args.out}")
 
     left, todo = len(todo), keys if args.check else todo[ranks.rank :: ranks.world]
-    progress = cli.Progress(what, len(todo), ranks)
+    progress = console.Progress(what, len(todo), ranks)
     template, under_way = TEMPLATES[llava.config.template], {}  # {key: its samples so far, the function for its record}
 
     def prepare(key):
@@ -189,7 +193,7 @@ def main():
         if not ranks.first:
             return
         made, skipped = {}, []
-        for key, record, found in ahead(prepare, todo):
+        for key, record, found in prefetch(prepare, todo):
             progress.add()
             if record is None:
                 skipped.append(str(found))
@@ -198,9 +202,9 @@ def main():
         return check.generation(args, llava, what, made, left, skipped, asked, problems)
 
     def requests():
-        for key, record, made in ahead(prepare, todo):
+        for key, record, made in prefetch(prepare, todo):
             if record is None:
-                cli.warn(f"skipped: {made}")
+                console.warn(f"skipped: {made}")
                 progress.add()
             else:
                 under_way[key] = [None] * len(made), record
@@ -218,7 +222,7 @@ def main():
         if all(texts):
             output.append(record(texts, [sample.finish for sample in samples]))
         else:
-            cli.warn(f"skipped: {brief(key)}: the model's answer is empty")
+            console.warn(f"skipped: {brief(key)}: the model's answer is empty")
         progress.add()
 
     records = output.finish(keys)
@@ -235,4 +239,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -12,12 +12,14 @@ import math
 
 import torch
 
-from stic_min import InputError, check, cli, consistency, lora, training
+from stic_min import InputError, check, lora, training
+from stic_min.batch import collate
 from stic_min.data import each, load_tiles, pair_item, read_pairs
-from stic_min.files import subset
 from stic_min.images import check_folder
-from stic_min.llava import collate
 from stic_min.loss import dpo_loss, stic_loss, token_logps
+from stic_min.runtime import consistency, flags, process
+from stic_min.runtime.ranks import start_ranks
+from stic_min.runtime.work import subset
 
 
 def pair_logps(llava, batch, reference=False):
@@ -42,19 +44,19 @@ def check_reference(llava, batch, beta):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--pairs", required=True, metavar="FILE", help="preference pairs, JSON list or JSON lines")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
     parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
-    parser.add_argument("--beta", type=cli.not_negative, default=0.1, help="the paper's lambda: how far from theta_0")
-    parser.add_argument("--alpha", type=cli.not_negative, default=1 / 1024, help="of -log p(y_w); 0 is plain DPO")
-    cli.add_model_flags(parser, image_mode="pad, as Table 4", adapter=False)
-    cli.add_limit_flag(parser)
+    parser.add_argument("--beta", type=flags.not_negative, default=0.1, help="the paper's lambda: how far from theta_0")
+    parser.add_argument("--alpha", type=flags.not_negative, default=1 / 1024, help="of -log p(y_w); 0 is plain DPO")
+    flags.add_model_flags(parser, image_mode="pad, as Table 4", adapter=False)
+    flags.add_limit_flag(parser)
     training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)
     args = parser.parse_args()
     check.training_out(args.out)
     check_folder(args.images)
-    ranks = cli.start_ranks("cpu" if args.check else args.device, backend=None)
+    ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
     problems = [] if args.check else None  # where --check collects them; else the first one ends the run
     pairs = read_pairs(args.pairs, problems)
@@ -98,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

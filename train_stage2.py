@@ -12,30 +12,32 @@ again resumes a run that was stopped.
 
 import argparse
 
-from stic_min import check, cli, consistency, training
+from stic_min import check, training
 from stic_min.data import each, instruction_item, read_infused
-from stic_min.files import subset
 from stic_min.images import check_folder
 from stic_min.loss import sft_loss
+from stic_min.runtime import consistency, flags, process
+from stic_min.runtime.ranks import start_ranks
+from stic_min.runtime.work import subset
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--instructions", required=True, metavar="FILE", help="LLaVA instruction data, a JSON list")
     parser.add_argument("--descriptions", required=True, metavar="FILE", help="of generate_pairs.py --describe")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
     parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
     parser.add_argument("--one-line", action="store_true", help="put descriptions as the paper prints it, in one line")
     parser.add_argument("--plain", action="store_true", help="a control: the same records without the descriptions")
-    cli.add_model_flags(parser, image_mode="pad, as Table 4")
-    cli.add_limit_flag(parser)
+    flags.add_model_flags(parser, image_mode="pad, as Table 4")
+    flags.add_limit_flag(parser)
     training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
     args = parser.parse_args()
     if args.plain and args.one_line:
         parser.error("--one-line is how descriptions are put, --plain leaves them out")
     check.training_out(args.out)
     check_folder(args.images)
-    ranks = cli.start_ranks("cpu" if args.check else args.device, backend=None)
+    ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
     problems = [] if args.check else None  # where --check collects them; else the first one ends the run
     instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain, problems)
@@ -71,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from stic_min import InputError, checkpoint, cli, consistency, lora
+from stic_min import InputError, checkpoint, lora
+from stic_min.batch import collate
 from stic_min.data import each, load_tiles
-from stic_min.files import brief, check_place, read_json
 from stic_min.images import open_image
-from stic_min.llava import collate
 from stic_min.loss import token_logps
+from stic_min.runtime import consistency, console
+from stic_min.runtime.files import brief, check_place, read_json
 
 # Assumed for the estimates: 40 % of an H100's or H200's arithmetic, two thirds of an H200's memory bandwidth, and the
 # length of LLaVA's descriptions in tokens.
@@ -39,7 +40,7 @@ def pictures(items, ranks, problems=None):
     """Decodes every picture once, shared out over the ranks: better now than in hour three. Raises InputError for the
     first that can't be read, or adds all of them to `problems`."""
     own = sorted({item.image for item in items})[ranks.rank :: ranks.world]
-    progress, broken = cli.Progress("checking pictures", len(own), ranks), []
+    progress, broken = console.Progress("checking pictures", len(own), ranks), []
     for path in own:
         try:
             open_image(path)
@@ -181,8 +182,8 @@ def training_cost(args, llava, adapter, items, reference):
     return [
         ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB a GPU with --shard none: {parts}; full shares out the "
                    "first two over the GPUs"),
-        ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {cli.clock(again * flops / GPU_FLOPS)} on one GPU "
-                 f"that does {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40 %)"),
+        ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {console.clock(again * flops / GPU_FLOPS)} on one "
+                 f"GPU that does {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40 %)"),
     ]  # fmt: skip
 
 
@@ -215,5 +216,5 @@ def generation_cost(args, llava, lengths, answer=ANSWER):
     return [
         ("memory", f"about {(held + cache) / 1e9:.3g} GB a GPU: weights {held / 1e9:.3g}, cache of {slots} rows "
                    f"(--batch-size) {cache / 1e9:.3g}"),
-        ("time", f"{len(lengths)} answers of {answer} tokens, say: about {cli.clock(seconds)} on one H200"),
+        ("time", f"{len(lengths)} answers of {answer} tokens, say: about {console.clock(seconds)} on one H200"),
     ]  # fmt: skip

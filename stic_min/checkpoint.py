@@ -12,9 +12,9 @@ import os
 import shutil
 
 from stic_min import InputError
-from stic_min.files import printable, read_json
 from stic_min.formats.adapters import read_written, write_adapter
 from stic_min.formats.tensors import read_tensors, write_tensors
+from stic_min.runtime.files import printable, read_json
 
 DRAWS = "ranks", "micro_batch"  # settings that change nothing but which inputs dropout hits
 NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.new"

@@ -4,8 +4,9 @@ Two calls: the model describes the picture with a fixed captioning prompt, then 
 description in front. Direct answering is the second call alone. `args` has the sampling flags of the command line.
 """
 
-from stic_min import InputError, cli, sampler
-from stic_min.images import ahead
+from stic_min import InputError, sampler
+from stic_min.runtime import console
+from stic_min.runtime.work import prefetch, row_seed
 from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
 
 
@@ -38,7 +39,8 @@ def fit(llava, description, text, pictures, args):
         ids = ids[:-over]
         description = llava.tokenizer.decode(ids)
     if description != whole:
-        cli.warn(f"a description is cut from {len(whole)} to {len(description)} characters to fit the model's sequence")
+        lengths = f"{len(whole)} to {len(description)} characters"
+        console.warn(f"a description is cut from {lengths} to fit the model's sequence")
     return description if over <= 0 else None
 
 
@@ -51,7 +53,7 @@ def user_text(llava, text, description, pictures, args):
 
 def say(llava, user, pictures, args, *name):
     """The answer to one user text with its pictures' marks; the seed goes by `name`."""
-    prompt, seed = TEMPLATES[llava.config.template].prompt(user), sampler.row_seed(args.seed, *name)
+    prompt, seed = TEMPLATES[llava.config.template].prompt(user), row_seed(args.seed, *name)
     how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     [sample] = sampler.sample(llava, [prompt], [pictures], [seed], **how)
     return llava.tokenizer.decode(sample.ids)
@@ -67,10 +69,10 @@ def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
     """
     groups = groups[ranks.rank :: ranks.world]
     count = sum(map(len, groups))
-    progress = cli.Progress(what, count, ranks)
+    progress = console.Progress(what, count, ranks)
 
     def requests():
-        for group, made in zip(groups, ahead(prepare, groups)):
+        for group, made in zip(groups, prefetch(prepare, groups)):
             progress.add(len(group) - len(made))  # what could not be prepared
             yield from made
 
@@ -110,9 +112,9 @@ def describe_pictures(llava, shown, read, output, args, max_new_tokens):
         except InputError:
             return []
         if excess(llava, DESCRIBE_PROMPT, pictures, args) > 0:
-            cli.warn(f"{name} is not described: with its prompt it is longer than the model's sequence")
+            console.warn(f"{name} is not described: with its prompt it is longer than the model's sequence")
             return []
-        seed, tiles = sampler.row_seed(args.seed, "describe", name), [llava.tiles(p) for p in pictures]
+        seed, tiles = row_seed(args.seed, "describe", name), [llava.tiles(p) for p in pictures]
         return [request(llava, name, with_image(DESCRIBE_PROMPT, len(pictures)), tiles, seed)]
 
     groups = [[name] for name in todo]
@@ -151,11 +153,11 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
                 pictures = read(question) if pictures is None else pictures
                 check_question(llava, question["text"], pictures, args)
             except InputError as error:
-                cli.warn(f"question {key} has no answer: {error}")
+                console.warn(f"question {key} has no answer: {error}")
                 continue
             tiles = tiles or [llava.tiles(picture) for picture in pictures]
             user = user_text(llava, question["text"], descriptions[key], pictures, args)
-            made.append(request(llava, key, user, tiles, sampler.row_seed(args.seed, "answer", key)))
+            made.append(request(llava, key, user, tiles, row_seed(args.seed, "answer", key)))
         return made
 
     what, limit = f"{args.command} answers", args.max_new_tokens
@@ -170,7 +172,7 @@ def measure(llava, questions, read, args, ranks):
     """
     tokens, describing, broken, unasked = {}, {}, {}, {}
     groups = by_picture(questions)
-    progress = cli.Progress("checking images", len(groups), ranks)
+    progress = console.Progress("checking images", len(groups), ranks)
 
     def prepare(group):
         image, found = questions[group[0]]["image"], []
@@ -186,7 +188,7 @@ def measure(llava, questions, read, args, ranks):
                 found.append((key, None, str(error)))
         return image, length(llava, DESCRIBE_PROMPT, pictures), found
 
-    for image, described, found in ahead(prepare, groups):
+    for image, described, found in prefetch(prepare, groups):
         if isinstance(described, str):
             broken[image] = described
         elif image is not None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import brief, check_text, field
+from stic_min.batch import Example
 from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, kind, pair_sides, read_kind
 from stic_min.images import image_path, image_size, open_image
-from stic_min.llava import Example
+from stic_min.runtime.files import brief, check_text, field
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
 
 

@@ -10,8 +10,7 @@ no EXIF rotation, transparency dropped. Only 16-bit gray differs, see `to_rgb`.
 import math
 import os
 import warnings
-from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.transforms import functional as TF
 
 from stic_min import InputError
-from stic_min.files import brief, printable
+from stic_min.runtime.files import brief, printable
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -138,20 +137,6 @@ def image_size(path):
             return picture.size
     except UNREADABLE as error:
         raise InputError(printable(f"can't read image {path}: {error}")) from None
-
-
-def ahead(prepare, items, workers=4):
-    """prepare(item) of all items in order, made ahead of need in threads: decoding and scaling leave Python's lock."""
-    pool, waiting = ThreadPoolExecutor(workers), deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(prepare, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C the rest is not made any more
 
 
 # ---------------------------------------------------------------- h(v), the corruptions of Algorithm 1

@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from stic_min import InputError, lora
-from stic_min.files import fingerprint, read_json
 from stic_min.formats.adapters import finite, read_adapter
 from stic_min.formats.config import read_config
 from stic_min.formats.tensors import canonical, check_index, open_shard, shards
 from stic_min.formats.tokenizer import read_tokenizer
 from stic_min.llava import LLaVA
+from stic_min.runtime.files import fingerprint, read_json
 
 # Names (after RENAMES) that a checkpoint may hold and we have no use for, with the reason.
 IGNORED = {

@@ -1,4 +1,4 @@
-"""The losses of STIC as pure functions of tensors; `tests/test_loss.py` works them out by hand.
+"""The losses of STIC as pure functions of tensors; `tests/method/test_loss.py` works them out by hand.
 
 Equations are numbered as in the paper (arXiv 2405.19716). `logp_w` and `logp_l` are log p_theta(y_w | v, x) and
 log p_theta(y_l | v, x), summed over the response and its end token; `ref_` marks theta_ref.

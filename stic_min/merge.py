@@ -15,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from stic_min import InputError, cli
-from stic_min.files import read_json
+from stic_min import InputError
 from stic_min.formats.adapters import read_adapter
 from stic_min.formats.tensors import canonical, open_shard, shards, write_tensors
 from stic_min.loader import open_llava
+from stic_min.runtime import console, flags, process
+from stic_min.runtime.files import read_json
+from stic_min.runtime.ranks import Ranks, place
 
 ENOUGH = 0.9  # of a change; where rounding leaves less of it, the merged model is another than the one that was trained
 # Indices of the old shards, and what is not of the checkpoint: transformers would apply an adapter beside it once more.
@@ -51,7 +53,7 @@ def merge_shard(tensors, adapter, dtype=None):
 def write_merged(folder, adapter, out, dtype=None, tokenizer=None):
     """The checkpoint `folder` with its weights merged, into the folder `out`. Returns the surviving fraction."""
     files, kept, wanted, weight_map = shards(folder), 0.0, 0.0, {}
-    progress = cli.Progress("merging shards", len(files), cli.Ranks(0, 1, torch.device("cpu")))
+    progress = console.Progress("merging shards", len(files), Ranks(0, 1, torch.device("cpu")))
     for file in files:
         tensors, *sums = merge_shard(open_shard(file), adapter, dtype)
         kept, wanted = kept + sums[0], wanted + sums[1]
@@ -92,7 +94,7 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None, other_ba
     llava, _ = open_llava(folder, vision=vision, tokenizer=tokenizer, template="vicuna_v1", other_base=other_base)
     adapter = read_adapter(adapter, llava)
     for note in llava.notes[1:]:
-        cli.put(cli.one_line(note), "stderr")
+        console.print_line(console.one_line(note), "stderr")
     beside = out.with_name(f"{out.name}.{os.getpid()}")
     beside.mkdir(parents=True)
     try:
@@ -106,24 +108,24 @@ def merge(model, adapter, out, dtype=None, vision=None, tokenizer=None, other_ba
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m stic_min.merge", description=__doc__,
-                                     formatter_class=cli.HelpFormatter)
+                                     formatter_class=flags.HelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="LoRA adapter; its projector comes along")
     parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
-    parser.add_argument("--dtype", choices=sorted(cli.DTYPES), help="of the result (default: as stored)")
+    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), help="of the result (default: as stored)")
     parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint holds or finds none")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
     parser.add_argument("--other-base", action="store_true", help="use --adapter though its base had other weights")
     args = parser.parse_args()
-    if cli.place()[0]:
+    if place()[0]:
         return  # no work for several ranks
-    dtype = cli.DTYPES[args.dtype] if args.dtype else None
+    dtype = flags.DTYPES[args.dtype] if args.dtype else None
     survived = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer, args.other_base)
     print(f"wrote {args.out}; {100 * survived:.2f} % of the change survived rounding")
     if survived < ENOUGH:
         better = "float32" if dtype == torch.float16 else "float16"
-        cli.warn(f"rounding took the rest: use the adapter unmerged, or merge with --dtype {better}")
+        console.warn(f"rounding took the rest: use the adapter unmerged, or merge with --dtype {better}")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -7,14 +7,13 @@ the rows beside it (beyond rounding, which in bf16 can tip a close call). Sampli
 then top-p; no top-k.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 
 import torch
 
 from stic_min import InputError
-from stic_min.mistral import Decode, KVCache, Prefill
+from stic_min.cache import Decode, KVCache, Prefill
 from stic_min.text import IMAGE
 
 
@@ -23,12 +22,6 @@ class Sample:
     ids: list  # generated ids, the end token included where it ended by it
     logps: list  # log p_theta of each id (temperature 1, nothing filtered): what the loss would score
     finish: str  # stop or length
-
-
-def row_seed(*parts):
-    """A 63-bit seed hashed from (seed, image name, role) or the like."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def filtered_probs(logits, temperature, top_p=None):

@@ -22,14 +22,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stic_min import InputError, check, checkpoint, cli, lora, provenance
+from stic_min import InputError, check, checkpoint, lora
+from stic_min.batch import collate
 from stic_min.data import global_batches, load_tiles
-from stic_min.files import append_line, lock, unlock
 from stic_min.formats.adapters import PROJECTOR_FILE, read_adapter
-from stic_min.images import ahead
-from stic_min.llava import Projector, collate
+from stic_min.llava import Projector
 from stic_min.loader import fill, open_llava, own_rows
-from stic_min.sampler import row_seed
+from stic_min.runtime import console, files, flags, process, provenance
+from stic_min.runtime.files import append_line
+from stic_min.runtime.output import lock, unlock
+from stic_min.runtime.ranks import place
+from stic_min.runtime.work import prefetch, row_seed
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
@@ -42,23 +45,24 @@ SHOWN = "loss", "dpo", "alpha_nll", "margin", "accuracy"  # on the terminal; log
 
 def add_flags(parser, *, lr, batch_size, dropout, max_length):
     """The training flags of both scripts; `max_length` for pad mode, anyres takes 4096."""
-    cli.add_check_flag(parser)
+    flags.add_check_flag(parser)
     group = parser.add_argument_group("training")
-    group.add_argument("--lr", type=cli.not_negative, default=lr, help="of LoRA")
-    group.add_argument("--projector-lr", type=cli.not_negative, default=2e-5, help="0 freezes the projector")
-    group.add_argument("--batch-size", type=cli.positive, default=batch_size, help="global, over all ranks")
-    group.add_argument("--micro-batch", type=cli.positive, default=1, help="samples a rank computes at once")
-    group.add_argument("--max-length", type=cli.positive, metavar="N",
+    group.add_argument("--lr", type=flags.not_negative, default=lr, help="of LoRA")
+    group.add_argument("--projector-lr", type=flags.not_negative, default=2e-5, help="0 freezes the projector")
+    group.add_argument("--batch-size", type=flags.positive, default=batch_size, help="global, over all ranks")
+    group.add_argument("--micro-batch", type=flags.positive, default=1, help="samples a rank computes at once")
+    group.add_argument("--max-length", type=flags.positive, metavar="N",
                        help=f"image tokens counted; responses are cut to it (default: {max_length}, in anyres 4096)")
-    group.add_argument("--lora-r", type=cli.positive, help="(default: 128; an adapter trained further keeps its own)")
-    group.add_argument("--lora-alpha", type=cli.positive, help="(default: 2 * r; likewise)")
-    group.add_argument("--lora-dropout", type=cli.probability, default=dropout, help="on LoRA's input")
+    group.add_argument("--lora-r", type=flags.positive, help="(default: 128; an adapter trained further keeps its own)")
+    group.add_argument("--lora-alpha", type=flags.positive, help="(default: 2 * r; likewise)")
+    group.add_argument("--lora-dropout", type=flags.probability, default=dropout, help="on LoRA's input")
     group.add_argument("--shard", choices=["full", "none"], default="full",
                        help="under torchrun: full is FSDP; none keeps all weights on each rank, only gradients travel")
     group.add_argument("--checkpoint-activations", action="store_true", help="recompute in the backward: less memory")
-    group.add_argument("--save-every", type=cli.positive, metavar="STEPS",
+    group.add_argument("--save-every", type=flags.positive, metavar="STEPS",
                        help="checkpoint to resume from (default: a tenth of the run)")
-    group.add_argument("--keep", type=cli.positive, metavar="N", default=2, help="how many of them to keep, the newest")
+    group.add_argument("--keep", type=flags.positive, metavar="N", default=2,
+                       help="number of most recent checkpoints to keep")
 
 
 def length_limit(args, llava, pad, anyres=4096):
@@ -116,10 +120,10 @@ def build(args, ranks, keep_reference):
     `keep_reference`: also theta_0's projector, where the projector trains. Returns (llava, adapter), the adapter for
     its settings: new, or the one that --adapter names. With --check the model has no weights.
     """
-    options = cli.model_options(args, ranks)
+    options = flags.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
     if not args.check:
-        cli.say_loading(args, ranks)
+        console.say_loading(args, ranks)
     llava, source = open_llava(args.model, **options)
     given = getattr(args, "adapter", None)
     if given:
@@ -154,7 +158,7 @@ def build(args, ranks, keep_reference):
         llava.to_empty(device=ranks.device)
     if not args.check:
         fill(llava, source, ranks.device)
-        cli.say_loaded(llava, ranks)
+        console.say_loaded(llava, ranks)
     # LoRA is in the model now. What came beside it is kept: untrained, it is written as it was.
     adapter.tensors = {name: value for name, value in adapter.tensors.items() if ".lora_" not in name}
     return llava, adapter
@@ -171,9 +175,9 @@ def settings(args, llava, adapter, max_length, **own):
     values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
     values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
     folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
-    values |= {"fingerprint": cli.fingerprint(*folders)}
+    values |= {"fingerprint": files.fingerprint(*folders)}
     if args.lora_dropout:  # its draws depend on the micro-batches; nothing else does
-        values |= {"micro_batch": args.micro_batch, "ranks": cli.place()[1]}
+        values |= {"micro_batch": args.micro_batch, "ranks": place()[1]}
     return values
 
 
@@ -229,12 +233,12 @@ class Run:
             self.ranks.check_shared(self.out / ".lock", self.out, self.settings)
             self.record, self.before = provenance.start(self.args, self.ranks), {}
             self.resume()
-            self.stop = stack.enter_context(cli.Stop())
+            self.stop = stack.enter_context(process.Stop())
             self.begin = self.last = time.monotonic()
             todo = range(self.first_step, len(self.batches))
             shares = [micro_batches(self.batches[step], self.ranks, self.args.micro_batch) for step in todo]
             load = lambda indices: [load_tiles(self.items[i], self.llava) for i in indices]
-            tiles = ahead(load, [indices for share in shares for indices, _ in share])
+            tiles = prefetch(load, [indices for share in shares for indices, _ in share])
             self.tiles = stack.enter_context(contextlib.closing(tiles))
             for step, share in zip(todo, shares):
                 # Dropout depends on the step alone, so that a resumed run draws the same.
@@ -316,7 +320,7 @@ class Run:
         if now - self.shown >= 1 or step + 1 == steps:  # the file has every step; to look at, one a second will do
             self.shown = now
             self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
-                           f"{memory:.2f} GB  {cli.clock(left)} left")
+                           f"{memory:.2f} GB  {console.clock(left)} left")
 
     # ------------------------------------------------------------ checkpoints
 

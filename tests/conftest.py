@@ -1,4 +1,4 @@
-"""What several test files use: the reference data beside the repository, and the tiny checkpoints of tests/tiny.py."""
+"""Fixtures of several test files: reference data next to the repository, and the checkpoints of support/tiny.py."""
 
 import json
 import os

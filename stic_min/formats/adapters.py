@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import printable, read_json
 from stic_min.formats.options import FLAG, REAL, SIZE, TEXT, check_options
 from stic_min.formats.template import model_name
 from stic_min.formats.tensors import canonical, published, read_metadata, read_tensors, write_tensors
 from stic_min.lora import TARGETS, Adapter
+from stic_min.runtime.files import printable, read_json
 
 PREFIX = "base_model.model."  # in front of every key of a PEFT file
 PROJECTOR_FILE = "projector.safetensors"  # ours; LLaVA's own lie beside its LoRA, and come from its pretraining

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.clip import ClipConfig
-from stic_min.files import printable, read_json
 from stic_min.formats.options import HARMLESS, NAMES, OBJECT, REAL, REFUSED, SIZE, TEXT, check_options, heads_fit
 from stic_min.formats.template import chat_template
 from stic_min.formats.tower import check_pixels, clip_config, read_tower
 from stic_min.llava import LlavaConfig
 from stic_min.mistral import DecoderConfig
+from stic_min.runtime.files import printable, read_json
 from stic_min.text import TEMPLATES
 
 # What transformers leaves out of an old text_config: its class defaults at the time.

@@ -5,7 +5,7 @@ certain value, or is harmless for a reason that is written down.
 """
 
 from stic_min import InputError
-from stic_min.files import printable
+from stic_min.runtime.files import printable
 
 UNSET = (None, False, 0, "", [], {})
 

@@ -7,7 +7,7 @@ import json
 import re
 
 from stic_min import InputError
-from stic_min.files import field, read_records, read_text
+from stic_min.runtime.files import field, read_records, read_text
 from stic_min.text import IMAGE_MARK
 
 IMAGE_KEYS = "image", "images", "image_path"

@@ -2,7 +2,7 @@
 
 import re
 
-from stic_min.files import printable
+from stic_min.runtime.files import printable
 
 # Models whose template is another one, by the names of themselves and their base.
 OTHER_TEMPLATES = {

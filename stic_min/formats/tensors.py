@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from stic_min import InputError, first_line
-from stic_min.files import printable, read_json
+from stic_min.runtime.files import printable, read_json
 
 # ---------------------------------------------------------------- key names
 

@@ -4,8 +4,8 @@ Not read: tokenizer.json and special_tokens_map.json, which repeat these, and ch
 """
 
 from stic_min import InputError
-from stic_min.files import printable, read_json
 from stic_min.formats.options import FLAG, OBJECT, check_options
+from stic_min.runtime.files import printable, read_json
 from stic_min.text import Tokenizer
 
 TOKEN = lambda x: isinstance(x, str) or (isinstance(x, dict) and isinstance(x.get("content"), str)), "a token"

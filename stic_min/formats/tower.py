@@ -1,9 +1,9 @@
 """CLIP's own files: config.json -> ClipConfig, and preprocessor_config.json, which has to say what images.py does."""
 
 from stic_min.clip import ClipConfig
-from stic_min.files import read_json
 from stic_min.formats.options import HARMLESS, OBJECT, REAL, REFUSED, SIZE, check_options, heads_fit
 from stic_min.images import CLIP_MEAN, CLIP_STD
+from stic_min.runtime.files import read_json
 
 VISION = dict.fromkeys(ClipConfig.__dataclass_fields__, SIZE) | {"layer_norm_eps": REAL}
 VISION_REQUIRED = {

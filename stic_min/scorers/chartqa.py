@@ -11,8 +11,8 @@ Not here: rules for lists, units or thousands separators, which none of these ha
 
 from pathlib import Path
 
-from stic_min.files import check_text
-from stic_min.scorers import figure, match_answers, read_entries, share
+from stic_min.runtime.files import check_text
+from stic_min.scorers.common import figure, match_answers, read_entries, share
 
 SUFFIX = "Answer the question using a single word or phrase."
 GROUPED_BY = "split"

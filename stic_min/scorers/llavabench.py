@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.files import field, read_records
-from stic_min.scorers import bootstrap, figure, match_answers, unread
+from stic_min.runtime.files import field, read_records
+from stic_min.scorers.common import bootstrap, figure, match_answers, unread
 
 COMPLETE, GROUPED_BY = True, "category"
 CATEGORIES = ("conv", "detail", "complex")

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import check_text, read_records
-from stic_min.scorers import figure, match_answers, read_json, share, unread
+from stic_min.runtime.files import check_text, read_records
+from stic_min.scorers.common import figure, match_answers, read_json, share, unread
 
 FILES = ("testmini.json", "annot_testmini.json")
 GROUPED_BY = "answer_type"

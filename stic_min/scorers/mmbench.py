@@ -18,8 +18,8 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import check_text, read_records
-from stic_min.scorers import figure, match_answers, share, unread
+from stic_min.runtime.files import check_text, read_records
+from stic_min.scorers.common import figure, match_answers, share, unread
 
 FILE = "mmbench_dev_20230712.tsv"
 SUFFIX = "Answer with the option's letter from the given choices directly."

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.files import field, read_records
-from stic_min.scorers import figure, match_answers, mean, read_json, unread
+from stic_min.runtime.files import field, read_records
+from stic_min.scorers.common import figure, match_answers, mean, read_json, unread
 
 COMPLETE, GROUPED_BY = True, "capabilities"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import check_text
-from stic_min.scorers import match_answers, read_json, share
+from stic_min.runtime.files import check_text
+from stic_min.scorers.common import match_answers, read_json, share
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 

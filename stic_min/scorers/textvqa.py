@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.files import field, read_records
-from stic_min.scorers import figure, mean, read_entries
+from stic_min.runtime.files import field, read_records
+from stic_min.scorers.common import figure, mean, read_entries
 
 COMPLETE = True
 MAX_NEW_TOKENS = 128

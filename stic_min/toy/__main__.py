@@ -14,29 +14,29 @@ from pathlib import Path
 
 import torch
 
-from stic_min import cli
-from stic_min.files import read_json
+from stic_min.runtime import flags, process
+from stic_min.runtime.files import read_json
 from stic_min.toy import demo, recipe, study
 
 
 def main():
     parser = argparse.ArgumentParser(
-        prog="python -m stic_min.toy", description=__doc__, formatter_class=cli.HelpFormatter
+        prog="python -m stic_min.toy", description=__doc__, formatter_class=flags.HelpFormatter
     )
     parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo")
     parser.add_argument("--model", metavar="DIR", action="append", type=Path,
                         help="base model (default: the project's own); for a study it may be given again")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of pictures and all the rest; a study's first")
-    parser.add_argument("--images", type=cli.positive, default=1000, metavar="N",
+    parser.add_argument("--seed", type=flags.seed_value, default=0, help="random seed; a study's first")
+    parser.add_argument("--images", type=flags.positive, default=1000, metavar="N",
                         help="pairs that stage 1 trains on, a picture each; half as many instructions")
-    parser.add_argument("--test-images", type=cli.positive, metavar="N",
+    parser.add_argument("--test-images", type=flags.positive, metavar="N",
                         help="pictures to evaluate on (default: 300, in the study 1000)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="(default: toy-run, or toy-study)")
     group = parser.add_argument_group("study")
-    group.add_argument("--seeds", type=cli.positive, metavar="N",
+    group.add_argument("--seeds", type=flags.positive, metavar="N",
                        help="how many, each with pictures of its own (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
-    group.add_argument("--processes", type=cli.positive, metavar="N",
+    group.add_argument("--processes", type=flags.positive, metavar="N",
                        help="chains at a time, a core each (default: all cores)")
     args = parser.parse_args()
     models = args.model or [recipe.BASE]
@@ -54,4 +54,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

@@ -1,7 +1,7 @@
 """The whole recipe once, on the toy world: draws pictures, runs the four scripts, and ends in a table and a page."""
 
-from stic_min.files import read_records
-from stic_min.scorers import toy_captions
+from stic_min.runtime.files import read_records
+from stic_min.toy import captions as toy_captions
 from stic_min.toy import files, recipe, sheet
 
 ON_THE_SHEET = 24

@@ -22,15 +22,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stic_min import InputError, cli
+from stic_min import InputError
 from stic_min.clip import ClipConfig
 from stic_min.formats.tensors import write_tensors
 from stic_min.images import CLIP_MEAN, CLIP_STD, make_tiles
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loader import load_llava
 from stic_min.mistral import DecoderConfig, attention
-from stic_min.scorers import toy_captions, toy_vqa
+from stic_min.runtime import console, flags, process
+from stic_min.runtime.ranks import Ranks
 from stic_min.text import IMAGE, INFUSED, TEMPLATES, Tokenizer, with_image
+from stic_min.toy import captions as toy_captions
+from stic_min.toy import vqa as toy_vqa
 from stic_min.toy import world
 from stic_min.toy.files import write_json
 
@@ -121,7 +124,7 @@ def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
     parameters = [*tower.parameters(), *heads.parameters()]
     optimizer, steps = torch.optim.AdamW(parameters, lr, weight_decay=0.01), epochs * (len(pixels) // batch)
     order = torch.cat([torch.randperm(len(pixels))[: len(pixels) // batch * batch] for _ in range(epochs)])
-    progress = cli.Progress("ViT, steps", steps, ranks)
+    progress = console.Progress("ViT, steps", steps, ranks)
     for step, index in enumerate(order.split(batch)):
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
         losses = [
@@ -195,7 +198,7 @@ def train_decoder(llava, features, scenes, steps, rng, ranks, size=32, lr=2e-3):
     """Projector and decoder learn to answer. features (N, 9, Cv): the ViT's, of each scene; returns the last loss."""
     parameters = [p for n, p in llava.named_parameters() if not n.startswith("vision_tower.")]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
-    progress = cli.Progress("decoder, steps", steps, ranks)
+    progress = console.Progress("decoder, steps", steps, ranks)
     for step, (ids, scored, shown) in enumerate(batches(scenes, llava.tokenizer, steps, size, rng)):
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
         x = llava.model.embed_tokens(ids.clamp_min(0).flatten())  # (B * L, C)
@@ -285,17 +288,17 @@ def dev_scores(llava, count=400):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=cli.seed, default=0, help="of weights, their order and the records")
-    parser.add_argument("--scenes", type=cli.positive, default=world.TRAINED_ON, help="pictures of the training data")
-    parser.add_argument("--steps", type=cli.positive, default=STEPS, help="of the decoder, 32 records each")
+    parser.add_argument("--seed", type=flags.seed_value, default=0, help="of weights, their order and the records")
+    parser.add_argument("--scenes", type=flags.positive, default=world.TRAINED_ON, help="pictures of the training data")
+    parser.add_argument("--steps", type=flags.positive, default=STEPS, help="of the decoder, 32 records each")
     args = parser.parse_args()
     out, begin = Path(args.out), time.monotonic()
     if (out / "config.json").exists():
         raise InputError(f"{out} holds a model; name another --out, or delete it")
     out.mkdir(parents=True, exist_ok=True)
-    ranks = cli.Ranks(0, 1, torch.device("cpu"))
+    ranks = Ranks(0, 1, torch.device("cpu"))
     torch.manual_seed(args.seed)
 
     train_tokenizer(out / "tokenizer.model")
@@ -322,4 +325,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    process.run(main)

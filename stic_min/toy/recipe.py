@@ -6,8 +6,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from stic_min import InputError, cli
-from stic_min.files import read_json
+from stic_min import InputError
+from stic_min.runtime.files import fingerprint, read_json
 from stic_min.toy import files, world
 
 ROOT = Path(__file__).resolve().parents[2]  # where the four scripts are
@@ -42,7 +42,7 @@ def claim(out, settings, model):
     would be the old code's.
     """
     code = sorted([*ROOT.glob("*.py"), *(ROOT / "stic_min").rglob("*.py")])
-    settings = settings | {"model": cli.fingerprint(model), "code": cli.fingerprint(*code)}
+    settings = settings | {"model": fingerprint(model), "code": fingerprint(*code)}
     file = out / "settings.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, it has to name a folder")

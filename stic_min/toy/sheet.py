@@ -4,8 +4,9 @@ import base64
 import html
 from pathlib import Path
 
-from stic_min.report import page
 from stic_min.scorers.toy_captions import mentions, pattern
+
+from stic_min.scorers.report import page
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }

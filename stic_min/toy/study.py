@@ -15,8 +15,10 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 
-from stic_min import InputError, cli
-from stic_min.files import read_json, read_records
+from stic_min import InputError
+from stic_min.runtime import console
+from stic_min.runtime.files import read_json, read_records
+from stic_min.runtime.ranks import Ranks
 from stic_min.toy import files, recipe, tables
 
 # name: what its stage 1 changes, and which pairs it takes
@@ -113,7 +115,7 @@ def finished(folders):
 def run_jobs(jobs, total, processes):
     """Runs all jobs, `processes` at a time. Returns the folders of those that failed; Ctrl-C ends all of them."""
     context, there = multiprocessing.get_context("spawn"), finished(jobs)
-    progress = cli.Progress("study, steps", total - there, cli.Ranks(0, 1, torch.device("cpu")))
+    progress = console.Progress("study, steps", total - there, Ranks(0, 1, torch.device("cpu")))
     waiting, running, failed = list(jobs), {}, []
     try:
         while waiting or running:
@@ -128,7 +130,7 @@ def run_jobs(jobs, total, processes):
             for folder in [folder for folder, process in running.items() if not process.is_alive()]:
                 if running.pop(folder).exitcode:  # said at once; the other chains go on
                     failed.append(folder)
-                    cli.warn(f"a chain of the study failed; what it said is at the end of {folder / 'log.txt'}")
+                    console.warn(f"a chain of the study failed; what it said is at the end of {folder / 'log.txt'}")
     finally:
         for process in running.values():
             process.terminate()

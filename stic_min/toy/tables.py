@@ -7,7 +7,7 @@ between two models of the same seed, and its sign is counted over the seeds.
 from html import escape
 from statistics import mean, stdev
 
-from stic_min.report import markdown
+from stic_min.scorers.report import markdown
 from stic_min.toy.files import write_json, write_text
 
 ROWS = {

@@ -1,0 +1,1 @@
+"""How a command starts, reports progress, writes and ends."""

@@ -1,0 +1,157 @@
+"""The spellings of others: one image as a list, lists of names, and preference pairs in every published form."""
+
+import json
+
+import pytest
+
+from stic_min import InputError, data
+from stic_min.formats import records
+from stic_min.formats.records import IMAGE_KEYS
+from stic_min.runtime import files
+
+PARTS = lambda text: [{"type": "image", "text": None}, {"type": "text", "text": text}]
+MESSAGE = lambda role, content: {"role": role, "content": content}
+LLAVA = lambda *said: [{"from": ("human", "gpt")[i], "value": text} for i, text in enumerate(said)]
+QUESTION, GOOD, BAD = "What is it?", "A house.", "A boat."
+
+FORMS = {
+    "ours": {
+        "image": "a.jpg",
+        "chosen": [MESSAGE("user", f"<image>\n{QUESTION}"), MESSAGE("assistant", GOOD)],
+        "rejected": [MESSAGE("user", QUESTION), MESSAGE("assistant", BAD)],
+    },
+    "TRL, prompt in both": {
+        "images": ["a.jpg"],
+        "chosen": [MESSAGE("user", PARTS(QUESTION)), MESSAGE("assistant", [{"type": "text", "text": GOOD}])],
+        "rejected": [MESSAGE("user", PARTS(QUESTION)), MESSAGE("assistant", [{"type": "text", "text": BAD}])],
+    },
+    "TRL, prompt of parts": {
+        "images": ["a.jpg"],
+        "prompt": [MESSAGE("user", PARTS(QUESTION))],
+        "chosen": [MESSAGE("assistant", [{"type": "text", "text": GOOD}])],
+        "rejected": [MESSAGE("assistant", [{"type": "text", "text": BAD}])],
+    },
+    "TRL, content as text": {
+        "image": "a.jpg",
+        "prompt": [MESSAGE("user", QUESTION)],
+        "chosen": [MESSAGE("assistant", GOOD)],
+        "rejected": [MESSAGE("assistant", BAD)],
+    },
+    "TRL, texts": {"images": ["a.jpg"], "prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "a prompt, and the whole in both": {
+        "image": "a.jpg",
+        "prompt": QUESTION,
+        "chosen": [MESSAGE("user", QUESTION), MESSAGE("assistant", GOOD)],
+        "rejected": [MESSAGE("user", QUESTION), MESSAGE("assistant", BAD)],
+    },
+    "POVID": {
+        "id": "1",
+        "image": "a.jpg",
+        "conversations": LLAVA(f"<image>\n{QUESTION}", GOOD),
+        "rejected_conversations": LLAVA(f"<image>\n{QUESTION}", BAD),
+    },
+    "RLHF-V": {
+        "ds_name": "RLHF-V",
+        "image": {"bytes": "...", "path": "0.jpg"},
+        "text": json.dumps({"question": QUESTION, "chosen": GOOD, "rejected": BAD}),
+        "image_path": "a.jpg",
+    },
+    "RLHF-V, text as an object": {
+        "image": "a.jpg",
+        "text": {"question": QUESTION, "chosen": GOOD, "rejected": BAD},
+        "image_path": "1",
+    },
+    "RLAIF-V": {"image": {"path": "a.jpg"}, "question": QUESTION, "chosen": GOOD, "rejected": BAD},
+    "LLaMA-Factory": {
+        "images": ["a.jpg"],
+        "conversations": LLAVA(f"<image>{QUESTION}"),
+        "chosen": {"from": "gpt", "value": GOOD},
+        "rejected": {"from": "gpt", "value": BAD},
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_published_forms_are_one_pair(tmp_path, form):
+    (tmp_path / "pairs.json").write_text(json.dumps([FORMS[form]]))
+    [pair] = data.read_pairs(tmp_path / "pairs.json")
+    assert (pair.image, pair.prompt, pair.chosen, pair.rejected) == ("a.jpg", f"<image>\n{QUESTION}", GOOD, BAD)
+    assert pair.chosen_stopped and pair.rejected_stopped and records.kind(FORMS[form]) == "pairs"
+
+
+@pytest.mark.parametrize("change, complaint", [
+    ({"prompt": None}, r"chosen is not one user .* but \['assistant'\]; expected: {\"image\": ..., "),
+    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"but \['system', 'user', 'assistant'\]"),
+    ({"prompt": [MESSAGE("user", "Q"), MESSAGE("assistant", "A")] * 60}, r"\.\.\."),
+    ({"images": ["a.jpg", "b.jpg"]}, "2 images, a sample has one image"),
+    ({"images": [5]}, "image is not a file name"), ({"images": []}, "no image"),
+    ({"chosen": [{"type": "image"}]}, r"chosen is not one user .* but \['user', None\]"),
+    ({"chosen": " "}, "chosen, assistant: no content")])
+def test_other_forms_are_refused_with_the_one_expected(change, complaint):
+    with pytest.raises(InputError, match=f"^x.*{complaint}") as error:
+        data.parse_pair("x", FORMS["TRL, texts"] | change)
+    assert len(str(error.value)) <= 300
+    with pytest.raises(InputError, match="x: not a preference pair; expected: "):
+        data.parse_pair("x", {"image": "a.jpg", "prompt": "Q", "win": "A", "lose": "B"})
+
+
+@pytest.mark.parametrize("text", [
+    '["a.jpg", "b.jpg"]', '\ufeff[\r\n "a.jpg",\r\n "b.jpg"]', "\ufeffa.jpg\r\n\r\n b.jpg\r\n", "a.jpg\nb.jpg"])
+def test_lists_of_names(tmp_path, text):
+    (tmp_path / "names").write_bytes(text.encode())
+    assert records.read_names(tmp_path / "names") == ["a.jpg", "b.jpg"]
+
+
+@pytest.mark.parametrize("text, complaint", [
+    ("[]", "no names in it"), ("\ufeff\r\n", "no names in it"), ('["a.jpg", ', "not JSON"),
+    ('{"image": "a.jpg"}', "holds JSON objects, not names"), ('{"description": 1}', "holds descriptions .*, not names"),
+    (json.dumps([FORMS["POVID"]]), "holds preference pairs .*, not names")])
+def test_what_is_no_list_of_names(tmp_path, text, complaint):
+    (tmp_path / "names").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"^{tmp_path}/names.*{complaint}"):
+        records.read_names(tmp_path / "names")
+
+
+def test_a_name_that_starts_with_a_bracket(tmp_path):
+    (tmp_path / "names").write_text("[1].jpg\n[2].jpg\n")
+    assert records.read_names(tmp_path / "names") == ["[1].jpg", "[2].jpg"]
+
+
+def test_byte_order_marks_and_crlf(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes('\ufeff{"a": 1}\r\n{"a": 2}\r\n'.encode())
+    assert [record for _, record in files.read_records(tmp_path / "x.jsonl")] == [{"a": 1}, {"a": 2}]
+    (tmp_path / "x.json").write_bytes('\ufeff{"a": 1}'.encode())
+    assert files.read_json(tmp_path / "x.json") == {"a": 1}
+
+
+def test_long_names_are_shown_by_their_ends():
+    assert files.brief("a" * 80) == "a" * 80 and files.brief("\n") == "\\n"
+    assert files.brief("a" * 60 + "b" * 900 + "c.jpg") == "a" * 50 + "..." + "b" * 22 + "c.jpg"
+
+
+def test_instructions_with_other_than_one_image_are_left_out(tmp_path):
+    talk = LLAVA("Q", "A")
+    named = ["a.jpg", "b.jpg"], ["a.jpg"]
+    listed = [{"id": i, "image": image, "conversations": talk} for i, image in enumerate(named)]
+    listed += [{"id": 2, "image": 5, "conversations": talk}, {"id": 3, "images": ["b.jpg"], "conversations": talk}]
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(listed))
+    entries, total = data.image_records(path, left_out := {})
+    assert [(id, record["image"]) for _, id, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")] and total == 4
+    assert left_out == {"0": f"{path}, record 0: 2 images, a sample has one image",
+                        "2": f"{path}, record 2: image is not a file name"}
+    told = [{"id": 1, "image": "a.jpg", "description": "D"}, {"image": ["b.jpg"], "description": "D"}]
+    (tmp_path / "d.json").write_text(json.dumps(told))
+    described, counts = data.read_infused(path, tmp_path / "d.json")
+    assert [i.id for i in described] == ["1", "3"]
+    assert counts.endswith(f"; 2 records left out, the first: {left_out['0']}")
+    (tmp_path / "d.json").write_text(json.dumps([{"id": 0, "image": "a.jpg", "description": "D"}]))
+    with pytest.raises(InputError, match="record 0: 2 images"):
+        data.read_infused(path, tmp_path / "d.json")
+
+
+def test_instructions_by_image_path(tmp_path):
+    talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}]
+    records = [{"id": str(i), key: "a.jpg", "conversations": talk} for i, key in enumerate(IMAGE_KEYS)]
+    (tmp_path / "i.json").write_text(json.dumps(records))
+    assert [record["image"] for _, _, record in data.image_records(tmp_path / "i.json")[0]] == ["a.jpg"] * len(records)

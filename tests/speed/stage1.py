@@ -1,0 +1,185 @@
+"""A stage-1 micro-batch (reference, policy, backward) against TRL's DPO trainer and the release's four forwards.
+
+  python tests/speed/stage1.py --size small --image-mode pad
+
+Peers: TRL's DPOTrainer with peft on transformers' LLaVA, its own loss on the padded batch; and what the authors'
+trainer does, a forward of policy and of reference for each response, with the logits of the whole sequence. LoRA on all
+linears of the decoder, no optimizer, projector frozen as the peers have it. Peers whose dtype is not fp32 run under
+autocast, as their trainers do. Peak memory is what a step takes over what was there, in a process of its own for each.
+"""
+
+import argparse
+import json
+import logging
+import tempfile
+
+import torch
+from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, pictures
+
+from stic_min import lora
+from stic_min.batch import Example, collate
+from stic_min.images import make_tiles
+from stic_min.loss import stic_loss, token_logps
+from stic_min.runtime import flags
+from stic_min.runtime.ranks import start_device
+from stic_min.text import IMAGE
+
+BETA, ALPHA = 0.1, 1 / 1024
+
+
+def samples(args, config):
+    """[(tiles of a picture, ids: prompt in front of it and behind it, [chosen, rejected])]."""
+    generator = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+    tiles = [make_tiles(picture, args.image_mode, 336, config.pinpoints) for picture in pictures(args.micro_batch)]
+    return [(t, [1, 2], ids(args.text), [ids(args.chosen), ids(args.rejected)]) for t in tiles]
+
+
+def ours_batch(args, config, device="cpu"):
+    rows = samples(args, config)
+    examples = [Example("pair", [([*a, IMAGE, *b], False)], responses) for _, a, b, responses in rows]
+    return collate(examples, [[tiles] for tiles, *_ in rows], config, device)
+
+
+def ours_step(args, llava):
+    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+
+    def logps(batch):
+        return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)
+
+    def step():
+        batch = ours_batch(args, llava.config, llava.device)
+        with torch.no_grad(), lora.disabled(llava):
+            reference = logps(batch)
+        loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).mean()
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def peer_inputs(args, config, device, dtype):
+    """All chosen, then all rejected, as a padded batch, each with its picture, as TRL lays them out."""
+    prompts, responses, tiles = [], [], []
+    for which in (0, 1):
+        for own, before, text, both in samples(args, config):
+            prompts.append(before + [VOCABULARY] * config.image_tokens(own.size) + text)
+            responses.append(both[which])
+            tiles.append(own)
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    rows = lambda row: torch.tensor([r + [0] * (longest - len(r)) for r in map(row, prompts, responses)], device=device)
+    inputs = {
+        "input_ids": rows(lambda p, r: p + r),
+        "attention_mask": rows(lambda p, r: [1] * len(p + r)),
+        "completion_mask": rows(lambda p, r: [0] * len(p) + [1] * len(r)),
+    }
+    pixels = [t.pixels.to(device, dtype) for t in tiles]
+    if args.image_mode == "pad":
+        return inputs | {"pixel_values": torch.cat(pixels)}
+    sizes = torch.tensor([t.size[::-1] for t in tiles], device=device)
+    return inputs | {"pixel_values": torch.stack(pixels), "image_sizes": sizes}
+
+
+def autocast(args):
+    dtype = flags.DTYPES[args.dtype]
+    return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
+
+
+def peft_config(args):
+    from peft import LoraConfig
+
+    targets = rf".*language_model.*\.({'|'.join(lora.TARGETS)})"
+    return LoraConfig(r=args.r, lora_alpha=2 * args.r, target_modules=targets)
+
+
+def trl_step(args, theirs, config):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
+    words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DPOConfig(output_dir=folder, report_to=[], use_cpu=args.device == "cpu", bf16=False, beta=BETA,
+                             gradient_checkpointing=False, max_length=None)  # fmt: skip
+        pair = Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}])  # the trainer wants one to start
+        trainer = DPOTrainer(theirs, args=settings, train_dataset=pair, processing_class=words,
+                             peft_config=peft_config(args))  # fmt: skip
+    trainer.model.train()
+    inputs = peer_inputs(args, config, trainer.model.device, theirs.dtype)
+
+    def step():
+        with autocast(args):
+            loss = trainer.compute_loss(trainer.model, inputs)
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def release_step(args, theirs, config):
+    from peft import get_peft_model
+
+    model = get_peft_model(theirs, peft_config(args)).train()
+    all = peer_inputs(args, config, next(model.parameters()).device, theirs.dtype)
+    pairs = [(i, i + args.micro_batch) for i in range(args.micro_batch)]
+
+    def logp(row):
+        end = int(all["attention_mask"][row].sum())
+        inputs = {name: value[row : row + 1] for name, value in all.items() if name != "completion_mask"}
+        inputs |= {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # of the whole sequence
+        taken = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
+        return (taken * all["completion_mask"][row : row + 1, 1:end]).sum(-1)
+
+    def step():
+        whole = 0.0
+        for w, l in pairs:
+            with autocast(args):
+                with torch.no_grad(), model.disable_adapter():
+                    reference = logp(w), logp(l)
+                loss = stic_loss(logp(w), logp(l), *reference, BETA, ALPHA).mean() / args.micro_batch
+            loss.backward()
+            whole += loss.item()
+        return whole
+
+    return step
+
+
+STEPS = {"stic_min": None, "TRL DPOTrainer": trl_step, "the release's four forwards": release_step}
+
+
+def make(name, args):
+    ours, theirs = build(args.size, args.image_mode, start_device(args.device), flags.DTYPES[args.dtype])
+    theirs.requires_grad_(False)
+    return ours_step(args, ours) if name == "stic_min" else STEPS[name](args, theirs, ours.config)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
+    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad")
+    parser.add_argument("--text", type=int, default=30, help="tokens of the prompt behind the picture")
+    parser.add_argument("--chosen", type=int, default=270, help="tokens")
+    parser.add_argument("--rejected", type=int, default=230, help="tokens")
+    parser.add_argument("--micro-batch", type=int, default=1, help="pairs")
+    parser.add_argument("--r", type=int, default=128, help="LoRA's")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--memory-of", choices=list(STEPS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    if args.memory_of:
+        step = make(args.memory_of, args)
+        print(json.dumps(peak_memory(step, torch.device(args.device))))
+        return
+    config = configuration(args.size, args.image_mode)
+    flops = needed_flops(ours_batch(args, config), config, args.r, reference=True)
+    # TRL's loss has no alpha * NLL.
+    compare(__file__, STEPS, make, args, f"a step of {args.micro_batch} pair(s)", flops)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""A stage-2 micro-batch (description, instruction, answer: forward and backward) against peft LoRA on transformers.
+
+  python tests/speed/stage2.py --size small --image-mode pad
+
+The peer pads the micro-batch to its longest row and takes the logits of whole sequences, as transformers' Trainer does;
+ours is one flat row without padding, with logits at the answers alone. The same loss, printed for both.
+"""
+
+import argparse
+import json
+
+import torch
+from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, pictures
+from stage1 import autocast, peft_config
+from torch.nn import functional as F
+
+from stic_min import lora
+from stic_min.batch import Example, collate
+from stic_min.images import make_tiles
+from stic_min.loss import sft_loss
+from stic_min.runtime import flags
+from stic_min.runtime.ranks import start_device
+from stic_min.text import IMAGE
+
+LENGTHS = ((260, 30), (320, 120), (220, 60), (290, 200))  # tokens of description and instruction, of the answer
+
+
+def samples(args, config):
+    """[(tiles, prompt ids with one IMAGE, answer ids)]."""
+    generator = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
+    tiles = [make_tiles(picture, args.image_mode, 336, config.pinpoints) for picture in pictures(args.micro_batch)]
+    return [(t, [1, 2, IMAGE, *ids(n)], ids(m)) for t, (n, m) in zip(tiles, LENGTHS)]
+
+
+def ours_batch(args, config, device="cpu"):
+    rows = samples(args, config)
+    examples = [Example("row", [(prompt, False), (answer, True)], []) for _, prompt, answer in rows]
+    return collate(examples, [[tiles] for tiles, _, _ in rows], config, device)
+
+
+def ours_step(args, llava):
+    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+
+    def step():
+        batch = ours_batch(args, llava.config, llava.device)
+        nll, tokens = sft_loss(llava(batch), batch.labels)
+        (nll / tokens).backward()
+        return (nll / tokens).item()
+
+    return step
+
+
+def peer_step(args, theirs, config):
+    from peft import get_peft_model
+
+    model = get_peft_model(theirs, peft_config(args)).train()
+    ids, labels, rows = [], [], samples(args, config)
+    for tiles, prompt, answer in rows:
+        marks = [VOCABULARY] * config.image_tokens(tiles.size)
+        prompt = sum(([i] if i != IMAGE else marks for i in prompt), [])
+        ids.append(prompt + answer)
+        labels.append([-100] * len(prompt) + answer)
+    longest = max(map(len, ids))
+    tensor = lambda rows, pad: torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=args.device)
+    inputs = {"input_ids": tensor(ids, 0), "attention_mask": tensor([[1] * len(row) for row in ids], 0)}
+    stack = torch.stack if args.image_mode == "anyres" else torch.cat
+    inputs["pixel_values"] = stack([tiles.pixels for tiles, _, _ in rows]).to(args.device, theirs.dtype)
+    if args.image_mode == "anyres":
+        inputs["image_sizes"] = torch.tensor([tiles.size[::-1] for tiles, _, _ in rows], device=args.device)
+    labels = tensor(labels, -100)
+
+    def step():
+        with autocast(args):
+            logits = model(**inputs, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+NAMES = ("stic_min", "transformers + peft")
+
+
+def make(name, args):
+    ours, theirs = build(args.size, args.image_mode, start_device(args.device), flags.DTYPES[args.dtype])
+    theirs.requires_grad_(False)
+    return ours_step(args, ours) if name == "stic_min" else peer_step(args, theirs, ours.config)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
+    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad")
+    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=4)
+    parser.add_argument("--r", type=int, default=128, help="LoRA's")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(json.dumps(peak_memory(make(args.memory_of, args), torch.device(args.device))))
+        return
+    config = configuration(args.size, args.image_mode)
+    flops = needed_flops(ours_batch(args, config), config, args.r, reference=False)
+    compare(__file__, NAMES, make, args, f"a micro-batch of {args.micro_batch}", flops)
+
+
+if __name__ == "__main__":
+    main()
