@@ -1,7 +1,8 @@
 """A tiny world to try everything on: `python tests/support/tiny.py DIR` writes it, the same bytes on every run.
 
-Two LLaVA checkpoints with random weights, their CLIP tower, images, instructions and ScienceQA problems in the published
-layouts. The published names are spelled out here, not taken from stic_min, so that they check the loader independently.
+Two LLaVA checkpoints with random weights, their CLIP tower, images, instructions and ScienceQA problems in the
+published layouts. The published names are spelled out here, not taken from stic_min, so that they
+check the loader independently.
 """
 import argparse
 import io
