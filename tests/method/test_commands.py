@@ -38,7 +38,8 @@ from stic_min.runtime.work import row_seed, subset
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, infused, with_image
 
 ROOT = Path(__file__).resolve().parents[2]
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
+PATHS = ROOT, ROOT / "tests" / "support", ROOT / "tests" / "method"
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
 TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STEPS = 3  # 8 samples, 3 at a time: the last batch is short, and two ranks never have equal shares
 only = lambda model: pytest.mark.parametrize("runs", [model], indirect=True)

@@ -60,12 +60,12 @@ def launched(monkeypatch, *values):
             monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("values, place", [
+@pytest.mark.parametrize("values, expected", [
     ((None, None, None, None), (0, 1)), ((None, None, "host", "29500"), (0, 1)), (("0", "1", None, None), (0, 1)),
     (("0", None, None, None), (0, 1)), ((None, "1", None, None), (0, 1)), (("3", "8", "host", "29500"), (3, 8))])
-def test_a_place_among_the_ranks(monkeypatch, values, place):
+def test_a_place_among_the_ranks(monkeypatch, values, expected):
     launched(monkeypatch, *values)
-    assert place() == place
+    assert place() == expected
 
 
 LEFT_OVER = [
@@ -215,6 +215,7 @@ def test_a_locale_without_unicode(tiny, tmp_path):
     ]
     script.write_text(f"""
 import importlib, sys
+from stic_min.runtime import process
 def main():
     for name, *args in {commands!r}:
         sys.argv = [name, *args]

@@ -60,7 +60,7 @@ def runs(tiny, tmp_path_factory):
     one, two = (chain("llava-v1.6-tiny", tiny, folder / name) for name in ("one", "two"))
     for command in one.values():
         call(*command)
-    ended = two_nodes(ROOT / "tests" / "test_commands.py", json.dumps(list(two.values()), default=str))
+    ended = two_nodes(ROOT / "tests" / "method" / "test_commands.py", json.dumps(list(two.values()), default=str))
     assert [status for status, _ in ended] == [0, 0], ended
     return SimpleNamespace(one=folder / "one", two=folder / "two", pairs=one["pairs"], folder=folder)
 
