@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoints import PROMPT, TEXT, TOWER, V15, V16, copy, read_tensors, refuse
 from PIL import Image
 from safetensors.torch import save_file
-from test_loader import PROMPT, TEXT, TOWER, V15, V16, copy, read_tensors, refuse
 
 from stic_min import lora
 from stic_min.formats import adapters

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from checkpoints import PROMPT, TEXT, V16
 from PIL import Image
 from safetensors.torch import load_file
-from test_loader import PROMPT, TEXT, V16
 
 from stic_min import lora
 from stic_min.formats import adapters

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
+from checkpoints import PROMPT, TEXT, V15, V16, copy, read_tensors
 from PIL import Image
-from test_loader import PROMPT, TEXT, V15, V16, copy, read_tensors
 
 from stic_min import InputError, lora
 from stic_min.formats import adapters

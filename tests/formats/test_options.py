@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_7b import HF, HF15, HF16, V15, V16
-from test_loader import V15 as TINY
-from test_loader import copy, refuse
+from checkpoints import V15 as TINY
+from checkpoints import copy, refuse
+from published_configs import HF, HF15, HF16, V15, V16
 
 from stic_min import InputError
 from stic_min.formats.config import read_config

@@ -16,7 +16,7 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from conftest import SHARED
+from official import SHARED
 from safetensors.torch import load_file, save_file
 
 from stic_min import InputError, lora

@@ -3,29 +3,23 @@ that fail, another operating system. One line says so; and run.json records what
 
 import errno
 import json
-import os
 import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import pytest
-import test_robust
 import torch
 import torch.distributed as dist
-from test_nodes import free_port
-from test_robust import call, ended, stop_after
+from chain import stop_after
+from commands import ENV, ROOT, call, ended, free_port
 
 from stic_min import InputError, checkpoint, training
 from stic_min.runtime import console, process, provenance
 from stic_min.runtime.ranks import gpu_index, place, start_device, start_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
 LAUNCHER = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-made = test_robust.made  # the fixture
 
 
 def python(*args, env=None, **how):

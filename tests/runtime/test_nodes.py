@@ -6,34 +6,22 @@ disk, every command says so and ends, at its start or when it is done, and nothi
 
 import json
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import commands
 import pytest
-from test_commands import ENV, ROOT, STEPS, assert_same_training, call, chain, lines
+from chain import STEPS, assert_same_training, chain
+from commands import ENV, ROOT, call, free_port, lines
 
 from stic_min import InputError
 from stic_min.runtime import files, process
 from stic_min.runtime.ranks import Ranks
-
-
-def free_port():
-    """Below those that a system hands out by itself, so that nobody is given it before the agents take it."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        with socket.socket() as attempt:
-            try:
-                attempt.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass
 
 
 def two_nodes(*command, folders=(ROOT, ROOT)):
@@ -60,7 +48,7 @@ def runs(tiny, tmp_path_factory):
     one, two = (chain("llava-v1.6-tiny", tiny, folder / name) for name in ("one", "two"))
     for command in one.values():
         call(*command)
-    ended = two_nodes(ROOT / "tests" / "method" / "test_commands.py", json.dumps(list(two.values()), default=str))
+    ended = two_nodes(commands.__file__, json.dumps(list(two.values()), default=str))
     assert [status for status, _ in ended] == [0, 0], ended
     return SimpleNamespace(one=folder / "one", two=folder / "two", pairs=one["pairs"], folder=folder)
 

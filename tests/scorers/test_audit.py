@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 from benchmark_data import write_benchmarks
+from commands import call, lines
 from judge_server import JudgeServer
-from test_commands import call, lines
 from tiny import write_json, write_scienceqa
 
 import evaluate
