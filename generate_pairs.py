@@ -91,11 +91,11 @@ def names_to_pair(args, ranks):
     if args.names:
         names = read_names(args.names)
         if again := len(names) - len(set(names)):
-            ranks.say(f"{again} of {len(names)} names in {args.names} repeat another one: one pair each is made")
+            ranks.print(f"{again} of {len(names)} names in {args.names} repeat another one: one pair each is made")
         return names
     names = list_images(args.images)
     if foreign := foreign_images(args.images):
-        ranks.say(f"{foreign} in {args.images}: left out, convert them to JPEG or PNG")
+        ranks.print(f"{foreign} in {args.images}: left out, convert them to JPEG or PNG")
     return names
 
 
@@ -107,10 +107,10 @@ def records_to_describe(args, ranks):
     left_out = {}
     records = {entry[1]: entry for entry in image_records(args.describe, left_out)[0]}
     if left_out:
-        ranks.say(say_left_out(left_out))
+        ranks.print(say_left_out(left_out))
     here = {id: e for id, e in records.items() if os.path.isfile(os.path.join(args.images, e[2]["image"]))}
     if len(here) < len(records):
-        ranks.say(f"{len(records) - len(here)} of {len(records)} records have no picture in {args.images}: left out")
+        ranks.print(f"{len(records) - len(here)} of {len(records)} records have no picture in {args.images}: left out")
     if not here:
         raise InputError(f"no picture of {args.describe} is in {args.images}")
     return here
@@ -152,9 +152,9 @@ def main():
         if args.adapter:
             lora.attach(llava, read_adapter(args.adapter, llava))
     else:
-        console.say_loading(args, ranks)
+        console.report_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-        console.say_loaded(llava, ranks)
+        console.report_loaded(llava, ranks)
     settings = {"images": Path(args.images).resolve().name, **flags.run_settings(args, llava)}
     if args.check and not args.dtype:
         del settings["dtype"]  # a GPU's default is another than this machine's
@@ -163,7 +163,7 @@ def main():
         output.start()
     todo = [key for key in keys if key not in output.done]
     what = "descriptions" if args.describe else "pairs"
-    ranks.say(f"{len(keys)} {what} to make, {len(keys) - len(todo)} of them already in {args.out}")
+    ranks.print(f"{len(keys)} {what} to make, {len(keys) - len(todo)} of them already in {args.out}")
 
     left, todo = len(todo), keys if args.check else todo[ranks.rank :: ranks.world]
     progress = console.Progress(what, len(todo), ranks)

@@ -65,7 +65,7 @@ def main():
     llava, adapter = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad=1024)
     items = each(lambda pair: pair_item(pair, llava, args.images, max_length), pairs, problems)
-    ranks.say(f"{len(items)} pairs, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    ranks.print(f"{len(items)} pairs, {sum(item.cut for item in items)} cut to {max_length} tokens")
     consistency.makers(args, args.pairs, llava.config.template, ranks)
     consistency.preferences(pairs, items, args.pairs, ranks, problems)
     check.pictures(items, ranks, problems)

@@ -46,7 +46,7 @@ def main():
     llava, adapter = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
     items = each(lambda entry: instruction_item(entry, llava, args.images, max_length), instructions, problems)
-    ranks.say(f"{summary}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    ranks.print(f"{summary}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
     consistency.stage2_adapter(args.adapter, ranks)
     if not args.plain:
         consistency.makers(args, args.descriptions, llava.config.template, ranks)

@@ -103,7 +103,7 @@ def describe_pictures(llava, shown, read, output, args, max_new_tokens):
     a question without pictures gives.
     """
     ranks, todo = output.ranks, [name for name in shown if name not in output.done]
-    ranks.say(f"{len(shown)} pictures to describe, {len(shown) - len(todo)} of them already in {output.path}")
+    ranks.print(f"{len(shown)} pictures to describe, {len(shown) - len(todo)} of them already in {output.path}")
 
     def prepare(group):
         [name] = group
@@ -143,7 +143,7 @@ def answer_questions(llava, questions, descriptions, entries, read, output, args
     ranks = output.ranks
     groups = by_picture({key: question for key, question in questions.items() if key not in output.done})
     left = sum(map(len, groups))
-    ranks.say(f"{len(questions)} questions, {len(questions) - left} of them already in {output.path}")
+    ranks.print(f"{len(questions)} questions, {len(questions) - left} of them already in {output.path}")
 
     def prepare(group):
         made, pictures, tiles = [], None, None

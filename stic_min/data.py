@@ -12,7 +12,7 @@ from stic_min import InputError
 from stic_min.batch import Example
 from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, kind, pair_sides, read_kind
 from stic_min.images import image_path, image_size, open_image
-from stic_min.runtime.files import brief, check_text, field
+from stic_min.runtime.files import brief, check_text, text_field
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
 
 
@@ -67,7 +67,7 @@ def parse_pair(where, record):
         if roles != ["user", "assistant"]:
             shown = brief(roles)
             raise InputError(f"{where}: {side} is not one user and one assistant message but {shown}; {EXPECTED}")
-        turns[side] = [field(m, "content", f"{where}: {side}, {m['role']}") for m in said]
+        turns[side] = [text_field(m, "content", f"{where}: {side}, {m['role']}") for m in said]
     if image_first(turns["chosen"][0], where) != image_first(turns["rejected"][0], where):
         raise InputError(f"{where}: chosen and rejected answer different prompts")
     stopped = lambda side: record.get(f"{side}_finish", "stop") != "length"
@@ -139,8 +139,8 @@ def parse_instruction(where, id, record):
     roles = [m.get("from") for m in messages]
     if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
         raise InputError(f"{where}: turns are {brief(roles)}, not human and gpt in turn")
-    users = [field(m, "value", f"{where}: a human turn") for m in messages[::2]]
-    answers = [field(m, "value", f"{where}: a gpt turn") for m in messages[1::2]]
+    users = [text_field(m, "value", f"{where}: a human turn") for m in messages[::2]]
+    answers = [text_field(m, "value", f"{where}: a gpt turn") for m in messages[1::2]]
     marked = [i for i, text in enumerate(users) if IMAGE_MARK in text] or [0]
     if len(marked) > 1:
         raise InputError(f"{where}: {len(marked)} <image> in the text but 1 picture")
@@ -171,7 +171,7 @@ def read_infused(instructions, descriptions, one_line=False, plain=False, proble
     taken = set()
 
     def describe(where, record):
-        image, text = image_name(record, where), field(record, "description", where)
+        image, text = image_name(record, where), text_field(record, "description", where)
         if record.get("id") is not None:
             entry = by_id.get(str(record["id"]))
             if str(record["id"]) in left_out:

@@ -123,7 +123,7 @@ def build(args, ranks, keep_reference):
     options = flags.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
     if not args.check:
-        console.say_loading(args, ranks)
+        console.report_loading(args, ranks)
     llava, source = open_llava(args.model, **options)
     given = getattr(args, "adapter", None)
     if given:
@@ -158,7 +158,7 @@ def build(args, ranks, keep_reference):
         llava.to_empty(device=ranks.device)
     if not args.check:
         fill(llava, source, ranks.device)
-        console.say_loaded(llava, ranks)
+        console.report_loaded(llava, ranks)
     # LoRA is in the model now. What came beside it is kept: untrained, it is written as it was.
     adapter.tensors = {name: value for name, value in adapter.tensors.items() if ".lora_" not in name}
     return llava, adapter
@@ -231,7 +231,7 @@ class Run:
                 stack.callback(unlock, lock(self.out / ".lock", self.out))
                 check.training_out(self.out)  # another run may have ended in it by now
             self.ranks.check_shared(self.out / ".lock", self.out, self.settings)
-            self.record, self.before = provenance.start(self.args, self.ranks), {}
+            self.record, self.before = provenance.start_record(self.args, self.ranks), {}
             self.resume()
             self.stop = stack.enter_context(process.Stop())
             self.begin = self.last = time.monotonic()
@@ -249,7 +249,7 @@ class Run:
     def until_stopped(self, step, share):
         """The micro-batches of a step; on SIGTERM or Ctrl-C, to any rank, all ranks leave before the next one."""
         for micro_batch in share:
-            [stops] = self.total(bool(self.stop.asked))
+            [stops] = self.total(bool(self.stop.signal))
             if stops:
                 self.save_checkpoint(step)
                 raise KeyboardInterrupt(f"stopped after step {step}; the same command goes on from there")
@@ -319,7 +319,7 @@ class Run:
         shown = "  ".join(f"{name} {values[name]:.4f}" for name in SHOWN if name in values)
         if now - self.shown >= 1 or step + 1 == steps:  # the file has every step; to look at, one a second will do
             self.shown = now
-            self.ranks.say(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
+            self.ranks.print(f"step {step + 1}/{steps}  {shown}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
                            f"{memory:.2f} GB  {console.clock(left)} left")
 
     # ------------------------------------------------------------ checkpoints
@@ -355,12 +355,12 @@ class Run:
     def recorded(self):
         """The settings, and the record of the run so far; every rank has to call it."""
         memory = memory_gb(self.ranks.device)
-        return self.settings | {"record": provenance.so_far(self.record, self.before, self.ranks, memory)}
+        return self.settings | {"record": provenance.current_record(self.record, self.before, self.ranks, memory)}
 
     def resume(self):
         """Continues from the newest checkpoint in `out`, if there is one. Raises InputError if it is of another run."""
         self.ranks.barrier()
-        saved = checkpoint.newest(self.out, self.settings, self.ranks.say)
+        saved = checkpoint.newest(self.out, self.settings, self.ranks.print)
         step = saved[0] if saved else 0
         if self.total(step) != [step * self.ranks.world]:
             raise InputError(f"not all ranks see the same checkpoints: {self.out} has to be one folder for all nodes")
@@ -378,11 +378,10 @@ class Run:
                     local(value).copy_(own_rows(moments[f"{kind}.{name}"], parameter))
             self.optimizer.state[parameter] = state | {"step": torch.tensor(float(self.first_step))}
         if self.ranks.first:
-            log, beside = self.out / "log.jsonl", self.out / "log.jsonl.new"
+            log = self.out / "log.jsonl"
             lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
-            beside.write_text("".join(lines[: self.first_step]), encoding="utf-8")
-            beside.replace(log)
-        self.ranks.say(f"resuming after step {self.first_step} from {checkpoint.folders(self.out)[-1]}")
+            files.write_text(log, "".join(lines[: self.first_step]))
+        self.ranks.print(f"resuming after step {self.first_step} from {checkpoint.folders(self.out)[-1]}")
 
     def finish(self):
         """Makes the last checkpoint's adapter that of the run, and removes the checkpoints."""
@@ -399,5 +398,5 @@ class Run:
                 for old in (*checkpoint.folders(self.out), self.out / checkpoint.BESIDE):
                     shutil.rmtree(old, ignore_errors=True)
                 written = sorted(file.name for file in self.out.iterdir() if file.name != ".lock")
-                self.ranks.say(f"wrote {', '.join(written)} to {self.out}")
+                self.ranks.print(f"wrote {', '.join(written)} to {self.out}")
             self.ranks.barrier()

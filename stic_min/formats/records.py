@@ -7,7 +7,7 @@ import json
 import re
 
 from stic_min import InputError
-from stic_min.runtime.files import field, read_records, read_text
+from stic_min.runtime.files import read_records, read_text, text_field
 from stic_min.text import IMAGE_MARK
 
 IMAGE_KEYS = "image", "images", "image_path"
@@ -66,7 +66,7 @@ def image_name(record, where):
         image = record.get("image_path") or image.get("path")
     if image is not None and not isinstance(image, str):
         raise InputError(f"{where}: image is not a file name")
-    return field({"image": image}, "image", where)
+    return text_field({"image": image}, "image", where)
 
 
 # ---------------------------------------------------------------- preference pairs

@@ -204,7 +204,7 @@ def test_options_of_peft(tiny, base, adapter):
         (adapter / "adapter_config.json").write_text(json.dumps(before))
     text = (adapter / "adapter_config.json").read_text()
     (adapter / "adapter_config.json").write_text(text.replace('"r": 4', '"r": 8, "r": 4'))
-    refuse("adapter_config.json: 'r' comes twice", tiny / V16, adapter=adapter)
+    refuse("adapter_config.json: 'r' appears twice", tiny / V16, adapter=adapter)
     (adapter / "adapter_config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
     adapters.read_adapter(adapter, base[V16])
 

@@ -188,7 +188,7 @@ def test_other_spellings(tmp_path):
     (tmp_path / "config.json").write_text("\ufeff" + json.dumps(V16), encoding="utf-8")
     assert read_config(tmp_path)[0] == expected
     (tmp_path / "config.json").write_text(json.dumps(V16)[:-1] + ', "rope_theta": 1.0}')
-    with pytest.raises(InputError, match="config.json: 'rope_theta' comes twice"):
+    with pytest.raises(InputError, match="config.json: 'rope_theta' appears twice"):
         read_config(tmp_path)
 
 

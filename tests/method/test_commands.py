@@ -160,7 +160,7 @@ def test_a_restart_makes_only_what_is_missing(runs, step, file, tmp_path):
     for there in (3, 8):
         assert f"{there} of them already in" in call(*command)
         assert (tmp_path / file).read_bytes() == whole and [f.name for f in tmp_path.iterdir()] == [file]
-    with pytest.raises(InputError, match=f"{file} was made with seed 0, this run has 1"):
+    with pytest.raises(InputError, match=f"{file} was written with seed 0, but this run has 1"):
         call(*command, "--seed", 1)
     assert (tmp_path / file).read_bytes() == whole
 

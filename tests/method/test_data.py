@@ -281,11 +281,11 @@ def test_output_that_one_rank_does_not_see_is_kept(tmp_path, monkeypatch):
     two = [output(path, rank, 2) for rank in range(2)]
     two[0].append({"image": "a"})
     two[1].append({"image": "b"})
-    two[1].own.rename(elsewhere)
-    with pytest.raises(InputError, match="rank 1 has finished 1 records, but 0 are in .*part1: --out has to be on a"):
+    two[1].file.rename(elsewhere)
+    with pytest.raises(InputError, match="rank 1 wrote 1 records, but .*part1 has 0: --out must be on a"):
         two[0].finish("ab")
     assert (tmp_path / "out.jsonl.part0").is_file() and not path.exists()
-    elsewhere.rename(two[1].own)
+    elsewhere.rename(two[1].file)
     assert [r["image"] for r in output(path).finish("ab")] == ["a", "b"]
 
 
@@ -304,14 +304,14 @@ def test_output_of_a_run_that_is_going_on_is_refused(tmp_path):
 def test_output_of_another_run_is_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     output(path, 1, 2).append({"image": "a"})  # in a part file
-    with pytest.raises(InputError, match="part1 was made with seed 0, this run has 1"):
+    with pytest.raises(InputError, match="part1 was written with seed 0, but this run has 1"):
         output(path, seed=1)
     assert output(path).finish("a")
-    with pytest.raises(InputError, match=f"{path} was made with model 'M', this run has 'N'"):
+    with pytest.raises(InputError, match=f"{path} was written with model 'M', but this run has 'N'"):
         output(path, model="N")
     assert names(path) == ["a"]
     path.write_text('{"id": 1}\n')
-    with pytest.raises(InputError, match=f"{path}, line 1: not a line that this command writes"):
+    with pytest.raises(InputError, match=f"{path}, line 1: not a line written by this command"):
         output(path)
 
 

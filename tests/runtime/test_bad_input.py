@@ -236,8 +236,8 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "unknown form": ("stage1", line(PAIRS, '{"image": "a.jpg", "win": "A", "lose": "B"}'), "",
                      r'line 2: not a preference pair; expected: {"image": ..., "prompt": ..., "chosen": ..., "rejecte'),
     "all equal": ("stage1", edits(PAIRS, lambda pairs: [p.update(rejected=p["chosen"]) for p in pairs]), "",
-                  r"{w}/pairs.jsonl: chosen and rejected are the same in all of its 2 pairs"),
-    "cut to equals": ("stage1", None, "--max-length 95", r"{w}/pairs.jsonl: chosen and rejected are the same in all"),
+                  r"{w}/pairs.jsonl: chosen and rejected are identical in all 2 pairs"),
+    "cut to equals": ("stage1", None, "--max-length 95", r"{w}/pairs.jsonl: chosen and rejected are identical in all"),
     "a parquet file": ("stage1", puts("x.parquet", b"PAR1\xff"), "--pairs {w}/x.parquet", r"x.parquet: .* a parquet"),
     # files given in another's place
     "pairs as instructions": ("describe", None, "--describe {w}/pairs.jsonl",
@@ -595,8 +595,8 @@ def test_a_checkpoint_every_tenth_of_a_run_the_newest_are_kept(w, capsys):
 def test_the_status_survives_torchrun(w):
     """Under torchrun `process.run` leaves by os._exit."""
     drops(PAIRS)(w)
-    with (mock.patch.object(process.dist, "is_initialized", return_value=True),
-          mock.patch.object(process.dist, "destroy_process_group"),
+    with (mock.patch.object(torch.distributed, "is_initialized", return_value=True),
+          mock.patch.object(torch.distributed, "destroy_process_group"),
           mock.patch.object(os, "_exit", side_effect=sys.exit)):
         assert outcome(w, "stage1") == 1
         assert outcome(w, "score") == 0
@@ -613,7 +613,7 @@ def test_what_is_a_bug_keeps_its_traceback():
 def test_ctrl_c_is_no_success(w, capsys):
     with mock.patch("train_stage1.read_pairs", side_effect=KeyboardInterrupt):
         assert outcome(w, "stage1") == 130
-    assert said(capsys)[1] == ["stopped; what was finished is kept"]
+    assert said(capsys)[1] == ["stopped; completed output is kept"]
 
 
 @pytest.mark.parametrize("name, damage, message", [

@@ -78,7 +78,7 @@ def test_pairs_of_two_models_in_one_file(world, capsys):
     file = edited(world, "generated.jsonl")
     change(file, lambda records: records[1].update(model="m" * 500, fingerprint="0" * 12))
     mixed, *_ = warnings(world, capsys, "stage1", "--pairs", file)
-    assert mixed.startswith("W/edited.jsonl mixes what 2 models generated: model, mmmm") and len(mixed) < 200
+    assert mixed.startswith("W/edited.jsonl mixes records from 2 models: model, mmmm") and len(mixed) < 200
 
 
 def test_descriptions_of_another_adapter(world, capsys):
@@ -103,12 +103,12 @@ def test_stage_2_without_the_adapter_of_its_descriptions(world, capsys, monkeypa
 def test_stage_2_from_an_adapter_of_stage_2(world, capsys):
     assert outcome(world, "stage2", "--out", world / "stage2") == 0
     assert warnings(world, capsys, "stage2", "--adapter", world / "stage2") == [
-        "--adapter W/stage2 is a result of stage 2; stage 2 starts from stage 1's"]
+        "--adapter W/stage2 was trained by stage 2; stage 2 should start from stage 1's"]
 
 
 @pytest.mark.parametrize("name", ["pairs", "describe", "stage1", "stage2"])
 def test_a_limit_above_what_is_there(world, capsys, name):
-    assert warnings(world, capsys, name, "--limit", 3) == ["--limit 3: there are only 2"]
+    assert warnings(world, capsys, name, "--limit", 3) == ["--limit 3: only 2 available"]
     assert warnings(world, capsys, name, "--limit", 2) == []
 
 
@@ -123,7 +123,7 @@ def test_equal_pairs_are_counted(world, capsys, tmp_path):
     assert f"  equal        1 pairs, no preference to learn from: {file}, line 1 ({A})\n" in out and not lines
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
     assert said(capsys)[1] == [
-        "warning: in 1 of 3 pairs chosen and rejected are the same: no preference to learn from"]
+        "warning: 1 of 3 pairs have identical chosen and rejected: nothing to learn"]
     # as they are trained: 98 tokens cut the third pair's difference off
     assert outcome(world, "stage1", "--pairs", file, "--check", "--max-length", 98) == 0
     assert "  equal        2 pairs, " in said(capsys)[0]
@@ -141,13 +141,13 @@ def test_repeated_pairs_are_counted(world, capsys, tmp_path):
 def test_texts_that_are_all_the_same(world, capsys, tmp_path):
     pairs, records, told = tmp_path / "pairs.jsonl", tmp_path / "records.json", tmp_path / "told.jsonl"
     write(pairs, [pair(A, "So.", f"Not {i}.") for i in range(10)])
-    assert warnings(world, capsys, "stage1", "--pairs", pairs) == ["10 of 10 chosen responses are the same text: 'So.'"]
+    assert warnings(world, capsys, "stage1", "--pairs", pairs) == ["10 of 10 chosen responses are identical: 'So.'"]
     write(pairs, [pair(A, "So." if i < 5 else f"Or {i}.", f"Not {i}.") for i in range(10)])
     assert warnings(world, capsys, "stage1", "--pairs", pairs) == []
     write(records, [instruction(str(i), A) for i in range(10)])
     write(told, [{"id": str(i), "image": A, "description": "Red."} for i in range(10)])
     flags = "--instructions", records, "--descriptions", told
-    assert warnings(world, capsys, "stage2", *flags) == ["10 of 10 descriptions are the same text: 'Red.'"]
+    assert warnings(world, capsys, "stage2", *flags) == ["10 of 10 descriptions are identical: 'Red.'"]
 
 
 def test_generation_counts_what_is_equal(world, capsys, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_generation_counts_what_is_equal(world, capsys, tmp_path, monkeypatch):
     assert outcome(world, "pairs", "--images", tmp_path, "--out", tmp_path / "out.jsonl") == 0
     out, lines = said(capsys)
     assert "in 10 of 10 pairs chosen and rejected are the same: no preference to learn from\n" in out
-    assert lines == ["warning: 10 of 10 chosen responses are the same text: '~~~~'"]
+    assert lines == ["warning: 10 of 10 chosen responses are identical: '~~~~'"]
 
 
 # ---------------------------------------------------------------- generation

@@ -72,7 +72,7 @@ LEFT_OVER = [
 @pytest.mark.parametrize("values", LEFT_OVER)
 def test_variables_that_were_left_over_are_refused(monkeypatch, values):
     launched(monkeypatch, *values)
-    with pytest.raises(InputError, match="but this was not started by torchrun: unset them, or use torchrun") as error:
+    with pytest.raises(InputError, match="was not started by torchrun: unset them, or use torchrun") as error:
         place()
     for name, value in zip(LAUNCHER, values):
         assert (f"no {name}" if value is None else f"{name}={value}") in str(error.value)
@@ -89,7 +89,7 @@ def test_no_command_takes_itself_for_one_of_many(monkeypatch, tmp_path, command)
     launched(monkeypatch, "1", None, None, None)
     monkeypatch.chdir(tmp_path)
     status, said = ended(*command.split())
-    assert status == 1 and said.startswith("error: RANK and WORLD_SIZE are set, but this was not started by torchrun")
+    assert status == 1 and said.startswith("error: RANK and WORLD_SIZE are set, but this process was not")
     assert not list(tmp_path.iterdir())
 
 
@@ -101,7 +101,7 @@ def test_which_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert gpu_index() == 3
     monkeypatch.setenv("LOCAL_RANK", "x")
-    with pytest.raises(InputError, match="LOCAL_RANK=x is not the number of a GPU"):
+    with pytest.raises(InputError, match="LOCAL_RANK=x is not the index of a GPU"):
         gpu_index()
 
 
@@ -129,7 +129,7 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
         if taken:
             other.bind(("", port))
             other.listen()
-        with pytest.raises(InputError, match=f"rank {rank} of 2 can't join the rest at 127.0.0.1:{port}: ") as error:
+        with pytest.raises(InputError, match=f"rank {rank} of 2 can't join the others at 127.0.0.1:{port}: ") as error:
             start_ranks("cpu")
     assert ("EADDRINUSE" in str(error.value)) is taken and not dist.is_initialized()
 

@@ -97,7 +97,7 @@ def test_a_run_that_hangs_is_ended(made, tmp_path):
     time.sleep(0.5)
     process.terminate()
     said = process.communicate(timeout=20)[1].splitlines()[-1]
-    assert said == "stopped at once; the same command goes on from the last checkpoint"
+    assert said == "stopped immediately; run the same command to resume from the last checkpoint"
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -152,7 +152,7 @@ def test_other_signals_are_none_of_its_business():
             os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)
     signal.signal(signal.SIGUSR1, before)
-    assert len(heard) == 3 and stop.asked is None
+    assert len(heard) == 3 and stop.signal is None
 
 
 def test_generation_ends_on_sigterm_as_on_ctrl_c(made, tiny, tmp_path):
@@ -164,7 +164,7 @@ def test_generation_ends_on_sigterm_as_on_ctrl_c(made, tiny, tmp_path):
         process.terminate()
         time.sleep(0.005)
     said = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130 and said[-1] == "stopped; what was finished is kept" and len(said) < 4
+    assert process.returncode == 130 and said[-1] == "stopped; completed output is kept" and len(said) < 4
     call(*command, tmp_path / "out.jsonl")
     call(*command, tmp_path / "whole.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -235,7 +235,7 @@ def test_two_runs_do_not_share_a_folder(made, tmp_path):
     process.send_signal(signal.SIGSTOP)
     status, said = ended(*made.command, "--batch-size", 1, "--out", tmp_path)
     process.send_signal(signal.SIGCONT)
-    assert (status, said) == (1, f"error: another run is writing to {tmp_path}; wait for it, or name another --out")
+    assert (status, said) == (1, f"error: another run is writing to {tmp_path}; wait for it, or choose another --out")
     assert process.communicate(timeout=60) and process.returncode == 0 and identical(tmp_path, made.whole)
 
 
@@ -306,7 +306,7 @@ def test_a_full_disk_while_generating(tiny, tmp_path):
     command = ["generate_pairs", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
                "--max-new-tokens", 16, "--out"]  # fmt: skip
     status, said, traces = limited([*command, tmp_path / "out.jsonl"], 5000, tmp_path)
-    assert said == f"error: can't write to {tmp_path}/out.jsonl: File too large; what is in it is kept"
+    assert said == f"error: can't write to {tmp_path}/out.jsonl: File too large; its existing content is kept"
     assert status == 1 and not traces
     assert (tmp_path / "out.jsonl").read_text().count("\n") >= 1
     call(*command, tmp_path / "out.jsonl")

@@ -129,7 +129,7 @@ def killed_writing(record):
         left[0] -= 1
         if left[0]:
             return append(self, record)
-        with open(self.own, "a", encoding="utf-8") as file:
+        with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record)[:30])
         raise Killed
 

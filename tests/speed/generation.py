@@ -45,14 +45,14 @@ def main():
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = {f"transformers, batch {b}": b for b in args.peer_batches}
     memory = {} if args.memory_of else memory_of_each(__file__, ["stic_min", *names])
     args.slots = min(args.slots, 2 * args.pictures)  # as generate_pairs.py
     device = start_device(args.device)
-    ours, theirs = build(args.size, args.image_mode, device, flags.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, device, getattr(torch, args.dtype))
     drawn = pictures(min(args.pictures, 4) if args.memory_of else args.pictures)
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
