@@ -70,7 +70,7 @@ def without_marks(text):
     return text.strip()
 
 
-def infused(description, instruction, one_line=False):
+def with_description(description, instruction, one_line=False):
     """An instruction behind the model's own description (section 4, stage 2, and DaR), without the picture's mark.
 
     A mark that the model happened to write itself would ask for a second picture, so it goes.

@@ -295,7 +295,7 @@ def batch_of(llava, case, extra=()):
 @torch.no_grad()
 def trace(llava, batch):
     """Logits (T, V) of every position, and what went through the modules on the way."""
-    seen, batch.rows = {}, torch.arange(len(batch.ids))[None]
+    seen, batch.scored = {}, torch.arange(len(batch.ids))[None]
     hooks = [
         llava.vision_tower.register_forward_hook(lambda _, args, out: seen.update(vision=out)),
         llava.mm_projector.register_forward_hook(lambda _, args, out: seen.update(projected=out)),

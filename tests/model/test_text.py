@@ -13,7 +13,7 @@ from stic_min.text import (
     IMAGE,
     TEMPLATES,
     Tokenizer,
-    infused,
+    with_description,
     with_image,
     without_marks,
 )
@@ -96,14 +96,15 @@ def test_caption_prompts_are_the_releases(shared):
         assert prompt in plain(text)
 
 
-def test_infused():
+def test_with_description():
     description, question = " A red house.\n", "What is it?\nAnswer with a word."
     three_lines = "Image description:\nA red house.\n\nWhat is it?\nAnswer with a word."
-    assert infused(description, question) == three_lines
+    assert with_description(description, question) == three_lines
     one_line = "Image description: A red house.\nWhat is it?\nAnswer with a word."
-    assert infused(description, question, one_line=True) == one_line
-    assert infused("<image>\nA red house.<image> ", question) == three_lines  # no second picture
-    assert infused("{instruction} {0}", "{description}") == "Image description:\n{instruction} {0}\n\n{description}"
+    assert with_description(description, question, one_line=True) == one_line
+    assert with_description("<image>\nA red house.<image> ", question) == three_lines  # no second picture
+    braces = with_description("{instruction} {0}", "{description}")
+    assert braces == "Image description:\n{instruction} {0}\n\n{description}"
 
 
 # ---------------------------------------------------------------- ids
@@ -185,4 +186,4 @@ def test_no_tokenizer(tmp_path):
 
 def test_no_mark_survives_its_removal():
     assert without_marks(" <im<image>age>What <image>is it? ") == "What is it?"
-    assert infused("A <im<image>age> boat", "Why?") == "Image description:\nA  boat\n\nWhy?"
+    assert with_description("A <im<image>age> boat", "Why?") == "Image description:\nA  boat\n\nWhy?"
