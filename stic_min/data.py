@@ -10,8 +10,9 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.batch import Example
+from stic_min.formats.image_folder import image_path
 from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, kind, pair_sides, read_kind
-from stic_min.images import image_path, image_size, open_image
+from stic_min.images import image_size, open_image
 from stic_min.runtime.files import brief, check_text, field
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, with_description, with_image, without_marks
 

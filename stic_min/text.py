@@ -77,7 +77,7 @@ def without_marks(text: str) -> str:
 def with_description(description: str, instruction: str, one_line: bool = False) -> str:
     """An instruction prefixed with the model's own description (section 4: stage 2 and DaR); no <image> yet.
 
-    <image> is removed from the description: a mark that the model wrote by chance would ask for another image.
+    <image> is removed from the description: a mark that the model wrote by chance would ask for an image.
     """
     form = INFUSED_ONE_LINE if one_line else INFUSED
     return form.format(description=without_marks(description), instruction=instruction)
@@ -149,7 +149,7 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def encode_bare(self, text: str) -> list[int]:
-        """The same without the leading space: encoded after a newline, which no piece spans, and cut there."""
+        """The same without the leading space: encoded after a newline, which no piece spans."""
         return self.pieces.encode("\n" + text)[len(self.newline) :]
 
     def encode_prompt(self, prompt: str, first: bool = True) -> list[int]:

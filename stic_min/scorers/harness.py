@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.images import image_path, open_image
+from stic_min.formats.image_folder import image_path
+from stic_min.images import open_image
 from stic_min.runtime import console
 from stic_min.runtime.files import check_text
 from stic_min.runtime.ranks import Ranks
