@@ -19,8 +19,9 @@ from pathlib import Path
 from stic_min import InputError, check, lora, sampler
 from stic_min.data import each, image_records, parse_instruction, say_left_out
 from stic_min.formats.adapters import read_adapter
+from stic_min.formats.image_folder import check_folder, foreign_images, image_path, list_images
 from stic_min.formats.records import read_names
-from stic_min.images import check_folder, corrupt, foreign_images, image_path, list_images, open_image
+from stic_min.images import corrupt, open_image
 from stic_min.loader import load_llava, open_llava
 from stic_min.runtime import consistency, console, flags, process
 from stic_min.runtime.files import brief

@@ -15,7 +15,7 @@ import torch
 from stic_min import InputError, check, lora, training
 from stic_min.batch import collate
 from stic_min.data import each, load_tiles, pair_item, read_pairs
-from stic_min.images import check_folder
+from stic_min.formats.image_folder import check_folder
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.ranks import start_ranks

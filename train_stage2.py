@@ -14,7 +14,7 @@ import argparse
 
 from stic_min import check, training
 from stic_min.data import each, instruction_item, read_infused
-from stic_min.images import check_folder
+from stic_min.formats.image_folder import check_folder
 from stic_min.loss import sft_loss
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.ranks import start_ranks

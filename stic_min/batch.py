@@ -41,7 +41,7 @@ class Batch:
     positions: torch.Tensor  # (T,) int64, branches all start at the end of their trunk
     attend: Packed
     tiles: list  # the pictures (images.Tiles) in order
-    rows: torch.Tensor  # (G, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
+    scored: torch.Tensor  # (G, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
     # behind that of the token before it, whose logits predict its first
     labels: torch.Tensor  # (G, R) int64, the ids at those indices; -100 at the tokens before, and where a row is padded
     patches: torch.Tensor | None = None  # (N, S, Cv) of all tiles, once CLIP has seen them: theta_0 sees the same

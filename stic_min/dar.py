@@ -7,7 +7,7 @@ description in front. Direct answering is the second call alone. `args` has the 
 from stic_min import InputError, sampler
 from stic_min.runtime import console
 from stic_min.runtime.work import prefetch, row_seed
-from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, infused, with_image
+from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, with_description, with_image
 
 
 def length(llava, text, pictures):
@@ -35,7 +35,7 @@ def fit(llava, description, text, pictures, args):
     Decoding and encoding again may change the count, so it is cut until it fits.
     """
     ids, whole = llava.tokenizer.encode(description), description
-    while (over := excess(llava, infused(description, text), pictures, args)) > 0 and ids:
+    while (over := excess(llava, with_description(description, text), pictures, args)) > 0 and ids:
         ids = ids[:-over]
         description = llava.tokenizer.decode(ids)
     if description != whole:
@@ -48,7 +48,7 @@ def user_text(llava, text, description, pictures, args):
     """What the second call asks: the text, behind its pictures' marks and the description if there is one."""
     if description is not None:
         description = fit(llava, description, text, pictures, args)
-    return with_image(text if description is None else infused(description, text), len(pictures))
+    return with_image(text if description is None else with_description(description, text), len(pictures))
 
 
 def say(llava, user, pictures, args, *name):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.batch import Example
+from stic_min.formats.image_folder import image_path
 from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, kind, pair_sides, read_kind
-from stic_min.images import image_path, image_size, open_image
+from stic_min.images import image_size, open_image
 from stic_min.runtime.files import brief, check_text, text_field
-from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, infused, with_image, without_marks
+from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, with_description, with_image, without_marks
 
 
 def each(make, entries, problems=None):
@@ -151,7 +152,7 @@ def parse_instruction(where, id, record):
 def infuse(instruction, description, one_line=False):
     """Section 4, stage 2: the model's own description in front of the first instruction, behind the picture."""
     (user, answer), *later = instruction.turns
-    text = infused(description, user.removeprefix(f"{IMAGE_MARK}\n"), one_line)
+    text = with_description(description, user.removeprefix(f"{IMAGE_MARK}\n"), one_line)
     user = with_image(text) if user.startswith(IMAGE_MARK) else text
     return Instruction(instruction.where, instruction.id, instruction.image, [(user, answer), *later], description)
 

@@ -95,33 +95,33 @@ class LLaVA(nn.Module):
         self.reference_projector = None  # theta_0's, where stage 1 trains the projector
 
     @torch.no_grad()  # the tower is never trained
-    def see(self, tiles):
+    def patch_features(self, tiles):
         """list of Tiles -> CLIP's patch features of them all (N, S, Cv)."""
         weight = self.lm_head.weight
         return self.vision_tower(torch.cat([t.pixels for t in tiles]).to(weight.device, weight.dtype))
 
     def encode_images(self, tiles, patches=None, reference=False):
-        """list of Tiles (and what `see` says of them) -> their positions in the sequence, one behind the other (n, C).
+        """Tiles (and optionally their CLIP features) -> image embeddings, concatenated in sequence order (n, C).
 
         `reference` takes theta_0's projector.
         """
         projector = self.reference_projector if reference and self.reference_projector else self.mm_projector
-        patches = self.see(tiles) if patches is None else patches
+        patches = self.patch_features(tiles) if patches is None else patches
         features = projector(patches).split([len(t.pixels) for t in tiles])  # (N_i, S, C) each
         return torch.cat([arrange(f, t, self.image_newline) for f, t in zip(features, tiles)])
 
     def hidden_states(self, batch, attend=None, reference=False):
-        """Batch -> the decoder's last hidden states (G, R, C) at `batch.rows`; as `forward`."""
+        """Batch -> the decoder's last hidden states (G, R, C) at `batch.scored`; as `forward`."""
         x = self.model.embed_tokens(batch.ids.clamp_min(0))  # (T, C)
         if batch.tiles:
-            batch.patches = self.see(batch.tiles) if batch.patches is None else batch.patches
+            batch.patches = self.patch_features(batch.tiles) if batch.patches is None else batch.patches
             features = self.encode_images(batch.tiles, batch.patches, reference).to(x.dtype)
             x = x.masked_scatter((batch.ids == IMAGE)[:, None], features)
         x = self.model(x, batch.positions, attend or batch.attend)
-        return x[batch.rows]
+        return x[batch.scored]
 
     def forward(self, batch, reference=False):
-        """Batch -> logits (G, R, V) float32 at `batch.rows`. `reference` takes theta_0's projector."""
+        """Batch -> logits (G, R, V) float32 at `batch.scored`. `reference` takes theta_0's projector."""
         return self.lm_head(self.hidden_states(batch, reference=reference)).float()
 
     # ------------------------------------------------------------ one prompt at a time, strings in
@@ -140,16 +140,19 @@ class LLaVA(nn.Module):
         pictures = sum(self.config.image_tokens(image.size) for image in images)
         return len(self.tokenizer.encode_prompt(prompt)) - len(images) + pictures
 
-    def prompt_ids(self, prompt, images, more=0):
-        """Ids of a prompt. Raises InputError if <image> marks and `images` disagree, or it is too long with `more`."""
+    def prompt_ids(self, prompt, images, extra_tokens=0):
+        """Ids of a prompt.
+
+        Raises InputError if <image> marks and `images` disagree, or if it is too long with `extra_tokens` more.
+        """
         check_images(images)
         ids, name = self.tokenizer.encode_prompt(prompt), f"prompt {prompt[:60]!r}"
         Example(name, [(ids, False)], []).check(len(images))
-        if (length := self.prompt_length(prompt, images) + more) > self.config.max_length:
+        if (length := self.prompt_length(prompt, images) + extra_tokens) > self.config.max_length:
             raise InputError(f"{name}: {length} tokens, more than the model's limit of {self.config.max_length}")
         return ids
 
-    def lay_out(self, ids, branches, tiles):
+    def single_batch(self, ids, branches, tiles):
         """Batch of one prompt and what may follow it, of its pictures' Tiles."""
         return collate([Example("prompt", [(ids, False)], branches)], [tiles], self.config, self.device)
 
@@ -157,7 +160,7 @@ class LLaVA(nn.Module):
         """Batch of one sequence of strings and pictures. Raises InputError as `prompt_ids`, the response included."""
         branches = [] if response is None else [self.tokenizer.encode_response(response)]
         ids = self.prompt_ids(prompt, images, sum(map(len, branches)))
-        return self.lay_out(ids, branches, [self.tiles(image) for image in images])
+        return self.single_batch(ids, branches, [self.tiles(image) for image in images])
 
     @torch.no_grad()
     def logits(self, prompt, images):
@@ -167,7 +170,7 @@ class LLaVA(nn.Module):
         InputError as `batch` does.
         """
         batch = self.batch(prompt, images)
-        batch.rows = torch.arange(len(batch.ids), device=self.device)[None]
+        batch.scored = torch.arange(len(batch.ids), device=self.device)[None]
         return self(batch)[0]
 
     @torch.no_grad()

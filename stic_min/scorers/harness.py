@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.images import image_path, open_image
+from stic_min.formats.image_folder import image_path
+from stic_min.images import open_image
 from stic_min.runtime import console
 from stic_min.runtime.files import check_text, write_text
 from stic_min.runtime.work import subset
 from stic_min.scorers import audit, chartqa, llavabench, mathvista, mmbench, mmvet, published, scienceqa, textvqa
 from stic_min.scorers.common import read_json
 from stic_min.scorers.judge import Judge, JudgeError
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 from stic_min.toy import captions as toy_captions
 from stic_min.toy import vqa as toy_vqa
 
@@ -227,7 +228,7 @@ def save(stem, settings, limit, benchmark, questions, scores, described):
         return
     first, descriptions = questions[0], {image: record["description"] for image, record in (described or {}).items()}
     description = description_of(first, descriptions)
-    text = first["text"] if description is None else infused(description, first["text"])
+    text = first["text"] if description is None else with_description(description, first["text"])
     prompt = TEMPLATES[settings["template"]].prompt(with_image(text) if first["image"] is not None else text)
     if settings["mode"] != "direct" and first["image"] is not None and description is None:
         prompt = "(its description is not at hand)"

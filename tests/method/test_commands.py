@@ -33,7 +33,7 @@ from stic_min.images import corrupt, open_image
 from stic_min.loader import load_llava, open_llava
 from stic_min.loss import token_logps
 from stic_min.runtime.work import row_seed, subset
-from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, infused, with_image
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_description, with_image
 
 only = lambda model: pytest.mark.parametrize("runs", [model], indirect=True)
 
@@ -469,7 +469,7 @@ def test_ask(runs):
     ask = "Detail the composition and subjects within the frame."
     prompt, pictures = TEMPLATES[llava.config.template].prompt, [[open_image(folder / "scene_01.jpg")]]
     [description] = llava.generate([prompt(with_image(ask))], pictures, max_new_tokens=12)
-    text = with_image(infused(description, question))
+    text = with_image(with_description(description, question))
     [answer] = llava.generate([prompt(text)], pictures, max_new_tokens=12)
     said = call(*command, "--image", folder / "scene_01.jpg", "--dar")
     assert said == f"Description: {description}\n\n{answer}\n"
@@ -489,7 +489,7 @@ def test_an_answer_of_scienceqa_can_be_repeated(runs):
             text = record["prompt"].removeprefix("<image>\n")
             pictures = [open_image(p) for p in (runs.tiny / "scienceqa/images/test" / record["question_id"]).glob("*")]
             described = descriptions.get(record["question_id"])
-            text = infused(described, text) if described is not None else text
+            text = with_description(described, text) if described is not None else text
             prompt = TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures)))
             assert llava.generate([prompt], [pictures], max_new_tokens=16) == [record["text"]]
             seen += 1

@@ -132,9 +132,9 @@ def layout(item, llava):
     batch = collate([item.example], [data.load_tiles(item, llava)], llava.config)
     scored = batch.labels != -100
     assert (len(batch.ids), scored.sum()) == (item.length, item.scored)
-    assert (batch.labels == batch.ids[batch.rows])[scored].all() and not scored[:, 0].any()
+    assert (batch.labels == batch.ids[batch.scored])[scored].all() and not scored[:, 0].any()
     segments, before = [], []  # a label of -100 stands before each segment, and where a row is padded
-    for row, labels in zip(batch.rows.tolist(), batch.labels.tolist()):
+    for row, labels in zip(batch.scored.tolist(), batch.labels.tolist()):
         for place, label, following in zip(row, labels, [*labels[1:], -100]):
             if label == -100 and following != -100:
                 before.append(place)

@@ -92,7 +92,7 @@ def pack(llava, parts):
 
 
 def one_by_one(parts):
-    """For each row of `Batch.rows`, its scored segments, each as the only branch of its prompt."""
+    """For each row of `Batch.scored`, its scored segments, each as the only branch of its prompt."""
     for trunk, branches, pictures in parts:
         before = lambda i: [(sum((ids for ids, _ in trunk[:i]), []), False)]  # noqa: B023
         if row := [(before(i), [ids], pictures) for i, (ids, scored) in enumerate(trunk) if scored]:
@@ -115,7 +115,7 @@ def test_packed_logits_equal_plain_sequences(llava, pictures):
             plain = pack(llava, [([(trunk[0][0] + branch, False)], [], shown)])
             total, begin = len(plain.ids), end
             end += 1 + len(branch)
-            plain.rows = torch.arange(total - len(branch) - 1, total)[None]
+            plain.scored = torch.arange(total - len(branch) - 1, total)[None]
             close(row[begin:end], llava(plain)[0])
             expected += [-100, *branch]
         assert labels.tolist() == expected + [-100] * (longest - end)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from stic_min import InputError, lora
 from stic_min.batch import Example, collate
 from stic_min.formats import adapters
-from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalise, open_image, unpadded
+from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalize, open_image, unpadded
 from stic_min.loader import load_llava
 from stic_min.loss import IGNORE, dpo_loss, sft_loss, stic_loss, token_logps
 from stic_min.sampler import filtered_probs, sample
@@ -123,7 +123,7 @@ def test_pixels(case, mode):
     close(pixels[..., ::stride, ::stride], stored[mode], PIXELS)
     for name, tile in (("anyres_u8_tile0", 0), ("anyres_u8_lasttile", -1), ("pad_u8", 0)):
         if name.startswith(mode) and name in stored:
-            close(tiles.pixels[tile], normalise(stored[name].permute(1, 2, 0)), PIXELS)
+            close(tiles.pixels[tile], normalize(stored[name].permute(1, 2, 0)), PIXELS)
     if mode == "anyres":
         assert list(best_resolution(image.size, PINPOINTS)) == expected["best_resolution_wh"]
         assert list(tiles.grid) == expected["tile_grid_wh"]
@@ -295,7 +295,7 @@ def batch_of(llava, case, extra=()):
 @torch.no_grad()
 def trace(llava, batch):
     """Logits (T, V) of every position, and what went through the modules on the way."""
-    seen, batch.rows = {}, torch.arange(len(batch.ids))[None]
+    seen, batch.scored = {}, torch.arange(len(batch.ids))[None]
     hooks = [
         llava.vision_tower.register_forward_hook(lambda _, args, out: seen.update(vision=out)),
         llava.mm_projector.register_forward_hook(lambda _, args, out: seen.update(projected=out)),

@@ -183,12 +183,12 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
                          r"{w}/stage1/adapter_config.json: init_lora_weights 'pissa' has changed the base"),
     "another rank": ("stage2", None, "--lora-r 8", r"--lora-r 8: {w}/stage1 has 2"),
     # pictures
-    "empty folder": ("pairs", each(Path.unlink), "", r"no pictures .*in {w}/images"),
+    "empty folder": ("pairs", each(Path.unlink), "", r"no images .*in {w}/images"),
     "a file as images": ("pairs", None, f"--images {{w}}/images/{A}", r"--images {w}/images/\S+ is a file"),
     "a file for training": ("stage2", None, f"--images {{w}}/images/{A}", r"--images {w}/images/\S+ is a file"),
     "subfolders": ("pairs", lambda w: [shutil.move(w / "images", w / "train"), (w / "images").mkdir(),
                                        shutil.move(w / "train", w / "images")], "",
-                   r"no images directly in {w}/images, but 2 in its subfolders such as train/: pass one of them"),
+                   r"no images directly in {w}/images, but 2 in its subfolders such as train/: pass one of these"),
     "of a phone": ("pairs", each(lambda path: path.rename(path.with_suffix(".HEIC"))), "",
                    r"no images in {w}/images but 2 \.heic files: convert them"),
     "float pixels": ("stage1", lambda w: Image.new("F", (9, 9)).save(w / "images" / B, "TIFF"), "",
@@ -205,7 +205,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "a linked folder": ("stage1", lambda w: [link("images/sub", "elsewhere")(w), first(PAIRS, image="sub/x.jpg")(w)],
                         "", r"'sub/x.jpg' is a link that leads outside .*{w}/images"),
     "a bomb": ("stage1", lambda w: Image.new("1", (10000, 10000)).save(w / "images" / B), "",
-               rf"can't read image {{w}}/images/{B}: 10000x10000 are too many pixels"),
+               rf"can't read image {{w}}/images/{B}: 10000x10000 is too many pixels"),
     "no picture to ask": ("ask", None, "--image {w}/none.png", r"can't read image {w}/none.png"),
     # pairs
     "no file": ("stage1", None, "--pairs {w}/none.jsonl", r"can't read {w}/none.jsonl: No such file"),

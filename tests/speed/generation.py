@@ -101,8 +101,8 @@ def main():
 
     with torch.no_grad():
         tiles = tiles_of(drawn[0])
-        batch = ours.lay_out([1, 2, IMAGE, *texts[0]], [], [tiles])
-        batch.rows = torch.arange(len(batch.ids), device=device)[None]
+        batch = ours.single_batch([1, 2, IMAGE, *texts[0]], [], [tiles])
+        batch.scored = torch.arange(len(batch.ids), device=device)[None]
         mine, other = ours(batch)[0], theirs(**peer_inputs([(tiles, texts[0])])).logits[0].float()
         rms, apart = lambda x: x.square().mean().sqrt(), mine - other
         print(f"logits of one prompt: root mean square {rms(other):.3f}, largest {other.abs().max():.2f}; "
