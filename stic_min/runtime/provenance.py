@@ -18,7 +18,7 @@ PACKAGES = "torch", "torchvision", "safetensors", "sentencepiece", "pillow", "nu
 def commit():
     """The git commit of this code, with "-dirty" if files have changed since; None if it is not in a
     repository."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # git would report the commit of a repository around it
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
