@@ -135,7 +135,7 @@ def build(args, ranks, keep_reference):
         adapter.dropout = args.lora_dropout
     else:
         r = args.lora_r or 128
-        adapter = lora.fresh(llava, r, args.lora_alpha or 2 * r, args.lora_dropout, args.seed)
+        adapter = lora.new_adapter(llava, r, args.lora_alpha or 2 * r, args.lora_dropout, args.seed)
     adapter.base = llava.base
     lora.attach(llava, adapter)
     projector = {name: value for name, value in source.items() if name.startswith("mm_projector.")}  # theta_0's
