@@ -11,7 +11,7 @@ from pathlib import Path
 from stic_min import InputError
 from stic_min.batch import Example
 from stic_min.formats.image_folder import image_path
-from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, kind, pair_sides, read_kind
+from stic_min.formats.records import EXPECTED, IMAGE_KEYS, image_name, pair_sides, read_kind, record_kind
 from stic_min.images import image_size, open_image
 from stic_min.runtime.files import brief, check_text, text_field
 from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, with_description, with_image, without_marks
@@ -58,7 +58,7 @@ def image_first(text, where):
 
 def parse_pair(where, record):
     """A record in one of the forms of `pair_sides` -> Pair. Raises InputError naming it."""
-    if kind(record) != "pairs":
+    if record_kind(record) != "pairs":
         raise InputError(f"{where}: not a preference pair; {EXPECTED}")
     image = image_name(record, where)
     where = f"{where} ({brief(image)})"

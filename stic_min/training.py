@@ -27,7 +27,7 @@ from stic_min.batch import collate
 from stic_min.data import global_batches, load_tiles
 from stic_min.formats.adapters import PROJECTOR_FILE, read_adapter
 from stic_min.llava import Projector
-from stic_min.loader import fill, open_llava, own_rows
+from stic_min.loader import load_weights, open_llava, own_rows
 from stic_min.runtime import console, files, flags, process, provenance
 from stic_min.runtime.files import append_line
 from stic_min.runtime.output import lock, unlock
@@ -157,7 +157,7 @@ def build(args, ranks, keep_reference):
         fully_shard(llava, mesh=mesh)
         llava.to_empty(device=ranks.device)
     if not args.check:
-        fill(llava, source, ranks.device)
+        load_weights(llava, source, ranks.device)
         console.report_loaded(llava, ranks)
     # LoRA is in the model now. What came beside it is kept: untrained, it is written as it was.
     adapter.tensors = {name: value for name, value in adapter.tensors.items() if ".lora_" not in name}
