@@ -34,7 +34,7 @@ def llava(tiny, request):
 def trainable(tiny):
     """v1.6 with a LoRA that does something, and gradients on it, the embeddings and the projector."""
     llava, generator = load_llava(tiny / V16), torch.Generator().manual_seed(1)
-    adapter = lora.fresh(llava, 4, 8, 0.0, seed=0)
+    adapter = lora.new_adapter(llava, 4, 8, 0.0, seed=0)
     lora.attach(llava, adapter)
     for name in adapter.tensors:
         llava.get_parameter(name).data.normal_(std=0.1, generator=generator)
