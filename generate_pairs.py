@@ -28,7 +28,7 @@ from stic_min.runtime.files import brief
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import prefetch, row_seed, subset
-from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, with_image
 
 
 def plan_pair(name, seed):
@@ -168,7 +168,7 @@ def main():
 
     left, todo = len(todo), keys if args.check else todo[ranks.rank :: ranks.world]
     progress = console.Progress(what, len(todo), ranks)
-    template, under_way = TEMPLATES[llava.config.template], {}  # {key: its samples so far, the function for its record}
+    under_way = {}  # {key: its samples so far, the function for its record}
 
     def prepare(key):
         """In a worker thread: (key, the function for its record, its requests), or what is wrong in their place."""
@@ -179,14 +179,14 @@ def main():
                 if args.describe
                 else pair_rows(key, picture, args.seed)
             )
-            lengths = [llava.prompt_length(template.prompt(with_image(p)), [v]) for p, v, _ in rows]
+            lengths = [llava.prompt_length(llava.chat_prompt(p), [v]) for p, v, _ in rows]
             if max(lengths) > llava.config.max_length:
                 limit = llava.config.max_length
                 raise InputError(f"{brief(key)}: a prompt of {max(lengths)} tokens, the model's limit is {limit}")
         except InputError as error:
             return key, None, error
         tiles = {id(v): llava.tiles(v) for _, v, _ in rows}
-        ids = [llava.tokenizer.encode_prompt(template.prompt(with_image(p))) for p, _, _ in rows]
+        ids = [llava.tokenizer.encode_prompt(llava.chat_prompt(p)) for p, _, _ in rows]
         requests = [sampler.Request((key, i), ids[i], [tiles[id(v)]], seed) for i, (_, v, seed) in enumerate(rows)]
         return key, record, requests
 

@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from stic_min import InputError, check, lora, training
+from stic_min import InputError, check, training
 from stic_min.batch import collate
 from stic_min.data import each, load_tiles, pair_item, read_pairs
 from stic_min.formats.image_folder import check_folder
@@ -22,17 +22,16 @@ from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import subset
 
 
-def pair_logps(llava, batch, reference=False):
+def pair_logps(llava, batch):
     """log p(y_w | v, x) and log p(y_l | v, x), each (B,). A pair's rows in the batch are chosen, rejected."""
-    logits = llava(batch, reference=reference)  # (2 B, R, V)
+    logits = llava(batch)  # (2 B, R, V)
     return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
 
 
-@torch.no_grad()
 def reference_logps(llava, batch):
     """The same under theta_0: LoRA off, and the projector as it was."""
-    with lora.disabled(llava):
-        return pair_logps(llava, batch, reference=True)
+    with torch.no_grad(), llava.as_reference():
+        return pair_logps(llava, batch)
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ description in front. Direct answering is the second call alone. `args` has the 
 from stic_min import InputError, sampler
 from stic_min.runtime import console
 from stic_min.runtime.work import prefetch, row_seed
-from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, with_description, with_image
+from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, with_description, with_image
 
 
 def length(llava, text, pictures):
     """Tokens of a user text with its pictures."""
-    return llava.prompt_length(TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures))), pictures)
+    return llava.prompt_length(llava.chat_prompt(text, len(pictures)), pictures)
 
 
 def excess(llava, text, pictures, args):
@@ -53,7 +53,7 @@ def user_text(llava, text, description, pictures, args):
 
 def say(llava, user, pictures, args, *name):
     """The answer to one user text with its pictures' marks; the seed goes by `name`."""
-    prompt, seed = TEMPLATES[llava.config.template].prompt(user), row_seed(args.seed, *name)
+    prompt, seed = llava.chat_prompt(user, images=0), row_seed(args.seed, *name)
     how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
     [sample] = sampler.sample(llava, [prompt], [pictures], [seed], **how)
     return llava.tokenizer.decode(sample.ids)
@@ -83,7 +83,7 @@ def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
 
 
 def request(llava, key, user, tiles, seed):
-    prompt = TEMPLATES[llava.config.template].prompt(user)
+    prompt = llava.chat_prompt(user, images=0)
     return sampler.Request(key, llava.tokenizer.encode_prompt(prompt), tiles, seed)
 
 

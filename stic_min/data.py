@@ -220,7 +220,7 @@ def cut_to(ids, room):
 def pair_item(pair, llava, folder, max_length):
     """Pair -> Item: the prompt as trunk, [chosen, rejected] as branches, each cut to `max_length` merged tokens."""
     tokenizer, path = llava.tokenizer, image_path(folder, pair.image)
-    prompt = tokenizer.encode_prompt(TEMPLATES[llava.config.template].prompt(pair.prompt))
+    prompt = tokenizer.encode_prompt(llava.chat_prompt(pair.prompt, images=0))
     length = len(prompt) - 1 + llava.config.image_tokens(image_size(path))
     if length >= max_length:
         raise InputError(f"{pair.where}: the prompt takes {length} tokens, no room for a response in {max_length}")
