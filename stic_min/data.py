@@ -184,7 +184,7 @@ def pair_sample(pair: Pair, llava, folder: str | Path, max_length: int) -> Train
     """The prompt as trunk, [chosen, rejected] as branches, each cut so that prompt and branch fit `max_length`."""
     tokenizer = llava.tokenizer
     path = image_path(folder, pair.image)
-    prompt = tokenizer.encode_prompt(TEMPLATES[llava.config.template].prompt(pair.prompt))
+    prompt = tokenizer.encode_prompt(llava.chat_prompt(pair.prompt, images=0))  # it has its <image> already
     length = len(prompt) - 1 + llava.config.image_tokens(image_size(path))
     room = max_length - length
     if room <= 0:

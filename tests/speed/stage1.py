@@ -49,7 +49,7 @@ def ours_step(args, llava):
 
     def step():
         batch = ours_batch(args, llava.config, llava.device)
-        with torch.no_grad(), lora.disabled(llava):
+        with torch.no_grad(), llava.as_reference():
             reference = logps(batch)
         loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).mean()
         loss.backward()
