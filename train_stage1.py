@@ -1,11 +1,12 @@
-"""Stage 1 of STIC (Algorithm 1, second half): preference pairs -> theta_1, by DPO + alpha * NLL (Eq. 4.1) with LoRA.
+"""Stage 1 of STIC (Algorithm 1, second half): preference pairs -> theta_1, by DPO + alpha * NLL (Eq. 4.1)
+with LoRA.
 
   python train_stage1.py --model M --pairs pairs.jsonl --images DIR --out runs/stage1
   torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same weights
-with LoRA off and the projector as it was. To resume a run that was stopped, run the same command again.
-"""
+Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
+weights with LoRA off and the projector as it was. To resume a run that was stopped, run the same command
+again. """
 
 import argparse
 import math
@@ -24,7 +25,8 @@ from stic_min.runtime.ranks import start_ranks
 
 
 def pair_logps(llava, batch):
-    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). Each pair has two rows in the batch: chosen, rejected."""
+    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). Each pair has two rows in the batch: chosen,
+    rejected."""
     logits = llava(batch)  # (2 B, R, V)
     return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
 
@@ -67,7 +69,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
-    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a report.
+    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
+    # report.
     llava, adapter, weights = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad=1024)
     problems = check.Problems(args.check)

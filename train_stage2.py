@@ -1,14 +1,14 @@
-"""Stage 2 of STIC (Algorithm 2, second half): instructions, each after the model's own description -> theta_hat.
+"""Stage 2 of STIC (Algorithm 2, second half): instructions, each after the model's own description ->
+theta_hat.
 
   python train_stage2.py --model M --adapter runs/stage1 --instructions instructions.json \\
       --descriptions descriptions.jsonl --images DIR --out runs/stage2
   torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base model
-without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a control that
-skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a run that was
-stopped, run the same command again.
-"""
+Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base
+model without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a
+control that skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a
+run that was stopped, run the same command again. """
 
 import argparse
 
@@ -46,7 +46,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
-    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a report.
+    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
+    # report.
     llava, adapter, weights = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
     problems = check.Problems(args.check)

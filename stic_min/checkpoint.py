@@ -1,10 +1,10 @@
 """Checkpoints of a training run, so that it can be killed at any moment and resumed with the same result.
 
-checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json: the
-step, the settings that determine the result, and a record of the run so far (runtime/provenance.py). Learning rate,
-data order and dropout follow from step and settings, so nothing else is needed. A checkpoint is written to a temporary
-folder and renamed, so it is complete or not there. Its tensors are whole, and any number of ranks can read them.
-"""
+checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json:
+the step, the settings that determine the result, and a record of the run so far (runtime/provenance.py).
+Learning rate, data order and dropout follow from step and settings, so nothing else is needed. A checkpoint
+is written to a temporary folder and renamed, so it is complete or not there. Its tensors are whole, and any
+number of ranks can read them. """
 
 import errno
 import hashlib
@@ -31,8 +31,8 @@ NAME, OPTIMIZER, TEMPORARY = "checkpoint-", "optimizer.safetensors", "checkpoint
 def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     """What determines a run's result: written to run.json, and compared when the run is resumed.
 
-    Files and folders count by their contents, not by their paths. `stage_settings` are the stage's own flags and files.
-    """
+    Files and folders count by their contents, not by their paths. `stage_settings` are the stage's own flags
+    and files. """
     names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
     values = {name: getattr(args, name) for name in names} | stage_settings
     values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
@@ -58,7 +58,8 @@ def folders(out):
 
 
 def save(out, step, adapter, moments, settings, keep):
-    """Writes checkpoint-`step`, then removes all but the newest `keep`. If the disk is full, the older ones survive."""
+    """Writes checkpoint-`step`, then removes all but the newest `keep`. If the disk is full, the older ones
+    survive."""
     temporary = out / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -91,7 +92,8 @@ def sync(path):
 
 
 def compare(folder, settings):
-    """A checkpoint's step, and which of DRAWS have changed since. Any other difference in settings is an error."""
+    """A checkpoint's step, and which of DRAWS have changed since. Any other difference in settings is an
+    error."""
     saved = read_json(folder / "run.json")
     names = [*settings, *(name for name in saved if name not in settings and name not in ("step", "record"))]
     different = [name for name in names if saved.get(name) != settings.get(name)]
@@ -112,7 +114,8 @@ def read_record(folder):
 
 
 def newest(out, settings, report):
-    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None without a checkpoint.
+    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None without a
+    checkpoint.
 
     Raises InputError if it is damaged or belongs to a run with other settings.
     """
@@ -170,8 +173,8 @@ class Checkpoints:
         }
 
     def save(self, step, memory):
-        """Saves the state after `step` steps, unless that is saved already. All ranks wait until it is written: one
-        that exited earlier would take the others down."""
+        """Saves the state after `step` steps, unless that is saved already. All ranks wait until it is
+        written: one that exited earlier would take the others down."""
         if step == self.saved_step:
             return
         run_json = self.run_json(memory)

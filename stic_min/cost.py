@@ -1,19 +1,21 @@
-"""What a run will cost, estimated for --check: floating-point operations, memory, and time on a typical GPU."""
+"""What a run will cost, estimated for --check: floating-point operations, memory, and time on a typical
+GPU."""
 
 from stic_min import lora
 from stic_min.runtime import console
 
-# Assumptions of the estimates: 40% of an H100's or H200's peak arithmetic, two thirds of an H200's memory bandwidth,
-# and the typical length of LLaVA's descriptions in tokens.
+# Assumptions of the estimates: 40% of an H100's or H200's peak arithmetic, two thirds of an H200's memory
+# bandwidth, and the typical length of LLaVA's descriptions in tokens.
 GPU_FLOPS, GPU_BANDWIDTH, ANSWER = 400e12, 3.2e12, 250
 
 
 def decoder_flops(config, spans, scored, r, reference):
-    """Floating-point operations that a training step can't do without, in the decoder; nothing is counted twice.
+    """Floating-point operations that a training step can't do without, in the decoder; nothing is counted
+    twice.
 
-    spans: [(tokens, tokens of the prefix they attend to)]; scored: tokens with logits; r: the LoRA rank. Forward and
-    backward of theta, whose base weights need no gradient; with `reference`, also a forward of theta_0.
-    """
+    spans: [(tokens, tokens of the prefix they attend to)]; scored: tokens with logits; r: the LoRA rank.
+    Forward and backward of theta, whose base weights need no gradient; with `reference`, also a forward of
+    theta_0. """
     C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim
@@ -31,7 +33,8 @@ def decoder_flops(config, spans, scored, r, reference):
 
 
 def activation_bytes(config, r, size):
-    """Bytes per token that all layers keep for the backward pass; measured on a block of true size (RUNNING.md)."""
+    """Bytes per token that all layers keep for the backward pass; measured on a block of true size
+    (RUNNING.md)."""
     C, F, kv_width = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     return size * config.num_hidden_layers * (4 * F + 9 * C + 2 * kv_width + len(lora.TARGETS) * r)
 

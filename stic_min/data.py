@@ -1,8 +1,7 @@
 """Preference pairs, instructions and descriptions: what is read from each record, and what of it is scored.
 
-All samples are validated here: each error is one line that names the file and the record. Reads the published formats
-(a JSON list or JSON Lines), with or without `<image>` in the user turn.
-"""
+All samples are validated here: each error is one line that names the file and the record. Reads the published
+formats (a JSON list or JSON Lines), with or without `<image>` in the user turn. """
 
 import random
 from dataclasses import dataclass
@@ -35,8 +34,8 @@ class Pair:
 def image_first(text, where):
     """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing.
 
-    PAPER vs RELEASED (D, see README.md): the release has no <image> in its pairs, and so trains without the images.
-    """
+    PAPER vs RELEASED (D, see README.md): the release has no <image> in its pairs, and so trains without the
+    images. """
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 image")
     return with_image(without_marks(text))
@@ -111,11 +110,11 @@ def infuse(instruction: Instruction, description: str, one_line: bool = False) -
 
 
 class Infusion:
-    """Joins descriptions with their instructions: infusion(where, description record) -> the infused Instruction.
+    """Joins descriptions with their instructions: infusion(where, description record) -> the infused
+    Instruction.
 
-    A description names the key of its record. Published ones that do not are joined by image: the k-th description of
-    an image with its k-th record. `plain` leaves the descriptions out: a control.
-    """
+    A description names the key of its record. Published ones that do not are joined by image: the k-th
+    description of an image with its k-th record. `plain` leaves the descriptions out: a control. """
 
     def __init__(self, instructions: str | Path, one_line: bool = False, plain: bool = False):
         self.path, self.one_line, self.plain = instructions, one_line, plain
@@ -181,7 +180,8 @@ class TrainingSample(Example):
 
 
 def pair_sample(pair: Pair, llava, folder: str | Path, max_length: int) -> TrainingSample:
-    """The prompt as trunk, [chosen, rejected] as branches, each cut so that prompt and branch fit `max_length`."""
+    """The prompt as trunk, [chosen, rejected] as branches, each cut so that prompt and branch fit
+    `max_length`."""
     tokenizer = llava.tokenizer
     path = image_path(folder, pair.image)
     prompt = tokenizer.encode_prompt(llava.chat_prompt(pair.prompt, images=0))  # it has its <image> already
@@ -230,9 +230,9 @@ def instruction_sample(instruction: Instruction, llava, folder: str | Path, max_
 def global_batches(lengths, size, seed):
     """One epoch: indices in random order, `size` at a time; the last batch may be shorter.
 
-    Each batch is sorted, longest first, so that ranks that take every n-th sample get similar lengths. That is
-    what LLaVA's group_by_modality_length (Table 4) amounts to: it shuffles, then sorts within each global batch.
-    """
+    Each batch is sorted, longest first, so that ranks that take every n-th sample get similar lengths. That
+    is what LLaVA's group_by_modality_length (Table 4) amounts to: it shuffles, then sorts within each global
+    batch. """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     batches = [order[i : i + size] for i in range(0, len(order), size)]

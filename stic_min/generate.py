@@ -1,4 +1,5 @@
-"""Many responses, sampled in parallel; each record is yielded as soon as it is complete, so that a kill loses none.
+"""Many responses, sampled in parallel; each record is yielded as soon as it is complete, so that a kill loses
+none.
 
 Images are opened, corrupted and cut into tiles in threads, ahead of the sampler.
 """
@@ -55,8 +56,8 @@ class Response:
 
 
 def sampler_requests(llava, jobs: list[Job]) -> list[sampler.Request]:
-    """One request per query, keyed (job key, index of the query). Equal images share their tiles, so that the sampler
-    computes them once. Raises InputError if a prompt is longer than the model's limit."""
+    """One request per query, keyed (job key, index of the query). Equal images share their tiles, so that the
+    sampler computes them once. Raises InputError if a prompt is longer than the model's limit."""
     tiles = {id(image): llava.tiles(image) for job in jobs for query in job.queries for image in query.images}
     requests = []
     for job in jobs:
@@ -94,8 +95,8 @@ def prepare_ahead(llava, groups: Iterable, prepare: Callable) -> Iterator:
 def generate(llava, groups: list, prepare: Callable, sampling: Sampling, ranks, what: str, queries_per_job=1) -> Iterator:
     """Samples this rank's share of all queries. Yields (job, [Response, ...]) as each job completes.
 
-    A group is a list of keys about one image. prepare(group) opens it and returns the group's jobs; if it raises
-    InputError, that is printed as a warning and the group is skipped. `what` is for the progress line.
+    A group is a list of keys about one image. prepare(group) opens it and returns the group's jobs; if it
+    raises InputError, that is printed as a warning and the group is skipped. `what` is for the progress line.
     """
     groups = groups[ranks.rank :: ranks.world]
     count = sum(map(len, groups))

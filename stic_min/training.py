@@ -1,9 +1,10 @@
-"""What both stages share: flags, the model with LoRA and FSDP, the learning rate, and the bookkeeping of a run.
+"""What both stages share: flags, the model with LoRA and FSDP, the learning rate, and the bookkeeping of a
+run.
 
 The scripts show the training step; a `Run` does what FSDP, resuming and logging need around it. One optimizer
-step processes one global batch, on any number of ranks and with any micro-batch size: the loss is normalized over
-the global batch, so neither changes the result. (Dropout is the exception: its masks depend on the micro-batches.)
-"""
+step processes one global batch, on any number of ranks and with any micro-batch size: the loss is normalized
+over the global batch, so neither changes the result. (Dropout is the exception: its masks depend on the
+micro-batches.) """
 
 import contextlib
 import json
@@ -46,18 +47,19 @@ def length_limit(args, llava, pad, anyres=4096):
 
 
 def build(args, ranks, keep_reference):
-    """The model on the meta device (shapes without numbers), LoRA and projector trainable; nothing is loaded yet.
+    """The model on the meta device (shapes without numbers), LoRA and projector trainable; nothing is loaded
+    yet.
 
-    Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`, the
-    model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway.
-    """
+    Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`,
+    the model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway. """
     options = flags.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
     llava, weights = open_llava(args.model, **options)
     folder = getattr(args, "adapter", None)  # stage 2 continues training stage 1's
     if folder:
         adapter = read_adapter(folder, llava)
-        for flag, value, stored in ("--lora-r", args.lora_r, adapter.r), ("--lora-alpha", args.lora_alpha, adapter.alpha):
+        given = {"--lora-r": (args.lora_r, adapter.r), "--lora-alpha": (args.lora_alpha, adapter.alpha)}
+        for flag, (value, stored) in given.items():
             if value is not None and value != stored:
                 raise InputError(f"{flag} {value}: {folder} has {stored}, which further training can't change")
         adapter.dropout = args.lora_dropout
@@ -137,8 +139,8 @@ class Run:
     """The data order, optimizer, log and checkpoints of one epoch, for the loop in the scripts.
 
     A run that was killed resumes from its last checkpoint when the same command is run again, with the same
-    result; SIGTERM and Ctrl-C save a checkpoint first. `out` holds log.jsonl and checkpoint-N, in the end the adapter.
-    """
+    result; SIGTERM and Ctrl-C save a checkpoint first. `out` holds log.jsonl and checkpoint-N, in the end the
+    adapter. """
 
     def __init__(self, args, llava, adapter, samples, ranks, settings):
         self.args, self.llava, self.ranks = args, llava, ranks
@@ -165,7 +167,7 @@ class Run:
         llava.train()
 
     def steps(self):
-        """The remaining steps of the epoch. Holds the folder's lock and prefetches images; saves the result at the end."""
+        """The remaining steps of the epoch, while holding the folder's lock; in the end, saves the result."""
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if self.ranks.first:
@@ -188,8 +190,10 @@ class Run:
                 self.checkpoints.finish(peak_memory_gb(self.ranks.device))
 
     def micro_batches(self, step):
-        """This rank's Batches of a step. On SIGTERM or Ctrl-C to any rank, all ranks stop before the next one."""
-        for samples, self.real in self.shares[step]:
+        """This rank's Batches of a step. On SIGTERM or Ctrl-C to any rank, all ranks stop before the next
+        one."""
+        for samples, real in self.shares[step]:
+            self.real = real
             [stops] = self.all_reduce_sum(bool(self.stop.asked))
             if stops:
                 self.save_checkpoint(step)
@@ -199,8 +203,8 @@ class Run:
             yield batch
 
     def backward(self, loss):
-        """Adds the gradients of this rank's part of the global batch's loss. FSDP averages gradients over the ranks,
-        but parts must be summed."""
+        """Adds the gradients of this rank's part of the global batch's loss. FSDP averages gradients over the
+        ranks, but parts must be summed."""
         sharded = self.ranks.world > 1 and self.args.shard == "full"
         (loss * self.real * (self.ranks.world if sharded else 1)).backward()
 
@@ -210,7 +214,8 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + self.real / count * value.detach().double().sum()
 
     def clip_gradients(self, max_norm):
-        """Completes the gradients (--shard none: sums them over the ranks) and clips their norm, which it returns.
+        """Completes the gradients (--shard none: sums them over the ranks) and clips their norm, which it
+        returns.
 
         A NaN or infinite loss or gradient ends the run here, before it reaches the weights.
         """
