@@ -126,7 +126,7 @@ def parse_args():
     add = parser.add_argument
     add("--images", required=True, metavar="DIR", help="folder of images")
     add("--names", metavar="FILE", help="only these of the images, one name per line or a JSON list")
-    add("--describe", metavar="FILE", help="LLaVA instruction data: describe its images instead of generating pairs")
+    add("--describe", metavar="FILE", help="LLaVA instruction data: describe its images instead")
     add("--out", required=True, metavar="FILE", help="output file, JSON Lines; existing records are kept")
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
@@ -230,7 +230,8 @@ def report(args, records, count, what, ranks):
     if args.describe:
         consistency.one_text([record["description"] for record in records], "descriptions", ranks)
     else:
-        consistency.one_text([record["chosen"][1]["content"] for record in records], "chosen responses", ranks)
+        chosen = [record["chosen"][1]["content"] for record in records]
+        consistency.one_text(chosen, "chosen responses", ranks)
         if equal := sum(record["chosen"] == record["rejected"] for record in records):
             print(f"{equal} of {len(records)} pairs have identical chosen and rejected: nothing to learn")
     if not records:

@@ -9,11 +9,11 @@ import torch
 from stic_min import InputError, checkpoint
 from stic_min.batch import collate
 from stic_min.cost import generation_cost, training_cost
-from stic_min.data import load_tiles
 from stic_min.images import open_image
 from stic_min.loss import token_logps
 from stic_min.runtime import consistency, console
 from stic_min.runtime.files import brief, check_place, read_json
+from stic_min.samples import load_tiles
 
 
 class Problems(list):
@@ -90,7 +90,7 @@ def image_matters(llava, sample):
         batch = collate([sample], [tiles], llava.config, llava.device)
         logps.append(token_logps(llava(batch), batch.labels))
     if torch.equal(*logps):
-        raise InputError(f"{sample.name}: log p is the same with a blank image, so {sample.image} has no effect")
+        raise InputError(f"{sample.name}: log p is the same with a blank image: {sample.image} has no effect")
 
 
 # ---------------------------------------------------------------- reports
@@ -157,7 +157,8 @@ def report_generation(args, llava, what, lengths, remaining, skipped, requested,
     if skipped:
         lines.append(("skipped", f"{len(skipped)}, each with a warning"))
     if names := [brief(name) for name in repeated(requested)]:
-        lines.append(("repeated", f"{len(names)} names appear more than once and are used once: {abbreviate(names)}"))
+        shown = abbreviate(names)
+        lines.append(("repeated", f"{len(names)} names appear more than once and are used once: {shown}"))
     lines += [("  skipped", problem) for problem in skipped[:100]]
     if not lengths:
         print_report(lines, [*problems, f"no {what}: every image would be skipped"])

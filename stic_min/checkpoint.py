@@ -38,7 +38,8 @@ def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
     values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
     values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
-    values |= {"fingerprint": fingerprint(args.model, getattr(args, "adapter", None), args.vision, args.tokenizer)}
+    folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
+    values |= {"fingerprint": fingerprint(*folders)}
     if args.lora_dropout:  # its masks depend on the micro-batches; nothing else does
         values |= {"micro_batch": args.micro_batch, "ranks": place()[1]}
     return values
@@ -65,13 +66,16 @@ def save(out, step, adapter, moments, settings, keep):
     try:
         write_adapter(temporary, adapter)
         write_tensors(moments, temporary / OPTIMIZER)
-        (temporary / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n", encoding="utf-8")
+        run_json = json.dumps(settings | {"step": step}, indent=2)
+        (temporary / "run.json").write_text(run_json + "\n", encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
     except (OSError, InputError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         older = folders(out)
-        hint = f"{older[-1]} is complete: run the same command to resume from it" if older else "there is no earlier one"
+        hint = "there is no earlier one"
+        if older:
+            hint = f"{older[-1]} is complete: run the same command to resume from it"
         raise InputError(f"can't write a checkpoint of step {step} to {out} ({error}); {hint}") from None
     temporary.rename(out / f"{NAME}{step}")
     sync(out)
@@ -99,8 +103,8 @@ def compare(folder, settings):
     different = [name for name in names if saved.get(name) != settings.get(name)]
     for name in different:
         if name not in DRAWS:
-            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this run has "
-                             f"{settings.get(name)!r}; choose another --out, or delete the folder")
+            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this run "
+                             f"has {settings.get(name)!r}; choose another --out, or delete the folder")
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
@@ -197,7 +201,8 @@ class Checkpoints:
         checkpoint = newest(self.out, self.settings, self.ranks.print)
         steps = self.ranks.gather(checkpoint[0] if checkpoint else 0)
         if len(set(steps)) > 1:
-            raise InputError(f"not all ranks see the same checkpoints: {self.out} must be one folder shared by all nodes")
+            raise InputError(f"not all ranks see the same checkpoints: {self.out} must be on a disk that all "
+                             "nodes share")  # fmt: skip
         if checkpoint is None:
             for leftover in ("log.jsonl", "adapter_model.safetensors", PROJECTOR_FILE):
                 (self.out / leftover).unlink(missing_ok=True)

@@ -36,14 +36,16 @@ def truncate_description(llava, description, text, images, sampling):
 
     Decoding and encoding again may change the number of tokens, so it is cut until it fits.
     """
-    ids, uncut = llava.tokenizer.encode(description), description
-    while (excess := tokens_over_limit(llava, with_description(description, text), images, sampling)) > 0 and ids:
-        ids = ids[:-excess]
+    excess = lambda: tokens_over_limit(llava, with_description(description, text), images, sampling)
+    uncut = description
+    ids = llava.tokenizer.encode(description)
+    while excess() > 0 and ids:
+        ids = ids[: -excess()]
         description = llava.tokenizer.decode(ids)
     if description != uncut:
         lengths = f"{len(uncut)} to {len(description)} characters"
         console.warn(f"a description is cut from {lengths} to fit the model's sequence")
-    return description if excess <= 0 else None
+    return description if excess() <= 0 else None
 
 
 def user_text(llava, text, description, images, sampling):
