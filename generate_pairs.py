@@ -9,7 +9,8 @@
 Preferred responses come from the step-by-step prompt on the clean image. Dispreferred responses come, half of
 the time each, from a hallucination prompt or from the captioning prompt on a corrupted image. Each pair is
 one line of JSON, appended as soon as it is complete; running the command again skips existing pairs. An
-unreadable image is skipped with a warning. """
+unreadable image is skipped with a warning.
+"""
 
 import argparse
 import os

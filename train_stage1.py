@@ -6,7 +6,8 @@ with LoRA.
 
 Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
 weights with LoRA off and the projector as it was. To resume a run that was stopped, run the same command
-again. """
+again.
+"""
 
 import argparse
 import math

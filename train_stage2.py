@@ -8,7 +8,8 @@ theta_hat.
 Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base
 model without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a
 control that skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a
-run that was stopped, run the same command again. """
+run that was stopped, run the same command again.
+"""
 
 import argparse
 

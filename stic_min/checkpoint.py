@@ -4,7 +4,8 @@ checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam
 the step, the settings that determine the result, and a record of the run so far (runtime/provenance.py).
 Learning rate, data order and dropout follow from step and settings, so nothing else is needed. A checkpoint
 is written to a temporary folder and renamed, so it is complete or not there. Its tensors are whole, and any
-number of ranks can read them. """
+number of ranks can read them.
+"""
 
 import errno
 import hashlib
@@ -32,7 +33,8 @@ def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     """What determines a run's result: written to run.json, and compared when the run is resumed.
 
     Files and folders count by their contents, not by their paths. `stage_settings` are the stage's own flags
-    and files. """
+    and files.
+    """
     names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
     values = {name: getattr(args, name) for name in names} | stage_settings
     values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}

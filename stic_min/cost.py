@@ -15,7 +15,8 @@ def decoder_flops(config, spans, scored, r, reference):
 
     spans: [(tokens, tokens of the prefix they attend to)]; scored: tokens with logits; r: the LoRA rank.
     Forward and backward of theta, whose base weights need no gradient; with `reference`, also a forward of
-    theta_0. """
+    theta_0.
+    """
     C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q_width = config.num_attention_heads * config.head_dim
     kv_width = config.num_key_value_heads * config.head_dim

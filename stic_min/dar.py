@@ -1,7 +1,8 @@
 """Describe, then respond (DaR, section 4): how a model is asked about an image at test time.
 
 Two calls: the model describes the image, given a fixed captioning prompt; then it answers the question, with
-its description in front. Direct answering is the second call alone. """
+its description in front. Direct answering is the second call alone.
+"""
 
 from stic_min import InputError, sampler
 from stic_min.generate import Job, Query, generate
@@ -72,7 +73,8 @@ def describe_images(llava, question_of, read, output, sampling, what):
 
     question_of: {image: question}; read(question) -> its images. An unreadable image is left to
     `answer_questions` to report. PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its
-    model describes without seeing the image; so does this function for a question without images. """
+    model describes without seeing the image; so does this function for a question without images.
+    """
     ranks = output.ranks
     remaining = [image for image in question_of if image not in output.done]
     existing = len(question_of) - len(remaining)
@@ -118,7 +120,8 @@ def answer_questions(llava, questions, descriptions, entries, read, output, samp
 
     questions, descriptions (None: asked directly) and entries (the record without its answer) have the same
     keys; read(question) -> its images. A question that is too long, or whose image is unreadable, stays
-    without answer. """
+    without answer.
+    """
     ranks = output.ranks
     groups = group_by_image({key: question for key, question in questions.items() if key not in output.done})
     existing = len(questions) - sum(map(len, groups))

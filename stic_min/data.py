@@ -1,7 +1,8 @@
 """Preference pairs, instructions and descriptions: what is read from each record, and what of it is scored.
 
 All samples are validated here: each error is one line that names the file and the record. Reads the published
-formats (a JSON list or JSON Lines), with or without `<image>` in the user turn. """
+formats (a JSON list or JSON Lines), with or without `<image>` in the user turn.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ def image_first(text, where):
     """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing.
 
     PAPER vs RELEASED (D, see README.md): the release has no <image> in its pairs, and so trains without the
-    images. """
+    images.
+    """
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 image")
     return with_image(without_marks(text))
@@ -119,7 +121,8 @@ class Infusion:
     Instruction.
 
     A description names the key of its record. Published ones that do not are joined by image: the k-th
-    description of an image with its k-th record. `plain` leaves the descriptions out: a control. """
+    description of an image with its k-th record. `plain` leaves the descriptions out: a control.
+    """
 
     def __init__(self, instructions: str | Path, one_line: bool = False, plain: bool = False):
         self.path, self.one_line, self.plain = instructions, one_line, plain

@@ -92,7 +92,8 @@ def global_batches(lengths, size, seed):
 
     Each batch is sorted, longest first, so that ranks that take every n-th sample get similar lengths. That
     is what LLaVA's group_by_modality_length (Table 4) amounts to: it shuffles, then sorts within each global
-    batch. """
+    batch.
+    """
     order = list(range(len(lengths)))
     random.Random(seed).shuffle(order)
     batches = [order[i : i + size] for i in range(0, len(order), size)]

@@ -4,7 +4,8 @@ run.
 The scripts show the training step; a `Run` does what FSDP, resuming and logging need around it. One optimizer
 step processes one global batch, on any number of ranks and with any micro-batch size: the loss is normalized
 over the global batch, so neither changes the result. (Dropout is the exception: its masks depend on the
-micro-batches.) """
+micro-batches.)
+"""
 
 import contextlib
 import json
@@ -51,7 +52,8 @@ def build(args, ranks, keep_reference):
     yet.
 
     Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`,
-    the model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway. """
+    the model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway.
+    """
     options = flags.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
     llava, weights = open_llava(args.model, **options)
@@ -128,7 +130,8 @@ class Run:
 
     A run that was killed resumes from its last checkpoint when the same command is run again, with the same
     result; SIGTERM and Ctrl-C save a checkpoint first. `out` holds log.jsonl and checkpoint-N, in the end the
-    adapter. """
+    adapter.
+    """
 
     def __init__(self, args, llava, adapter, samples, ranks, settings):
         self.args, self.llava, self.ranks = args, llava, ranks

@@ -285,7 +285,8 @@ def runs_table(rows):
 
 # ---------------------------------------------------------------- the page
 
-STYLE = """
+STYLE =
+"""
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2.2em 0 .4em; } small, .note { color: #666; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9em; margin: .6em 0; min-width: 100%; }

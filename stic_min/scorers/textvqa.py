@@ -81,7 +81,8 @@ NUMBERS = {"none": "0"} | {
 # and three odd entries. Those with a capital I never apply, since answers are in lower case by then.
 CONTRACTIONS = {
     word[:i] + word[i + 1 :]: word
-    for word in """
+    for word in
+    """
         ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
         he'd've he's how'd how'll how's I'd've I'm I've isn't it'd it'd've it'll ma'am might've mightn't mightn't've
         must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've

@@ -7,7 +7,8 @@ from pathlib import Path
 from stic_min.scorers.report import page
 from stic_min.toy.captions import mentions, pattern
 
-STYLE = """
+STYLE =
+"""
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } table { border-collapse: collapse; width: 100%; margin: 1em 0 2em; }
 th, td { text-align: left; vertical-align: top; padding: .6em .8em; border-top: 1px solid #ddd; }
