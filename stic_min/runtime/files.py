@@ -44,8 +44,9 @@ def read_records(path):
     return records
 
 
-def read_json(path):
-    """A JSON object. Raises InputError for anything else, and where a name comes twice: the last would win unseen."""
+def read_json(path, kind=dict):
+    """Reads a JSON value of type `kind`. Raises InputError for anything else, and for a repeated key: the last one
+    would silently win."""
 
     def unique(pairs):
         if len(value := dict(pairs)) < len(pairs):
@@ -64,8 +65,8 @@ def read_json(path):
         raise InputError(f"can't read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: not a JSON object{'' if kind is dict else ' or list'}")
     return value
 
 

@@ -86,7 +86,7 @@ VERDICTS = {"llavabench": 3, "mmbench": 6, "mmvet": 3, "mathvista": 4}  # one ru
 
 def judged_by(server, world, name, tmp_path, *flags):
     """`score` of answers that only a judge can read."""
-    questions = harness.SCORERS[name].load(world / name)
+    questions = harness.get_benchmark(name).load(world / name)
     path = tmp_path / "answers.jsonl"
     write_lines(path, [{"question_id": q["question_id"], "text": f"so? {i}"} for i, q in enumerate(questions)])
     once = ["--judge-runs", 1] if name in ("llavabench", "mmvet") else []
@@ -107,14 +107,14 @@ def test_verdicts_that_can_not_be_read_give_no_score(world, tmp_path, capsys, fa
             return
         out, error = fails(*asked)
         count = VERDICTS[name] - 1
-        assert error.startswith(f"{tmp_path / 'answers.jsonl'}: {count} verdicts of the judge could not be read (")
+        assert error.startswith(f"{tmp_path / 'answers.jsonl'}: {count} of the judge's verdicts could not be read (")
         assert "--judge-max-tokens" in error and "--allow-unread" in error and out == ""
         numbers = json.loads(call("evaluate", *asked, "--allow-unread", "--json"))
         assert numbers["unread"] == count and numbers["unread_share"] == pytest.approx(count / VERDICTS[name])
         share = f"{count / VERDICTS[name]:.1%}"
-        assert warnings(capsys) == [f"{count} verdicts of the judge could not be read ({share} of all)"]
+        assert warnings(capsys) == [f"{count} of the judge's verdicts could not be read ({share} of all)"]
         text = call("evaluate", *asked, "--allow-unread")
-    assert f"verdicts of the judge that could not be read: {count} (" in text
+    assert f"unreadable verdicts of the judge: {count} (" in text
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -134,15 +134,15 @@ def test_a_few_unread_verdicts_are_a_warning(own, tmp_path, capsys):
     said = lambda body: "" if "so? 63" in body["messages"][-1]["content"] else "0.5"
     with JudgeServer(verdict=said) as server:
         text = call("evaluate", *judged_by(server, own, "mmvet", tmp_path))
-    assert warnings(capsys) == ["1 verdicts of the judge could not be read (1.6% of all)"]
-    assert "verdicts of the judge that could not be read: 1 (1.6%)" in text
+    assert warnings(capsys) == ["1 of the judge's verdicts could not be read (1.6% of all)"]
+    assert "unreadable verdicts of the judge: 1 (1.6%)" in text
 
 
 def test_published_verdicts_are_looked_at_too(world, tmp_path, fails):
     grades = {f"v1_{i}": {"content": ["<think>"], "score": [0.0], "model": ["m"]} for i in range(3)}
     write_json(tmp_path / "grades.json", grades)
     asked = ["score", "mmvet", "--data", world / "mmvet", "--judged", tmp_path / "grades.json"]
-    assert "3 verdicts of the judge could not be read (100.0% of all)" in fails(*asked)[1]
+    assert "3 of the judge's verdicts could not be read (100.0% of all)" in fails(*asked)[1]
     assert json.loads(call("evaluate", *asked, "--allow-unread", "--json"))["score"] == 0
 
 
@@ -159,7 +159,7 @@ def test_flags_of_the_judges_request(world, tmp_path):
 def test_flags_that_need_a_judge(world, tmp_path, fails, flags):
     answers = write_lines(tmp_path / "a.jsonl", [{"question_id": 0, "text": "x"}])
     error = fails("score", "mmvet", "--answers", answers, "--data", world / "mmvet", *flags)[1]
-    assert error == f"{flags[0]} goes with --judge"
+    assert error == f"{flags[0]} requires --judge"
 
 
 # ---------------------------------------------------------------- answers and descriptions
@@ -200,7 +200,7 @@ def test_empty_ones_too_and_files_without_an_ending_go_on(world, tmp_path):
     (["", "", "", ""], ["all 4 answers are empty"]), (["B"] * 4, ["all 4 answers are the same: 'B'"]),
     (["B", "B", "B", "A"], []), (["", "", "", "A"], [])])
 def test_answers_that_are_all_the_same(world, tmp_path, capsys, texts, warning):
-    questions = harness.SCORERS["chartqa"].load(world / "chartqa")
+    questions = harness.get_benchmark("chartqa").load(world / "chartqa")
     records = [{"question_id": q["question_id"], "text": text} for q, text in zip(questions, texts)]
     answers = write_lines(tmp_path / "a.jsonl", records)
     call("evaluate", "score", "chartqa", "--answers", answers, "--data", world / "chartqa")
@@ -313,7 +313,7 @@ def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(w
 
 @pytest.mark.parametrize("name, fatal", [("mmvet", True), ("textvqa", True), ("chartqa", False), ("scienceqa", False)])
 def test_check_counts_images_that_can_not_be_read(own, tmp_path, fails, name, fatal):
-    picture = own / name / harness.SCORERS[name].load(own / name)[0]["image"]
+    picture = own / name / harness.get_benchmark(name).load(own / name)[0]["image"]
     picture.write_bytes(picture.read_bytes()[:100])
     if fatal:
         said, error = fails(*command(own, name, tmp_path / "out", "--check"))
@@ -340,7 +340,7 @@ def test_check_names_questions_that_are_too_long(own, tmp_path):
 
 @pytest.mark.parametrize("flags, message", [
     (["--adapter", "images"], "no adapter in "), (["--judge", "--judge-key", "a b"], "the judge's key is empty or has"),
-    (["--vision", "images"], "images"), (["--data", "images"], "mm-vet.json: cannot be read")])
+    (["--vision", "images"], "images"), (["--data", "images"], "mm-vet.json")])
 def test_check_fails_where_the_run_would(own, tmp_path, fails, flags, message):
     (own / "images").mkdir()
     flags = [own / flag if flag == "images" else flag for flag in flags]

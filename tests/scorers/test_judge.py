@@ -33,7 +33,7 @@ def new(tmp_path):
     def new(to, key=KEY, model="gpt-4-0613", timeout=10, **more):
         progress = lambda total: SimpleNamespace(add=lambda: new.steps.append(total))
         return Judge(getattr(to, "url", to), key, model, tmp_path / "a.judge.jsonl", texts={}, runs=1, timeout=timeout,
-                     progress=progress, say=new.said.append, **more)  # fmt: skip
+                     progress=progress, warn=new.said.append, **more)  # fmt: skip
 
     new.said, new.steps, new.path = [], [], tmp_path / "a.judge.jsonl"
     return new
