@@ -8,34 +8,18 @@ import sys
 from unittest import mock
 
 import pytest
-from benchmark_data import write_benchmarks
 from judge_server import JudgeServer
 from test_commands import call, lines
-from tiny import write_json, write_scienceqa
+from tiny import write_json
 
 import evaluate
 from stic_min.runtime import process
 from stic_min.scorers import harness
 
+pytest_plugins = ["benchmark_world"]  # the fixtures world and own
+
 KEY = "sk-not-to-be-seen"
 JUDGED = ["llavabench", "mmbench", "mmvet", "mathvista"]
-
-
-@pytest.fixture(scope="session")
-def world(tiny, tmp_path_factory):
-    """A folder with the data of each benchmark and a checkpoint."""
-    folder = tmp_path_factory.mktemp("audit")
-    write_scienceqa(folder)
-    write_benchmarks(folder)
-    for name in ("llava-v1.6-tiny", "clip-tiny"):
-        (folder / name).symlink_to(tiny / name)
-    return folder
-
-
-@pytest.fixture
-def own(world, tmp_path):
-    """A copy of it to break."""
-    return shutil.copytree(world, tmp_path / "own", symlinks=True)
 
 
 @pytest.fixture
@@ -228,7 +212,7 @@ def test_scores_of_another_run_do_not_say_what_was_asked(two, capsys):
     change(out / "chartqa-base-dar.descriptions.jsonl", model="another")
     call("evaluate", *score)
     path = out / "chartqa-base-dar.scores.json"
-    assert warnings(capsys) == [f"{path} is of another run, with model 'llava-v1.6-tiny': it is replaced"]
+    assert warnings(capsys) == [f"{path} is from another run, with model 'llava-v1.6-tiny': it will be replaced"]
     run = saved(out, "chartqa-base-dar")["run"]
     assert (run["model"], run["limit"]) == ("another", None)
 
@@ -283,9 +267,9 @@ def test_check_reports_on_each_benchmark(world, tmp_path):
         assert said["images"] == f"{images}, 0 of them can't be read" and said.get("of them") == groups
         assert said["tokens"].startswith("a question with its image: ") and said["last"].startswith("nothing stands")
         assert said["memory"].startswith("about ") and f"{questions} answers of " in said["time"]
-        judge = {"llavabench": "none is given (--judge): no score", "mmvet": "none is given (--judge): no score"}
-        wrong = "none is given (--judge): what only it can read counts as wrong"
-        assert said["judge"] == judge.get(name, wrong if name in JUDGED else "none is needed")
+        judge = {"llavabench": "not given (--judge): no score", "mmvet": "not given (--judge): no score"}
+        wrong = "not given (--judge): answers that only a judge can read count as wrong"
+        assert said["judge"] == judge.get(name, wrong if name in JUDGED else "not needed")
 
 
 def test_check_with_dar_counts_both_calls(world, tmp_path):
@@ -353,7 +337,7 @@ def test_check_with_a_judge_leaves_its_replies_alone(world, tmp_path):
     store = tmp_path / "mmvet-base-direct.judge.jsonl"
     store.write_text('{"where": "v1_0, ru')  # of a run that is under way: not to be mended
     said = run(world, "mmvet", tmp_path, "--check", "--judge", "--judge-key", "k", "--judge-url", "http://127.0.0.1:9/v1")
-    assert "gpt-4-0613 at http://127.0.0.1:9/v1/chat/completions is asked for 15 verdicts" in said
+    assert "gpt-4-0613 at http://127.0.0.1:9/v1/chat/completions will be asked for 15 verdicts" in said
     assert store.read_text() == '{"where": "v1_0, ru'
 
 

@@ -16,10 +16,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from benchmark_data import write_benchmarks
 from judge_server import FAULTS, MODEL, SILENCE, JudgeServer
 from test_commands import ENV, ROOT, call, call_two_ranks, lines, start
-from tiny import write_scienceqa
 
 import evaluate
 from stic_min import InputError, dar, sampler
@@ -28,6 +26,8 @@ from stic_min.runtime.output import Output
 from stic_min.scorers import harness, judge, published
 from stic_min.scorers.judge import Judge, read_reply
 from stic_min.text import DESCRIBE_PROMPT, TEMPLATES
+
+pytest_plugins = ["benchmark_world"]  # the fixtures world and own
 
 NAMES = list(published.BENCHMARKS)
 JUDGED = ["llavabench", "mmbench", "mmvet", "mathvista"]
@@ -42,23 +42,6 @@ runs = pytest.mark.parametrize("name, mode", [(name, mode) for name in NAMES for
 def quick():
     with mock.patch.object(judge, "WAIT", 0.01):
         yield
-
-
-@pytest.fixture(scope="session")
-def world(tiny, tmp_path_factory):
-    """A folder with the data of each benchmark and a checkpoint."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    write_scienceqa(folder)
-    write_benchmarks(folder)
-    for name in ("llava-v1.6-tiny", "clip-tiny"):
-        (folder / name).symlink_to(tiny / name)
-    return folder
-
-
-@pytest.fixture
-def own(world, tmp_path):
-    """A copy of it to break."""
-    return shutil.copytree(world, tmp_path / "own", symlinks=True)
 
 
 def judged_at(url, timeout=1):
@@ -525,14 +508,14 @@ def test_a_question_ending_of_ones_own(world, tmp_path):
 def test_scoring_imports_no_model_code(world, done):
     script = (
         "import sys, evaluate; evaluate.main()\n"
-        "own = [name for name in sys.modules if name.startswith('stic_min.')]\n"
+        "own = [name for name in sys.modules if name.startswith(('stic_min.', 'torchvision'))]\n"
         "print([name for name in own if not name.startswith(('stic_min.scorers', 'stic_min.runtime'))])"
     )
     args = ["score", "mmvet", "--answers", done / "mmvet-base-dar.jsonl", "--data", world / "mmvet"]
     said = start("-c", script, *args, "--judged", done / "mmvet-base-dar.own-prompt.grades.json").stdout
     assert "MM-Vet: 3 questions" in said
     loaded = {name.removeprefix("stic_min.") for name in re.findall("'(.*?)'", said.splitlines()[-1])}
-    assert loaded == {"images", "text", "toy", "toy.captions", "toy.vqa"}
+    assert loaded == {"text", "toy", "toy.captions", "toy.vqa"}
 
 
 def test_table(done):

@@ -261,7 +261,7 @@ NO_LIST, MISSING = ": not a non-empty list", "is missing or not a"
     *[(scorer, name, content, complaint)
       for scorer, name in ((toy_captions, "captions.json"), (toy_vqa, "questions.json"))
       for content, complaint in (
-          (None, ": cannot be read (No such file"), (b"", ": not JSON"), (b'[{"question_id": ', ": not JSON"),
+          (None, "no such file: "), (b"", ": not JSON"), (b'[{"question_id": ', ": not JSON"),
           (b"\xff", ": not JSON"), (b"[" * 200_000, ": not JSON"))],
     *[(toy_captions, "captions.json", content, ": has no 'captions'") for content in ([], 3, "text", [ONE], {})],
     *[(toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": value}, NO_LIST)
@@ -284,7 +284,9 @@ def test_load_names_a_missing_or_broken_file(tmp_path, scorer, name, content, co
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(InputError) as error:
         scorer.load(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / name}{complaint}") and "\n" not in str(error.value)
+    path = tmp_path / name
+    expected = f"{complaint}{path}" if content is None else f"{path}{complaint}"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
 
 
 # ---- the command
