@@ -19,22 +19,22 @@ More in stic_min/scorers/README.md.
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime import console, flags
-from stic_min.runtime.files import check_place
+from stic_min.runtime import console, flags, process
+from stic_min.runtime.files import check_place, write_text
+from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
 from stic_min.scorers import arguments, audit, grading, harness, plan, report
-from stic_min.text import DESCRIBE_PROMPT, with_image, without_marks
+from stic_min.text import DESCRIBE_PROMPT, without_marks
 
-# What imports torch is imported by the functions that need a model: scoring, tables and --help do without.
+# The model is imported where it is used: scoring, tables and --help do without torch.
 
 # ---------------------------------------------------------------- a benchmark: ask, then score
 
 
 def run_benchmark(args):
-    from stic_min.runtime.ranks import start_ranks
-
     args = plan.apply_preset(args)
     benchmark = harness.get_benchmark(args.command)
     if args.blind and not args.dar:
@@ -75,26 +75,30 @@ def load_model(args, ranks):
         if args.adapter:
             lora.attach(llava, read_adapter(args.adapter, llava))
         return llava
-    console.say_loading(args, ranks)
+    console.report_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-    console.say_loaded(llava, ranks)
+    console.report_loaded(llava, ranks)
     return llava
 
 
 def ask_questions(run, stem, llava):
     """Describes the images (DaR), then asks the questions -> the answers, on the first rank only."""
     from stic_min import dar
+    from stic_min.generate import Sampling
 
-    args, key, descriptions = run.args, run.benchmark.key, {}
-    if args.dar:
-        output, limit = run.descriptions.start(), run.description_tokens
-        descriptions = dar.describe_pictures(llava, run.to_describe, run.read, output, args, limit)
+    name, key = run.benchmark.name, run.benchmark.key
+    sampling = Sampling.from_args(run.args)
+    descriptions = {}
+    if run.args.dar:
+        longer = replace(sampling, max_new_tokens=run.description_tokens)
+        output = run.descriptions.start()
+        descriptions = dar.describe_images(llava, run.to_describe, run.read, output, longer, name)
     run.answers.start()
     if run.answers.ranks.first and not run.entries.keys() <= run.answers.done.keys():
         Path(f"{stem}.scores.json").unlink(missing_ok=True)  # these scores are not of the coming answers
     questions = {q[key]: q for q in run.questions}
     described = {q[key]: harness.find_description(q, descriptions) for q in run.questions}
-    return dar.answer_questions(llava, questions, described, run.entries, run.read, run.answers, args)
+    return dar.answer_questions(llava, questions, described, run.entries, run.read, run.answers, sampling, name)
 
 
 def score_answers(run, stem, answers):
@@ -104,7 +108,7 @@ def score_answers(run, stem, answers):
     print(run.answers.path)
     if benchmark.official:
         suffix, text = benchmark.official(questions, answers)
-        grading.write_text(f"{stem}{suffix}", text)
+        write_text(f"{stem}{suffix}", text)
         print(f"{stem}{suffix}")
     if benchmark.name in ("mmvet", "llavabench") and not args.judge:
         if run.settings.items() <= grading.read_saved_run(f"{stem}.scores.json").items():
@@ -168,24 +172,24 @@ def run_table(args):
 
 def run_ask(args):
     from stic_min import dar
+    from stic_min.generate import Sampling
     from stic_min.images import open_image
-    from stic_min.runtime.ranks import Ranks, start_device
 
     if args.dar and not args.image:
         raise InputError("--dar describes an image first: it needs --image")
     ranks = Ranks(0, 1, start_device(args.device))
     images = [open_image(path) for path in args.image]
     llava = load_model(args, ranks)
+    sampling = Sampling.from_args(args)
     question = without_marks(args.question)
-    if (over := dar.excess(llava, question, images, args)) > 0:
-        raise InputError(f"the question is {over} tokens longer than the model's sequence holds")
+    if (excess := dar.tokens_over_limit(llava, question, images, sampling)) > 0:
+        raise InputError(f"the question is {excess} tokens longer than the model's limit")
     description = None
     if args.dar:
-        user = with_image(DESCRIBE_PROMPT, len(images))
-        description = dar.say(llava, user, images, args, "describe", "picture")
+        description = dar.answer_one(llava, DESCRIBE_PROMPT, images, sampling, "describe", "picture")
         print(f"Description: {description}\n", flush=True)
-    user = dar.user_text(llava, question, description, images, args)
-    print(dar.say(llava, user, images, args, "answer", "question"))
+    text = dar.user_text(llava, question, description, images, sampling)
+    print(dar.answer_one(llava, text, images, sampling, "answer", "question"))
 
 
 # ---------------------------------------------------------------- flags
@@ -219,8 +223,6 @@ def parse_arguments():
 
 
 def main():
-    from stic_min.runtime.ranks import place
-
     args = parse_arguments()
     arguments.check_paths(args)
     rank, _ = place()
@@ -229,6 +231,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from stic_min.runtime import process
-
     process.run(main)

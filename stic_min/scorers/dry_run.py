@@ -5,6 +5,8 @@ import argparse
 from collections import Counter
 
 from stic_min import check, dar
+from stic_min.cost import ANSWER, generation_cost
+from stic_min.generate import Sampling
 from stic_min.text import DESCRIBE_PROMPT
 
 SHORT_ANSWER = 5  # tokens of a letter, a word or a phrase
@@ -21,7 +23,8 @@ def report(run, llava, judge):
         return
     benchmark, args = run.benchmark, run.args
     questions = {q[benchmark.key]: q for q in run.questions}
-    tokens, describing, broken, unasked = dar.measure(llava, questions, run.read, args, run.answers.ranks)
+    sampling = Sampling.from_args(args)
+    tokens, describing, broken, unasked = dar.measure(llava, questions, run.read, sampling, run.answers.ranks)
     todo = sum(key not in run.answers.done for key in questions)
     lines = [("questions", f"{len(questions)}, {todo} of them not yet in {run.answers.path}")]
     if groups := count_groups(benchmark, run.questions):
@@ -29,7 +32,7 @@ def report(run, llava, judge):
     lines.append(("images", f"{len(describing) + len(broken)}, {len(broken)} of them can't be read"))
     lines += [("  unread", error) for error in list(broken.values())[:5]]
     if unasked:
-        lines.append(("not asked", f"{len(unasked)} questions: {check.names(list(unasked))}"))
+        lines.append(("not asked", f"{len(unasked)} questions: {check.abbreviate(list(unasked))}"))
         lines += [("  reason", error) for error in list(dict.fromkeys(unasked.values()))[:5]]
     if args.dar:
         lines += report_descriptions(run, llava, describing)
@@ -40,14 +43,14 @@ def report(run, llava, judge):
         count = f"{len(questions) - len(tokens)} of {len(questions)} questions can't be asked"
         problems.append(f"{count}; {benchmark.name} is scored only as a whole")
     if tokens:
-        description = min(run.description_tokens, check.ANSWER) if args.dar else 0
+        description = min(run.description_tokens, ANSWER) if args.dar else 0
         lengths = [n + description * (questions[key]["image"] is not None) for key, n in tokens.items()]
         lines.append(("tokens", f"a question with its image: {check.percentiles(lengths)}"))
         short = all(questions[key]["text"].endswith(SHORT_SUFFIXES) for key in tokens)
-        lines += check.generation_cost(args, llava, lengths, SHORT_ANSWER if short else check.ANSWER)
+        lines += generation_cost(args, llava, lengths, SHORT_ANSWER if short else ANSWER)
     else:
         problems.append(f"none of the {len(questions)} questions could be asked")
-    check.end(lines, problems)
+    check.print_report(lines, problems)
 
 
 def count_groups(benchmark, questions):
@@ -63,11 +66,11 @@ def report_descriptions(run, llava, describing):
     """Lines about DaR's first call. describing: {image: tokens of the describer's prompt with it}."""
     todo = sum(name not in run.descriptions.done for name in run.to_describe)
     lines = [("descriptions", f"{len(run.to_describe)}, {todo} of them not yet in {run.descriptions.path}")]
-    lengths = [dar.length(llava, DESCRIBE_PROMPT, [])] if run.args.blind else list(describing.values())
+    lengths = [dar.prompt_length(llava, DESCRIBE_PROMPT, [])] if run.args.blind else list(describing.values())
     if lengths:
         lines.append(("tokens", f"a describer's prompt: {check.percentiles(lengths)}"))
         args = argparse.Namespace(**vars(run.args) | {"max_new_tokens": run.description_tokens})
-        lines += check.generation_cost(args, llava, lengths)
+        lines += generation_cost(args, llava, lengths)
     return lines
 
 

@@ -9,19 +9,17 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.runtime import console
-from stic_min.runtime.files import read_json
+from stic_min.runtime.files import read_json, write_text
 from stic_min.scorers import audit, published
 from stic_min.scorers.harness import find_description
 from stic_min.scorers.judge import Judge, JudgeError
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 # ---------------------------------------------------------------- the judge
 
 
 def start_judge(args, benchmark, stem):
     """The judge set by the flags, with its replies in `stem`.judge.jsonl. Raises InputError without a key."""
-    from stic_min.runtime.ranks import Ranks  # here, because scoring without a judge needs no torch
-
     key = args.judge_key or os.environ.get("OPENAI_API_KEY")
     if not key:
         raise InputError("--judge needs an API key: set OPENAI_API_KEY, or pass --judge-key")
@@ -40,7 +38,7 @@ def start_judge(args, benchmark, stem):
         texts=texts,
         runs=args.judge_runs or benchmark.runs or 1,
         timeout=args.judge_timeout,
-        progress=lambda total: console.Progress("judge", total, Ranks(0, 1, None)),
+        progress=lambda total: console.Progress("judge", total),
         warn=console.warn,
         max_tokens=args.judge_max_tokens,
         token_field=args.judge_token_field or "max_tokens",
@@ -132,7 +130,7 @@ def save_scores(benchmark, stem, settings, limit, questions, scores, description
     first = questions[0]
     texts = {image: record["description"] for image, record in (descriptions or {}).items()}
     description = find_description(first, texts)
-    text = first["text"] if description is None else infused(description, first["text"])
+    text = first["text"] if description is None else with_description(description, first["text"])
     prompt = TEMPLATES[settings["template"]].prompt(with_image(text) if first["image"] is not None else text)
     if settings["mode"] != "direct" and first["image"] is not None and description is None:
         prompt = "(its description is not available)"
@@ -173,10 +171,3 @@ def read_settings(answers):
     if not all(isinstance(first.get(name), str) for name in texts) or first["template"] not in TEMPLATES:
         return {}
     return {k: v for k, v in first.items() if k not in ("key", "question_id", "prompt", "text", "finish")}
-
-
-def write_text(path, text):
-    """Writes a file that is replaced only when complete."""
-    temporary = Path(f"{path}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -150,7 +150,8 @@ def find_description(question, descriptions):
 
 def open_images(benchmark, question, data):
     """The question's images: a list of one, or none. Raises InputError if it can't be read."""
-    from stic_min.images import image_path, open_image  # here, because scoring needs no torch
+    from stic_min.formats.image_folder import image_path  # here, because scoring needs no torch
+    from stic_min.images import open_image
 
     if question["image"] is None:
         return []

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.runtime.files import field, read_records
+from stic_min.runtime.files import read_records, text_field
 from stic_min.scorers.common import bootstrap, match_answers, unread, with_interval
 
 DATA_FILES = """\
@@ -73,8 +73,8 @@ def load(data: str | Path) -> list[dict]:
     for (where, entry), (reference_where, reference) in zip(records, references):
         qid = entry.get("question_id")
         category = entry.get("category")
-        image = field(entry, "image", where)
-        text = field(entry, "text", where)
+        image = text_field(entry, "image", where)
+        text = text_field(entry, "text", where)
         if type(qid) not in (int, str) or str(qid) in ids:
             fault = "repeated" if str(qid) in ids else "not an id"
             raise InputError(f"{where}: question_id {qid!r} is {fault}")
@@ -89,7 +89,7 @@ def load(data: str | Path) -> list[dict]:
         questions.append({
             "question_id": qid, "image": f"images/{image}", "text": text, "prompt": text,
             "category": category, "caption": captions[image],
-            "reference": field(reference, "text", reference_where)})  # fmt: skip
+            "reference": text_field(reference, "text", reference_where)})  # fmt: skip
     return questions
 
 
@@ -97,7 +97,7 @@ def _captions(path):
     """{image: caption}. Raises InputError if an image has two."""
     captions = {}
     for where, entry in read_records(path):
-        image = field(entry, "image", where)
+        image = text_field(entry, "image", where)
         caption = _caption(entry, where)
         if captions.setdefault(image, caption) != caption:
             raise InputError(f"{where}: a second caption of {image!r}")
@@ -108,7 +108,7 @@ def _caption(entry, where):
     caption = entry.get("caption")
     if isinstance(caption, list) and caption and all(isinstance(line, str) for line in caption):
         entry = {"caption": "\n".join(caption)}
-    return field(entry, "caption", where)
+    return text_field(entry, "caption", where)
 
 
 # ---------------------------------------------------------------- the judge

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.runtime.files import field, read_json, read_records
+from stic_min.runtime.files import read_json, read_records, text_field
 from stic_min.scorers.common import match_answers, mean, unread, with_interval
 
 DATA_FILES = """\
@@ -83,10 +83,10 @@ def load(data: str | Path) -> list[dict]:
         known = [name for name in CAPABILITIES if isinstance(required, list) and name in required]
         if not known or len(known) != len(required):  # an unknown or repeated one makes the list longer
             raise InputError(f"{where}: capability is not a list of some of {', '.join(CAPABILITIES)}")
-        text = field(entry, "question", where)
+        text = text_field(entry, "question", where)
         questions.append({
-            "question_id": number, "image": f"images/{field(entry, 'imagename', where)}", "text": text,
-            "prompt": text, "answer": field(entry, "answer", where), "capabilities": known})  # fmt: skip
+            "question_id": number, "image": f"images/{text_field(entry, 'imagename', where)}", "text": text,
+            "prompt": text, "answer": text_field(entry, "answer", where), "capabilities": known})  # fmt: skip
     if not questions:
         raise InputError(f"{path}: no questions")
     return questions

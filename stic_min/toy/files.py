@@ -5,15 +5,9 @@ import json
 import random
 from pathlib import Path
 
+from stic_min.runtime.files import write_text
 from stic_min.text import CAPTION_PROMPTS, with_image
 from stic_min.toy import world
-
-
-def write_text(path, text):
-    """Beside, then renamed: a kill leaves no half of a file."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def write_json(path, value):

@@ -18,7 +18,6 @@ import torch
 from stic_min import InputError
 from stic_min.runtime import console
 from stic_min.runtime.files import read_json, read_records
-from stic_min.runtime.ranks import Ranks
 from stic_min.toy import files, recipe, tables
 
 # name: what its stage 1 changes, and which pairs it takes
@@ -115,7 +114,7 @@ def finished(folders):
 def run_jobs(jobs, total, processes):
     """Runs all jobs, `processes` at a time. Returns the folders of those that failed; Ctrl-C ends all of them."""
     context, there = multiprocessing.get_context("spawn"), finished(jobs)
-    progress = console.Progress("study, steps", total - there, Ranks(0, 1, torch.device("cpu")))
+    progress = console.Progress("study, steps", total - there)
     waiting, running, failed = list(jobs), {}, []
     try:
         while waiting or running:

@@ -8,8 +8,8 @@ import sys
 from unittest import mock
 
 import pytest
+from commands import call, lines
 from judge_server import JudgeServer
-from test_commands import call, lines
 from tiny import write_json
 
 import evaluate
@@ -265,8 +265,8 @@ def test_check_reports_on_each_benchmark(world, tmp_path):
         path = tmp_path / "out" / f"{name}-base-direct.jsonl"
         assert said["questions"] == f"{questions}, {questions} of them not yet in {path}"
         assert said["images"] == f"{images}, 0 of them can't be read" and said.get("of them") == groups
-        assert said["tokens"].startswith("a question with its image: ") and said["last"].startswith("nothing stands")
-        assert said["memory"].startswith("about ") and f"{questions} answers of " in said["time"]
+        assert said["tokens"].startswith("a question with its image: ") and said["last"] == "check passed: no problems found"
+        assert said["memory"].startswith("about ") and said["time"].startswith(f"{questions} responses of, say, ")
         judge = {"llavabench": "not given (--judge): no score", "mmvet": "not given (--judge): no score"}
         wrong = "not given (--judge): answers that only a judge can read count as wrong"
         assert said["judge"] == judge.get(name, wrong if name in JUDGED else "not needed")
@@ -281,8 +281,8 @@ def test_check_with_dar_counts_both_calls(world, tmp_path):
         said = run(world, "chartqa", tmp_path / "out", *flags).splitlines()
         blind = run(world, "chartqa", tmp_path / "out", *flags, "--blind").splitlines()
     for report, descriptions in (said, 2), (blind, 1):
-        assert [line.split(", say")[0].split()[1:] for line in report if line.startswith("  time")] == [
-            [str(descriptions), "answers", "of", "8", "tokens"], ["4", "answers", "of", "5", "tokens"]]  # fmt: skip
+        assert [line.split(":")[0].split("time")[1].strip() for line in report if line.startswith("  time")] == [
+            f"{descriptions} responses of, say, 8 tokens", "4 responses of, say, 5 tokens"]  # fmt: skip
 
 
 def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(world, tmp_path, fails):
@@ -291,7 +291,7 @@ def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(w
     said = run(world, "chartqa", tmp_path, "--dar", "--check")
     assert "questions    4, 2 of them not yet in " in said
     _, error = fails(*command(world, "chartqa", tmp_path, "--dar", "--check", "--seed", 1))
-    assert "was made with seed 0, this run has 1" in error
+    assert "was written with seed 0, but this run has 1" in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -319,7 +319,7 @@ def test_check_names_questions_that_are_too_long(own, tmp_path):
     entries = json.loads(path.read_text())
     write_json(path, [entries[0] | {"query": "what " * 5000}, entries[1]])
     said = run(own, "chartqa", tmp_path / "out", "--check")
-    assert "not asked    1 questions: human-0\n" in said and "tokens more than the model's sequence holds" in said
+    assert "not asked    1 questions: human-0\n" in said and "tokens longer than the model's limit" in said
 
 
 @pytest.mark.parametrize("flags, message", [

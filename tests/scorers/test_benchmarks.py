@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from commands import ENV, ROOT, call, call_two_ranks, lines, run
 from judge_server import FAULTS, MODEL, SILENCE, JudgeServer
-from test_commands import ENV, ROOT, call, call_two_ranks, lines, start
 
 import evaluate
-from stic_min import InputError, dar, sampler
+from stic_min import InputError, generate, sampler
 from stic_min.runtime import process
 from stic_min.runtime.output import Output
 from stic_min.scorers import harness, judge, published
@@ -112,7 +112,7 @@ def killed_writing(record):
         left[0] -= 1
         if left[0]:
             return append(self, record)
-        with open(self.own, "a", encoding="utf-8") as file:
+        with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record)[:30])
         raise Killed
 
@@ -231,17 +231,20 @@ def test_answers_and_descriptions(world, clean, name):
 @contextlib.contextmanager
 def watched():
     """[(prompt, how many pictures)] of what is sampled meanwhile, in order."""
-    asked, made, request, stream = [], {}, dar.request, sampler.stream
+    asked, seen, prepare, stream = [], {}, generate.sampler_requests, sampler.stream
 
-    def noting(llava, key, user, tiles, seed):  # in worker threads, in any order
-        own = request(llava, key, user, tiles, seed)
-        made[id(own)] = own, (TEMPLATES[llava.config.template].prompt(user), len(tiles))
-        return own
+    def noting(llava, jobs):  # in worker threads, in any order
+        requests = prepare(llava, jobs)
+        queries = [query for job in jobs for query in job.queries]
+        for request, query in zip(requests, queries):
+            images = len(query.images)
+            seen[id(request)] = request, (llava.chat_prompt(query.prompt, images), images)
+        return requests
 
-    def watching(llava, requests, **how):
-        return stream(llava, (asked.append(made[id(own)][1]) or own for own in requests), **how)
+    def watching(llava, requests, **options):
+        return stream(llava, (asked.append(seen[id(request)][1]) or request for request in requests), **options)
 
-    with mock.patch.object(dar, "request", noting), mock.patch.object(sampler, "stream", watching):
+    with mock.patch.object(generate, "sampler_requests", noting), mock.patch.object(sampler, "stream", watching):
         yield asked
 
 
@@ -512,7 +515,7 @@ def test_scoring_imports_no_model_code(world, done):
         "print([name for name in own if not name.startswith(('stic_min.scorers', 'stic_min.runtime'))])"
     )
     args = ["score", "mmvet", "--answers", done / "mmvet-base-dar.jsonl", "--data", world / "mmvet"]
-    said = start("-c", script, *args, "--judged", done / "mmvet-base-dar.own-prompt.grades.json").stdout
+    said = run("-c", script, *args, "--judged", done / "mmvet-base-dar.own-prompt.grades.json").stdout
     assert "MM-Vet: 3 questions" in said
     loaded = {name.removeprefix("stic_min.") for name in re.findall("'(.*?)'", said.splitlines()[-1])}
     assert loaded == {"text", "toy", "toy.captions", "toy.vqa"}

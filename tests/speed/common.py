@@ -22,7 +22,6 @@ from stic_min.formats.tensors import canonical
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loss import IGNORE
 from stic_min.mistral import DecoderConfig
-from stic_min.runtime.flags import DTYPES
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SIZES = {  # decoder: width, MLP, layers, heads, key-value heads; CLIP: width, MLP, layers, heads
@@ -193,7 +192,7 @@ def compare(module, names, make, args, title, flops):
     steps = {name: make(name, args) for name in names}
     print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
     times = {name: median(seconds) for name, seconds in alternate(steps, args.repeat).items()}
-    whole, (peak, source) = times["stic_min"], peak_flops(torch.device(args.device), DTYPES[args.dtype])
+    whole, (peak, source) = times["stic_min"], peak_flops(torch.device(args.device), getattr(torch, args.dtype))
     rows = [
         [name, f"{s:.3g} s", f"{s / whole:.2f}", f"{flops / s / peak:.0%}", f"{memory[name]:.2f} GiB"]
         for name, s in times.items()

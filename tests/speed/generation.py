@@ -45,14 +45,14 @@ def main():
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = {f"transformers, batch {b}": b for b in args.peer_batches}
     memory = {} if args.memory_of else memory_of_each(__file__, ["stic_min", *names])
     args.slots = min(args.slots, 2 * args.pictures)  # as generate_pairs.py
     device = start_device(args.device)
-    ours, theirs = build(args.size, args.image_mode, device, flags.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, device, getattr(torch, args.dtype))
     drawn = pictures(min(args.pictures, 4) if args.memory_of else args.pictures)
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
@@ -101,8 +101,8 @@ def main():
 
     with torch.no_grad():
         tiles = tiles_of(drawn[0])
-        batch = ours.lay_out([1, 2, IMAGE, *texts[0]], [], [tiles])
-        batch.rows = torch.arange(len(batch.ids), device=device)[None]
+        batch = ours.single_batch([1, 2, IMAGE, *texts[0]], [], [tiles])
+        batch.scored = torch.arange(len(batch.ids), device=device)[None]
         mine, other = ours(batch)[0], theirs(**peer_inputs([(tiles, texts[0])])).logits[0].float()
         rms, apart = lambda x: x.square().mean().sqrt(), mine - other
         print(f"logits of one prompt: root mean square {rms(other):.3f}, largest {other.abs().max():.2f}; "

@@ -66,9 +66,9 @@ def main():
     parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=1)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     args = parser.parse_args()
-    device, dtype = start_device(args.device), flags.DTYPES[args.dtype]
+    device, dtype = start_device(args.device), getattr(torch, args.dtype)
 
     llava = build_ours(args.size, "anyres", device, dtype)
     # The step-by-step prompt, and a captioning prompt on the corrupted picture or a prompt that invites invention.

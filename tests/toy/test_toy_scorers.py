@@ -1,12 +1,9 @@
 """The toy benchmarks' scorers: every number on captions and answers written by hand, then through the command."""
 
-import contextlib
-import importlib
-import io
 import json
-from unittest import mock
 
 import pytest
+from commands import call
 
 from stic_min import InputError
 from stic_min.scorers.common import match_answers
@@ -23,14 +20,6 @@ def caption(qid, objects, signature):
 
 def answers(**texts):
     return [{"question_id": qid, "prompt": "<image>\nDescribe.", "text": text} for qid, text in texts.items()]
-
-
-def call(*args):
-    """`python evaluate.py args...` in this process -> stdout."""
-    out = io.StringIO()
-    with mock.patch("sys.argv", ["evaluate.py", *map(str, args)]), contextlib.redirect_stdout(out):
-        importlib.import_module("evaluate").main()
-    return out.getvalue()
 
 
 # ---- what counts as a mention
@@ -300,7 +289,7 @@ def test_score_command(tmp_path, monkeypatch, name, write, said, scores):
     write(tmp_path)
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in said))
-    command = ["score", name, "--answers", path, "--data", tmp_path]
+    command = ["evaluate", "score", name, "--answers", path, "--data", tmp_path]
     numbers = json.loads(call(*command, "--json"))
     empty = sum(record["text"] == "" for record in said)
     assert numbers.pop("answers") == {"n": len(said), "empty": empty, "cut": None} and numbers == scores
