@@ -208,7 +208,7 @@ def test_answers_that_do_not_match(score, name, questions, right):
     assert score(questions, right)  # what follows differs in one thing each
     for asked, given, complaint in (
         (questions, right + right[:1], f"{name} answers: {own!r} is repeated"),
-        (questions, right + answers(zz="x"), f"{name} answers: 'zz' is no question's id"),
+        (questions, right + answers(zz="x"), f"{name} answers: 'zz' is not a question id"),
         (questions, right + [{"text": "x"}], f"{name} answers: record {len(right) + 1} has no question_id"),
         (questions, right[1:] + [{"question_id": own}], f"{name} answers: {own!r} has no 'text'"),
         (questions, right[1:] + [{"question_id": own, "text": None}], f"{name} answers: {own!r} has no 'text'"),
@@ -243,15 +243,15 @@ ONE = {key: value for key, value in CAPTIONS[0].items() if key != "vocabulary"}
 lacking = lambda record, key: {k: v for k, v in record.items() if k != key}
 
 
-NO_LIST, MISSING = ": is not a list with something in it", "is missing or no"
+NO_LIST, MISSING = ": not a non-empty list", "is missing or not a"
 
 
 @pytest.mark.parametrize("scorer, name, content, complaint", [
     *[(scorer, name, content, complaint)
       for scorer, name in ((toy_captions, "captions.json"), (toy_vqa, "questions.json"))
       for content, complaint in (
-          (None, ": cannot be read (No such file"), (b"", ": is not JSON"), (b'[{"question_id": ', ": is not JSON"),
-          (b"\xff", ": is not JSON"), (b"[" * 200_000, ": is not JSON"))],
+          (None, "no such file: "), (b"", ": not JSON"), (b'[{"question_id": ', ": not JSON"),
+          (b"\xff", ": not JSON"), (b"[" * 200_000, ": not JSON"))],
     *[(toy_captions, "captions.json", content, ": has no 'captions'") for content in ([], 3, "text", [ONE], {})],
     *[(toy_captions, "captions.json", {"vocabulary": VOCABULARY, "captions": value}, NO_LIST)
       for value in (None, [], {"a": ONE}, "text")],
@@ -273,7 +273,9 @@ def test_load_names_a_missing_or_broken_file(tmp_path, scorer, name, content, co
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
     with pytest.raises(InputError) as error:
         scorer.load(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / name}{complaint}") and "\n" not in str(error.value)
+    path = tmp_path / name
+    expected = f"{complaint}{path}" if content is None else f"{path}{complaint}"
+    assert str(error.value).startswith(expected) and "\n" not in str(error.value)
 
 
 # ---- the command
@@ -295,7 +297,7 @@ def test_score_command(tmp_path, monkeypatch, name, write, said, scores):
     assert call(*command) == f"{scorer.report(scores)}\nanswers: {len(said)}, {empty} empty\n"
 
     path.write_text(json.dumps(said[0] | {"question_id": "zz"}))
-    with pytest.raises(InputError, match="'zz' is no question's id$") as error:
+    with pytest.raises(InputError, match="'zz' is not a question id$") as error:
         call(*command)
     assert str(error.value).startswith(f"{path}: toy ")
     with pytest.raises(InputError) as error:
