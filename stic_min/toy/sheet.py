@@ -4,9 +4,8 @@ import base64
 import html
 from pathlib import Path
 
-from stic_min.scorers.toy_captions import mentions, pattern
-
 from stic_min.scorers.report import page
+from stic_min.toy.captions import mentions, pattern
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; color: #222; }
