@@ -132,12 +132,12 @@ def test_self_training_sees_no_label(demo):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--seed", 1), "made with seed 0"),
-    (("--images", 400), "made with images 300"),
+    (("--seed", 1), "created with seed 0"),
+    (("--images", 400), "created with images 300"),
     (("--model", "nowhere"), "no such"),
     (("--model", "a", "--model", "b"), "several --model"),
     (("--seeds", 2), "are for the study"),
-    (("--images", 40002), "40000 are the most"),
+    (("--images", 40002), "at most 40000"),
 ])
 def test_demo_refuses(demo, flags, message):
     _, out = demo
@@ -165,7 +165,7 @@ def test_study_measures_every_variant_on_every_seed(studied):
     variants = result["models"][recipe.BASE.name]
     assert set(variants) == {"base", *study.MEASURED, *result["scales"]}
     assert {len(values) for values in variants.values()} == {2}
-    assert study.finished([out / recipe.BASE.name / f"seed{seed}" for seed in range(2)]) == 2 * study.STEPS
+    assert study.count_finished([out / recipe.BASE.name / f"seed{seed}" for seed in range(2)]) == 2 * study.STEPS
     for name, value in variants["stic"][1].items():
         assert 0 <= value <= 100 or name == "gain"
 
