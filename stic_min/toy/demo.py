@@ -1,5 +1,4 @@
-"""The whole recipe once on the toy world: draws pictures, runs the four scripts, and ends with a table and a
-page."""
+"""The whole recipe once on the toy world: draws pictures, runs the scripts, writes a table and a page."""
 
 from stic_min.runtime.files import read_records
 from stic_min.toy import captions as toy_captions

@@ -21,8 +21,7 @@ def write_json(path, value):
 
 
 def write_pictures(folder, split, scenes):
-    """One PNG per scene in `folder`; returns their names. Always rewritten, which also repairs a truncated
-    one."""
+    """One PNG per scene in `folder`; returns their names. Rewrites existing files, as one may be truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{split}_{i:05}.png" for i in range(len(scenes))]
     for name, scene in zip(names, scenes):

@@ -6,8 +6,7 @@
 2. the ViT, supervised with the contents of each cell;
 3. projector and decoder on captions, questions and descriptions (world.record), the ViT frozen, as in LLaVA.
 
-Writes an ordinary LLaVA folder in bf16, with pretrain.json: seed, command, time, losses and scores on dev
-scenes.
+Writes an ordinary LLaVA folder in bf16, with pretrain.json: seed, command, time, losses and dev scores.
 """
 
 import argparse
@@ -103,8 +102,7 @@ def cell_labels(scenes):
 
 
 def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
-    """Trains the tower to predict the contents of each cell. pixels (N, 3, side, side); returns the last
-    loss."""
+    """Trains the tower to predict each cell's contents. pixels (N, 3, side, side); returns the last loss."""
     heads = CellHeads()
     labels = cell_labels(scenes)
     batch = min(batch, len(pixels))
@@ -221,8 +219,7 @@ def new_llava(tokenizer):
 
 
 def write_llava(llava, folder):
-    """LLaVA's own layout: config.json, bf16 weights including the ViT's, and the ViT's configuration in
-    `clip/`.
+    """LLaVA's layout: config.json, bf16 weights including the ViT's, and the ViT's configuration in `clip/`.
 
     The ViT's last layer is not stored: hidden state -2 comes before it.
     """
@@ -255,8 +252,7 @@ def write_llava(llava, folder):
 
 
 def dev_scores(llava, count=400):
-    """Scores of the base model as it will be used: greedy captions by kind of prompt, questions asked
-    directly."""
+    """The base model's scores: greedy captions by kind of prompt, and questions asked directly."""
     llava.eval()
     scenes = world.scenes("dev", count)
     rng = random.Random(0)
@@ -276,14 +272,14 @@ def dev_scores(llava, count=400):
         questions = [world.caption_facts(scene) | {"question_id": str(i), "vocabulary": vocabulary}
                      for i, scene in enumerate(scenes)]  # fmt: skip
         scores[f"captions, {kind} prompts"] = toy_captions.score(questions, answers(prompts, pictures))
-    questions, texts, shown = [], [], []
+    questions, texts, question_pictures = [], [], []
     for scene, picture in zip(scenes, pictures):
         for kind in world.QUESTIONS:
             text, answer = world.ask(scene, kind, rng)
             questions.append({"question_id": str(len(questions)), "type": kind, "answer": answer})
             texts.append(text)
-            shown.append(picture)
-    scores["questions"] = toy_vqa.score(questions, answers(texts, shown))
+            question_pictures.append(picture)
+    scores["questions"] = toy_vqa.score(questions, answers(texts, question_pictures))
     return scores
 
 

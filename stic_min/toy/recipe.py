@@ -100,8 +100,7 @@ def stage1(model, pairs, images, out, seed, limit=None, **overrides):
 
 
 def stage2(model, adapter, instruct, out, seed, plain=False):
-    """Describes the pictures of the instructions, then trains on both; `plain` trains without the
-    descriptions."""
+    """Describes the pictures of the instructions, then trains on both; `plain` omits the descriptions."""
     if (out / "adapter_config.json").exists():
         return
     instructions = instruct / "instructions.json"

@@ -205,8 +205,7 @@ def numbers(results, name, questions=True):
 
 
 def collect(folder, seeds):
-    """{variant: [its values for each seed]} for one base model; the base's values are the same for every
-    seed."""
+    """{variant: [values per seed]} for one base model; the base's own values are the same for every seed."""
     results = [folder / f"seed{seed}" / "results" for seed in seeds]
     values = {"base": [numbers(folder / "base/results", "base")] * len(seeds)}
     values |= {name: [numbers(r, name) for r in results] for name in MEASURED}

@@ -135,8 +135,7 @@ def scale(values, top, bottom):
 
 
 def scale_plot(result):
-    """Figure 7: F1 of captions against the number of pairs, with one dot per seed and a line through the
-    means."""
+    """Figure 7: F1 of captions by number of pairs; one dot per seed and a line through the means."""
     scales, models = result["scales"], result["models"]
     left, right = 60, 600
     top = 60 + 20 * len(models)

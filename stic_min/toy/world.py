@@ -288,7 +288,7 @@ def ask(scene, kind, rng):
 
 
 # ---------------------------------------------------------------- the base model's training data
-# A record is (whether the picture is shown, its turns [(user, answer), ...]).
+# A record is (whether it has a picture, its turns [(user, answer), ...]).
 
 # When each lesson starts, as a fraction of training. Lookups of a single object come first. With everything
 # at once, 47% of the color questions were answered correctly after 1,200 steps, and the other kinds no better

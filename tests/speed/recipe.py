@@ -1,5 +1,5 @@
-"""Projects how long the paper's whole recipe takes on this device: 6k pairs, stage 1, 5k descriptions, stage
-2. Each step is measured on a few samples and scaled up.
+"""Projects how long the paper's whole recipe takes on this device: 6k pairs, stage 1, 5k descriptions,
+stage 2. Each step is measured on a few samples and scaled up.
 
   python tests/speed/recipe.py --size 7b --device cuda --dtype bfloat16 --slots 64 --pictures 96 \\
       --micro-batch 4

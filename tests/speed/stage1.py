@@ -1,5 +1,4 @@
-"""A stage-1 micro-batch (reference, policy, backward), compared with TRL's DPOTrainer and with the release's
-trainer.
+"""A stage-1 micro-batch (reference, policy, backward), compared with TRL's DPOTrainer and the release.
 
   python tests/speed/stage1.py --size small --image-mode pad
 

@@ -48,8 +48,7 @@ def test_base_model_is_small_and_records_its_origin():
 
 
 def test_base_model_hallucinates_from_its_prior_alone():
-    """It mentions usual objects under a short prompt and mostly true ones under the detailed prompt: it can
-    see."""
+    """Usual objects under a short prompt, mostly true ones under the detailed prompt: it can see."""
     llava = load_llava(recipe.BASE)
     scores = pretrain.dev_scores(llava, count=50)
     short, good = scores["captions, short prompts"], scores["captions, good prompts"]
