@@ -75,9 +75,9 @@ def run_benchmark(args):
         if args.adapter:
             lora.attach(llava, read_adapter(args.adapter, llava))
     else:
-        console.say_loading(args, ranks)
+        console.report_loading(args, ranks)
         llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-        console.say_loaded(llava, ranks)
+        console.report_loaded(llava, ranks)
     settings = {"benchmark": benchmark, "mode": mode_of(args), **flags.run_settings(args, llava)}
     settings |= {"suffix": args.suffix} if benchmark == "chartqa" else {}
     if args.check and not args.dtype:
@@ -108,7 +108,7 @@ def run_benchmark(args):
     print(output.path)
     if hasattr(scorer, "official"):
         suffix, text = scorer.official(questions, answers)
-        harness.write(f"{stem}{suffix}", text)
+        harness.write_text(f"{stem}{suffix}", text)
         print(f"{stem}{suffix}")
     if benchmark in ("mmvet", "llavabench") and not args.judge:
         if settings.items() <= harness.saved_run(f"{stem}.scores.json").items():
@@ -243,9 +243,9 @@ def run_ask(args):
         raise InputError("--dar describes a picture first: it needs --image")
     ranks = Ranks(0, 1, start_device(args.device))
     pictures = [open_image(path) for path in args.image]
-    console.say_loading(args, ranks)
+    console.report_loading(args, ranks)
     llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **flags.model_options(args, ranks))
-    console.say_loaded(llava, ranks)
+    console.report_loaded(llava, ranks)
     question = without_marks(args.question)
     if (over := dar.excess(llava, question, pictures, args)) > 0:
         raise InputError(f"the question is {over} tokens longer than the model's sequence holds")

@@ -1,8 +1,10 @@
-"""CLIP's vision transformer up to hidden state -2: f(.) of the paper's section 3, a picture in patches.
+"""CLIP's vision transformer up to hidden state -2: f(.) of the paper's section 3, an image as patch features.
 
-Reads the vision half of openai/clip-vit-large-patch14-336, or the tuned tower inside a LLaVA-1.6 checkpoint; modules
-are named as there (`pre_layrnorm` is spelled so). Not here: the last layer and `post_layernorm`, which LLaVA's hidden
-state -2 never sees; the text tower and the projections.
+Reads the vision half of openai/clip-vit-large-patch14-336, or the tuned tower inside a LLaVA-1.6 checkpoint;
+modules have the names they have there (`pre_layrnorm` is spelled like that). Not here: the last layer and
+`post_layernorm`, which hidden state -2 does not depend on; the text tower and the projections.
+
+Shapes: N tiles, S patches, C channels, H heads of D channels.
 """
 
 from dataclasses import dataclass
@@ -23,8 +25,8 @@ class ClipConfig:  # defaults: CLIP-L/14-336
     layer_norm_eps: float = 1e-5
 
     @property
-    def patches(self):
-        return self.image_size // self.patch_size  # along one side
+    def patches(self) -> int:
+        return self.image_size // self.patch_size  # along one side: 24
 
 
 class Embeddings(nn.Module):
@@ -53,7 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x):  # (N, 1 + S, C)
         split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, H, 1 + S, D)
-        y = F.scaled_dot_product_attention(split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x)))
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        y = F.scaled_dot_product_attention(q, k, v)  # no mask: every patch attends to every patch
         return self.out_proj(y.transpose(1, 2).flatten(2))  # (N, 1 + S, C)
 
 
@@ -63,7 +66,7 @@ class MLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
+    def forward(self, x):  # (N, 1 + S, C)
         x = self.fc1(x)
         return self.fc2(x * torch.sigmoid(1.702 * x))  # quick_gelu
 
@@ -76,19 +79,21 @@ class Layer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x):
+    def forward(self, x):  # (N, 1 + S, C)
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
 
 class Encoder(nn.Module):
+    """All layers but the last: LLaVA reads hidden state -2, the last layer's input."""
+
     def __init__(self, config):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers - 1))
 
 
 class VisionTower(nn.Module):
-    """pixels (N, 3, side, side) -> patch features (N, S, C): hidden state -2 without its CLS row."""
+    """pixels (N, 3, side, side) -> patch features (N, S, C): hidden state -2 without the CLS token."""
 
     def __init__(self, config):
         super().__init__()
@@ -97,7 +102,7 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(config)
 
     def forward(self, pixels):
-        x = self.pre_layrnorm(self.embeddings(pixels))
+        x = self.pre_layrnorm(self.embeddings(pixels))  # (N, 1 + S, C)
         for layer in self.encoder.layers:
             x = layer(x)
-        return x[:, 1:]
+        return x[:, 1:]  # (N, S, C)

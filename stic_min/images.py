@@ -1,140 +1,99 @@
-"""Pictures in: opening, corrupting h(v) (Algorithm 1), and cutting into tiles for CLIP.
+"""Images in: opening them, the corruptions h(v) of Algorithm 1, and cutting into tiles for CLIP.
 
 Two layouts, as in LLaVA:
-  pad     v1.5 and all of STIC's training: one square tile, the picture centred on CLIP's mean colour;
-  anyres  v1.6: the whole picture as tile 0, then the tiles of a grid that fits its shape.
+  pad     v1.5 and all of STIC's training: one square tile, the image centered on CLIP's mean color;
+  anyres  v1.6: the whole image as tile 0, then the tiles of a grid chosen by its aspect ratio.
 Sizes are (width, height) everywhere, as in PIL. Decoding follows the official code: `.convert("RGB")`,
 no EXIF rotation, transparency dropped. Only 16-bit gray differs, see `to_rgb`.
 """
 
+import functools
 import math
-import os
 import warnings
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import functional as TF
 
 from stic_min import InputError
-from stic_min.runtime.files import brief, printable
+from stic_min.runtime.files import printable
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BACKGROUND = tuple(int(255 * m) for m in CLIP_MEAN)  # (122, 116, 104), what `pad` fills with
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-FOREIGN = {".heic", ".heif", ".avif"}  # what phones write; not every Pillow reads them
-THINNEST = 500  # long side to short side; h(v) makes the short one 20 pixels, and pad mode a square of the long one
-LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels a side
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_header` makes it an error
+# Limits on the shape. h(v) scales the short side to 20 pixels, and pad mode makes a square of the long side.
+THINNEST = 500  # long side / short side
+LARGEST_SQUARE = 4 * Image.MAX_IMAGE_PIXELS  # about 19,000 pixels on each side
 # What Pillow raises for damaged files, all formats together.
-UNREADABLE = OSError, SyntaxError, ValueError, TypeError, AttributeError, RuntimeError, Image.DecompressionBombError
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, RuntimeError,
+              Image.DecompressionBombError)  # fmt: skip
 LOW_RESOLUTION = 20  # pixels on the short side
-BRIGHTNESS, HUE = 0.5, 0.3  # colour jitter: factor in [1 - 0.5, 1 + 0.5], hue shift in [-0.3, 0.3]
+BRIGHTNESS, HUE = 0.5, 0.3  # color jitter: brightness factor in [1 - 0.5, 1 + 0.5], hue shift in [-0.3, 0.3]
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- opening
 
 
-def image_path(folder, name):
-    """The file `name` inside `folder`. Raises InputError if it leads out of it, by its name or by a link, or nothing is
-    there."""
-    try:
-        str(name).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"image name {brief(ascii(name))} is not valid Unicode") from None
-    path = Path(folder) / str(name)
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):
-        raise InputError(f"image '{brief(name)}' points outside the image folder {folder}")
-    try:
-        found = path.is_file()
-        outside = found and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-    except (OSError, ValueError):  # a name that no file can have
-        found = False
-    if not found:
-        raise InputError(f"no such image: '{Path(folder) / brief(name)}'")
-    if outside:
-        raise InputError(f"image '{brief(name)}' is a link that leads outside the image folder {folder}")
-    return path
+@functools.cache  # once: each change of the filters makes Python repeat warnings it has already shown
+def silence_bomb_warning():
+    """`check_header` raises an error instead. (`catch_warnings` is not thread-safe, threads load images.)"""
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def check_folder(folder):
-    """Raises InputError if `folder`, given as --images, is not a folder."""
-    if Path(folder).is_file():
-        raise InputError(f"--images {folder} is a file, it has to name the folder of the images")
-    if not Path(folder).is_dir():
-        raise InputError(f"no such image folder: {folder}")
+def check_header(opened: Image.Image) -> None:
+    """Rejects what the header alone shows to be unusable, before anything is decoded.
 
-
-def foreign_images(folder):
-    """How many images in `folder` are in formats that are not read: "12 .heic files"; empty if there are none."""
-    count = Counter(p.suffix.lower() for p in Path(folder).iterdir() if p.suffix.lower() in FOREIGN)
-    return " and ".join(f"{n} {suffix} file{'s' * (n > 1)}" for suffix, n in sorted(count.items()))
-
-
-def list_images(folder):
-    """Names of the images in `folder`, sorted. Raises InputError if there is none, and says what is there instead."""
-    check_folder(folder)
-    readable = lambda path: path.suffix.lower() in SUFFIXES and path.is_file()
-    names = sorted(path.name for path in Path(folder).iterdir() if readable(path))
-    if names:
-        return names
-    if foreign := foreign_images(folder):
-        raise InputError(f"no images in {folder} but {foreign}: convert them to JPEG or PNG")
-    nested = [path.relative_to(folder) for path in Path(folder).rglob("*") if readable(path)]
-    if nested:
-        largest = Counter(path.parent for path in nested).most_common(1)[0][0]
-        raise InputError(f"no images directly in {folder}, but {len(nested)} in its subfolders such as {largest}/: "
-                         "pass one of them, or list them with --names")
-    raise InputError(f"no pictures ({' '.join(sorted(SUFFIXES))}) in {folder}")
-
-
-def check_header(opened):
-    """What can be refused before decoding. Raises as Pillow does.
-
-    Pillow only warns between its limit of pixels and twice that; a few KB can unpack to so much. 32-bit and float
-    pixels have no range that says what is black and what is white: Pillow would clip them to 0 and 255.
+    Between its pixel limit and twice that, Pillow only warns, although a few KB can unpack to that much.
+    32-bit integer and float pixels do not define black and white: Pillow would clip them to 0 and 255.
     """
     if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError(f"{opened.width}x{opened.height} are too many pixels, it may be a bomb")
+        raise Image.DecompressionBombError(
+            f"{opened.width}x{opened.height} is too many pixels, it may be a decompression bomb"
+        )
     if opened.mode in ("I", "F"):
         kind = "integer" if opened.mode == "I" else "float"
         raise InputError(f"its pixels are 32-bit {kind}s: convert it to 8 or 16 bits")
 
 
-def to_rgb(opened):
-    """As the official code's `.convert("RGB")`, but for 16-bit gray, which that makes all white: its high byte."""
+def to_rgb(opened: Image.Image) -> Image.Image:
+    """The official code's `.convert("RGB")`, but 16-bit gray becomes its high byte instead of all white."""
     if opened.mode.startswith("I;16"):
         opened.load()
         opened = Image.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
     return opened.convert("RGB")
 
 
-def open_image(source, name=None):
-    """RGB picture, fully decoded, from a path or an open file of this name. Raises InputError naming it."""
+def open_image(source, name: str | None = None) -> Image.Image:
+    """Fully decoded RGB image from a path, or from an open file called `name` in messages."""
+    silence_bomb_warning()
     path = printable(str(name or source))
     try:
         with Image.open(source) as opened:
             check_header(opened)
-            picture = to_rgb(opened)
+            image = to_rgb(opened)
     except UNREADABLE as error:
-        said = "not a picture that Pillow reads" if isinstance(error, UnidentifiedImageError) and name else error
-        raise InputError(f"can't read image {path}: {printable(str(said))}") from None
-    if max(picture.size) > THINNEST * min(picture.size) or max(picture.size) ** 2 > LARGEST_SQUARE:
-        size = f"{picture.width}x{picture.height}"
-        raise InputError(f"image {path} is {size}: too long a strip, padded to a square it would take gigabytes")
-    return picture
+        reason = str(error)
+        if isinstance(error, UnidentifiedImageError) and name:
+            reason = "not an image that Pillow can read"  # Pillow's own message would name the file object
+        raise InputError(f"can't read image {path}: {printable(reason)}") from None
+    long, short = max(image.size), min(image.size)
+    if long > THINNEST * short or long**2 > LARGEST_SQUARE:
+        size = f"{image.width}x{image.height}"
+        raise InputError(
+            f"image {path} is {size}: too long and narrow, padded to a square it would take gigabytes"
+        )
+    return image
 
 
-def image_size(path):
-    """(width, height) from the file's header, without decoding it."""
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) from the file's header, without decoding the image."""
+    silence_bomb_warning()
     try:
-        with Image.open(path) as picture:
-            check_header(picture)
-            return picture.size
+        with Image.open(path) as opened:
+            check_header(opened)
+            return opened.size
     except UNREADABLE as error:
         raise InputError(printable(f"can't read image {path}: {error}")) from None
 
@@ -142,28 +101,35 @@ def image_size(path):
 # ---------------------------------------------------------------- h(v), the corruptions of Algorithm 1
 
 
-def corrupt(picture, seed):
-    """h(v): low resolution or colour jitter, half each. Returns the picture and what was drawn.
+def corrupt(image: Image.Image, seed: int) -> tuple[Image.Image, dict]:
+    """h(v): low resolution or color jitter, each with probability 1/2 -> (image, sampled parameters).
 
-    All randomness comes from one generator seeded with `seed`; torch's global state is untouched. The jitter draws
-    in torchvision's order (a permutation of brightness, contrast, saturation, hue, then the factors), so that
-    `jitter(picture, g)` equals `ColorJitter(brightness=.5, hue=.3)` after `torch.manual_seed` of g's seed.
+    All randomness comes from one generator seeded with `seed`; torch's global state is untouched. The jitter
+    samples in torchvision's order (a permutation of brightness, contrast, saturation, hue; then the factors),
+    so that `jitter(image, g)` equals `ColorJitter(brightness=.5, hue=.3)` after `torch.manual_seed` with g's
+    seed.
     """
+    # Imported here because torchvision pulls in torch._dynamo, which takes seconds.
+    from torchvision.transforms import functional as TF
+
     generator = torch.Generator().manual_seed(seed)
     if torch.rand(1, generator=generator).item() < 0.5:
-        return TF.resize(picture, LOW_RESOLUTION), {"kind": "low_resolution", "short_side": LOW_RESOLUTION}
-    picture, drawn = jitter(picture, generator)
-    return picture, {"kind": "color_jitter", **drawn}
+        return TF.resize(image, LOW_RESOLUTION), {"kind": "low_resolution", "short_side": LOW_RESOLUTION}
+    jittered, parameters = jitter(image, generator)
+    return jittered, {"kind": "color_jitter", **parameters}
 
 
-def jitter(picture, generator):
-    """torchvision's ColorJitter(brightness=.5, hue=.3), its draws from `generator` -> (picture, what was drawn)."""
-    order = [i for i in torch.randperm(4, generator=generator).tolist() if i in (0, 3)]  # contrast, saturation: off
+def jitter(image: Image.Image, generator: torch.Generator) -> tuple[Image.Image, dict]:
+    """torchvision's ColorJitter(brightness=.5, hue=.3) with a generator -> (image, sampled parameters)."""
+    from torchvision.transforms import functional as TF
+
+    order = torch.randperm(4, generator=generator).tolist()
+    order = [i for i in order if i in (0, 3)]  # 0: brightness, 3: hue; contrast and saturation are off
     brightness = torch.empty(1).uniform_(1 - BRIGHTNESS, 1 + BRIGHTNESS, generator=generator).item()
     hue = torch.empty(1).uniform_(-HUE, HUE, generator=generator).item()
     for step in order:
-        picture = TF.adjust_brightness(picture, brightness) if step == 0 else TF.adjust_hue(picture, hue)
-    return picture, {"brightness": brightness, "hue": hue, "brightness_first": order == [0, 3]}
+        image = TF.adjust_brightness(image, brightness) if step == 0 else TF.adjust_hue(image, hue)
+    return image, {"brightness": brightness, "hue": hue, "brightness_first": order == [0, 3]}
 
 
 # ---------------------------------------------------------------- tiles
@@ -171,44 +137,49 @@ def jitter(picture, generator):
 
 @dataclass
 class Tiles:
-    """One picture, ready for CLIP."""
+    """One image, ready for CLIP."""
 
-    pixels: torch.Tensor  # (N, 3, side, side) float32, normalised
-    size: tuple  # (width, height) of the picture
-    grid: tuple | None  # (columns, rows) of the tiles after tile 0; None in pad mode
+    pixels: torch.Tensor  # (N, 3, side, side) float32, normalized
+    size: tuple[int, int]  # (width, height) of the image
+    grid: tuple[int, int] | None  # (columns, rows) of the tiles after tile 0; None in pad mode
 
 
-def normalise(picture):  # (side, side) RGB picture -> (3, side, side)
-    pixels = np.asarray(picture, dtype=np.float32) / np.float32(255)  # (side, side, 3)
+def normalize(image):  # (side, side) RGB image -> (3, side, side)
+    pixels = np.asarray(image, dtype=np.float32) / np.float32(255)  # (side, side, 3)
     pixels = (pixels - np.float32(CLIP_MEAN)) / np.float32(CLIP_STD)
     return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, side, side)
 
 
-def pad_to_square(picture):
-    width, height = picture.size
+def pad_to_square(image):
+    width, height = image.size
     if width == height:
-        return picture
+        return image
     long = max(width, height)
     square = Image.new("RGB", (long, long), BACKGROUND)
-    square.paste(picture, ((long - width) // 2, (long - height) // 2))
+    square.paste(image, ((long - width) // 2, (long - height) // 2))
     return square
 
 
-def best_resolution(size, pinpoints):
-    """The listed (width, height) that keeps most of the picture's pixels, then wastes least; the first wins ties."""
+def best_resolution(size: tuple[int, int], pinpoints) -> tuple[int, int]:
+    """The (width, height) in `pinpoints` that keeps most of the image's pixels and wastes least.
+
+    That is: the most pixels kept; among equals the fewest wasted; then the first listed.
+    """
     width, height = size
 
     def fit(resolution):
         scale = min(resolution[0] / width, resolution[1] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - resolution[0] * resolution[1]  # the second: minus the wasted pixels
+        effective = min(int(width * scale) * int(height * scale), width * height)  # no credit for upscaling
+        wasted = resolution[0] * resolution[1] - effective
+        return effective, -wasted
 
     return max((tuple(p) for p in pinpoints), key=fit)
 
 
-def place_on(picture, resolution):
-    """The picture scaled to fit `resolution`, centred on black."""
-    (width, height), (full_width, full_height) = picture.size, resolution
+def place_on(image, resolution):
+    """The image scaled to fit `resolution`, centered on black."""
+    width, height = image.size
+    full_width, full_height = resolution
     scale_w, scale_h = full_width / width, full_height / height
     if scale_w < scale_h:
         new_size = full_width, min(math.ceil(height * scale_w), full_height)
@@ -216,31 +187,32 @@ def place_on(picture, resolution):
         new_size = min(math.ceil(width * scale_h), full_width), full_height
     canvas = Image.new("RGB", resolution)
     corner = (full_width - new_size[0]) // 2, (full_height - new_size[1]) // 2
-    canvas.paste(picture.resize(new_size, Image.BICUBIC), corner)
+    canvas.paste(image.resize(new_size, Image.BICUBIC), corner)
     return canvas
 
 
-def make_tiles(picture, mode, side, pinpoints=None):
-    """PIL RGB picture -> Tiles. `mode` is pad or anyres, `side` CLIP's input, `pinpoints` the anyres resolutions."""
+def make_tiles(image: Image.Image, mode: str, side: int, pinpoints=None) -> Tiles:
+    """RGB image -> Tiles; mode: pad or anyres, side: CLIP's input size, pinpoints: the anyres resolutions."""
     if mode == "pad":
-        square = pad_to_square(picture).resize((side, side), Image.BICUBIC)
-        return Tiles(normalise(square)[None], picture.size, None)
-    resolution = best_resolution(picture.size, pinpoints)
-    grid = resolution[0] // side, resolution[1] // side
-    canvas = place_on(picture, resolution)
-    # Tile 0 is the whole picture without its aspect ratio, as upstream.
-    tiles = [picture.resize((side, side), Image.BICUBIC)]
-    for y in range(grid[1]):
-        for x in range(grid[0]):
+        square = pad_to_square(image).resize((side, side), Image.BICUBIC)
+        return Tiles(normalize(square)[None], image.size, None)
+    resolution = best_resolution(image.size, pinpoints)
+    columns, rows = resolution[0] // side, resolution[1] // side
+    canvas = place_on(image, resolution)
+    # Tile 0 is the whole image, stretched to a square, as in LLaVA.
+    tiles = [image.resize((side, side), Image.BICUBIC)]
+    for y in range(rows):
+        for x in range(columns):
             tiles.append(canvas.crop((x * side, y * side, (x + 1) * side, (y + 1) * side)))
-    return Tiles(torch.stack([normalise(t) for t in tiles]), picture.size, grid)
+    return Tiles(torch.stack([normalize(tile) for tile in tiles]), image.size, (columns, rows))
 
 
-def unpadded(size, grid, patches):
-    """Rows and columns of the tiled feature map that hold picture, not black bars: (top, bottom, left, right).
+def unpadded(size: tuple[int, int], grid: tuple[int, int], patches: int) -> tuple[int, int, int, int]:
+    """The part of the tiled feature map that shows the image, not black bars: (top, bottom, left, right).
 
-    `patches` is the number of patches along a tile's side. Rounds down twice, as upstream; an odd leftover keeps a
-    padding row, and a very flat picture keeps none (top == bottom).
+    `patches` is the number of patches along a tile's side. Rounds down twice, as LLaVA does: where
+    the two bars together are an odd number of rows, one of these rows stays, and a very flat image keeps no
+    row at all (top == bottom).
     """
     width, height = size
     columns, rows = grid[0] * patches, grid[1] * patches
@@ -251,11 +223,11 @@ def unpadded(size, grid, patches):
     return 0, rows, margin, columns - margin
 
 
-def image_tokens(size, mode, side, patch, pinpoints=None):
-    """How many positions a picture of `size` takes in the sequence (640x480 in anyres: 2340)."""
+def image_tokens(size: tuple[int, int], mode: str, side: int, patch: int, pinpoints=None) -> int:
+    """Number of positions that an image of `size` takes in the sequence (640x480 in anyres: 2340)."""
     patches = side // patch
     if mode == "pad":
         return patches**2
-    resolution = best_resolution(size, pinpoints)
-    top, bottom, left, right = unpadded(size, (resolution[0] // side, resolution[1] // side), patches)
-    return patches**2 + (bottom - top) * (right - left + 1)  # + 1: one image_newline a row
+    width, height = best_resolution(size, pinpoints)
+    top, bottom, left, right = unpadded(size, (width // side, height // side), patches)
+    return patches**2 + (bottom - top) * (right - left + 1)  # + 1: one image_newline per row

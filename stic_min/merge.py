@@ -21,7 +21,7 @@ from stic_min.formats.tensors import canonical, open_shard, shards, write_tensor
 from stic_min.loader import open_llava
 from stic_min.runtime import console, flags, process
 from stic_min.runtime.files import read_json
-from stic_min.runtime.ranks import Ranks, place
+from stic_min.runtime.ranks import place
 
 ENOUGH = 0.9  # of a change; where rounding leaves less of it, the merged model is another than the one that was trained
 # Indices of the old shards, and what is not of the checkpoint: transformers would apply an adapter beside it once more.
@@ -53,7 +53,7 @@ def merge_shard(tensors, adapter, dtype=None):
 def write_merged(folder, adapter, out, dtype=None, tokenizer=None):
     """The checkpoint `folder` with its weights merged, into the folder `out`. Returns the surviving fraction."""
     files, kept, wanted, weight_map = shards(folder), 0.0, 0.0, {}
-    progress = console.Progress("merging shards", len(files), Ranks(0, 1, torch.device("cpu")))
+    progress = console.Progress("merging shards", len(files))
     for file in files:
         tensors, *sums = merge_shard(open_shard(file), adapter, dtype)
         kept, wanted = kept + sums[0], wanted + sums[1]
@@ -112,14 +112,14 @@ def main():
     parser.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="LoRA adapter; its projector comes along")
     parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), help="of the result (default: as stored)")
+    parser.add_argument("--dtype", choices=flags.DTYPES, help="of the result (default: as stored)")
     parser.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint holds or finds none")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
     parser.add_argument("--other-base", action="store_true", help="use --adapter though its base had other weights")
     args = parser.parse_args()
     if place()[0]:
         return  # no work for several ranks
-    dtype = flags.DTYPES[args.dtype] if args.dtype else None
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     survived = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer, args.other_base)
     print(f"wrote {args.out}; {100 * survived:.2f} % of the change survived rounding")
     if survived < ENOUGH:

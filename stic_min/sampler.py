@@ -210,12 +210,12 @@ def prefill(llava, group, cache, slots, logits, max_new_tokens):
     shared = group[0].shared() if len(group) > 1 else 0
     first = group[0].ids[:shared] if shared else group[0].ids
     branches = [request.ids[shared:] for request in group] if shared else []
-    batch = llava.lay_out(first, branches, group[0].tiles)
+    batch = llava.single_batch(first, branches, group[0].tiles)
     spans = batch.attend.spans[1:] or batch.attend.spans
     last = [span.end - 1 for span in spans]
     lengths = [span.prefix[1] - span.prefix[0] + span.end - span.start for span in spans]
     cache.reserve(min(max(lengths) + max_new_tokens, llava.config.decoder.max_positions))
-    batch.rows = torch.tensor([last], device=llava.device)
+    batch.scored = torch.tensor([last], device=llava.device)
     x = llava.hidden_states(batch, attend=Prefill(batch.attend.spans, cache, slots))[0]  # (B, C)
     logits[slots] = fp32_logits(llava, x)
     return lengths

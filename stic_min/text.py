@@ -1,9 +1,9 @@
-"""Text in and out: sentencepiece around <image>, the two chat templates, every prompt of STIC.
+"""Text in and out: every prompt of STIC, the two chat templates, and sentencepiece around <image>.
 
 Ids are built segment by segment (template text, image slot, response, end token), and labels follow from the
-segments, so that masks and ids cannot disagree. Control tokens come only from the code here: text that happens to
-contain `<s>` or `</s>` stays text. (The official code turns it into control tokens: a user who writes `</s>` ends
-the model's turn. Ours differs there on purpose.)
+segments, so that labels and ids cannot disagree. Only the code here inserts control tokens: text that happens
+to contain `<s>` or `</s>` stays text. (In the official code it becomes control tokens, so that a user who
+writes `</s>` ends the turn. This difference is deliberate.)
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ import sentencepiece
 
 from stic_min import InputError
 
-IMAGE = -200  # the id that stands for one picture, in LLaVA's own numbering
+IMAGE = -200  # the id that stands for one image, as in LLaVA's code
 IMAGE_MARK = "<image>"
 
 # ---------------------------------------------------------------- STIC's prompts
 
-# P, the captioning prompts of Algorithms 1 and 2. The paper does not print them; these are its release's.
+# P, the captioning prompts of Algorithms 1 and 2. The paper does not print them; these are the release's.
 CAPTION_PROMPTS = (
     "Illustrate the details of the picture.",
     "Summarize the visual content presented.",
@@ -38,10 +38,10 @@ HALLUCINATION_PROMPTS = (
     "Incorporate elements that, though absent, would seamlessly fit into the context of the picture.",
     "Imagine and describe additional everyday objects or activities taking place just out of frame.",
     "Augment the scene with details of potential events or items that are plausible.",
-    "Conceive of and detail natural elements, such as weather or animals, that could realistically enter the scene. "
-    "Make the description affirmative.",
-    "Invent and incorporate details of practical tools, vehicles, or gadgets that could be expected in a similar "
-    "scenario.",
+    "Conceive of and detail natural elements, such as weather or animals, that could realistically enter the "
+    "scene. Make the description affirmative.",
+    "Invent and incorporate details of practical tools, vehicles, or gadgets that could be expected in a "
+    "similar scenario.",
 )
 
 # x_g, the well-curated step-by-step prompt (Appendix A).
@@ -50,37 +50,41 @@ GOOD_PROMPT = (
     "Identify the main subjects (people, animals, objects) in the image and describe what they are doing. "
     "Describe the setting of the image. Is it indoors or outdoors? "
     "What kind of environment or location does it depict? What mood does the image convey? "
-    "Are there any specific elements (such as lighting, weather, expressions) that contribute to this atmosphere? "
-    "Describe the dominant colors and the overall composition. How do these elements affect the image's impact? "
-    "Point out any details or symbols that might be relevant to understanding the image's meaning or context. "
+    "Are there any specific elements (such as lighting, weather, expressions) that contribute to this "
+    "atmosphere? "
+    "Describe the dominant colors and the overall composition. "
+    "How do these elements affect the image's impact? "
+    "Point out any details or symbols that might be relevant to understanding the image's meaning or "
+    "context. "
     "If applicable, provide interpretations of what the image might represent or communicate."
 )
 
 DESCRIBE_PROMPT = CAPTION_PROMPTS[4]  # what DaR asks first, at test time
 
-# PAPER vs RELEASED (L, see README.md): the paper prints one line; the release, which made the numbers, has three.
+# PAPER vs RELEASED (L, see README.md): the paper prints one line; the release, which produced the published
+# numbers, has three.
 INFUSED = "Image description:\n{description}\n\n{instruction}"
 INFUSED_ONE_LINE = "Image description: {description}\n{instruction}"
 
 
-def without_marks(text):
-    """Text without <image>, also where removing one makes another."""
+def without_marks(text: str) -> str:
+    """Text without <image>, even where removing one mark creates another ("<im<image>age>")."""
     while IMAGE_MARK in text:
         text = text.replace(IMAGE_MARK, "")
     return text.strip()
 
 
-def infused(description, instruction, one_line=False):
-    """An instruction behind the model's own description (section 4, stage 2, and DaR), without the picture's mark.
+def with_description(description: str, instruction: str, one_line: bool = False) -> str:
+    """An instruction prefixed with the model's own description (section 4: stage 2 and DaR); no <image> yet.
 
-    A mark that the model happened to write itself would ask for a second picture, so it goes.
+    <image> is removed from the description: a mark that the model wrote by chance would ask for an image.
     """
     form = INFUSED_ONE_LINE if one_line else INFUSED
     return form.format(description=without_marks(description), instruction=instruction)
 
 
-def with_image(text, pictures=1):
-    return f"{IMAGE_MARK}\n" * pictures + text
+def with_image(text: str, images: int = 1) -> str:
+    return f"{IMAGE_MARK}\n" * images + text
 
 
 # ---------------------------------------------------------------- chat templates
@@ -89,14 +93,14 @@ def with_image(text, pictures=1):
 @dataclass(frozen=True)
 class Template:
     name: str
-    system: str  # in front of the first turn
-    turn: str  # one user turn, open for the answer
+    system: str  # precedes the first turn
+    turn: str  # one user turn, up to where the answer starts
 
-    def prompt(self, user):
-        """The single-turn prompt string, as the official code writes it; the answer follows after one space."""
+    def prompt(self, user: str) -> str:
+        """The single-turn prompt string of the official code; the answer follows after one space."""
         return self.system + self.turn.format(user=user)
 
-    def turns(self, users):
+    def turns(self, users: list[str]) -> list[str]:
         """The prompt strings of a conversation; each is followed by its answer and the end token."""
         return [self.prompt(user) if i == 0 else self.turn.format(user=user) for i, user in enumerate(users)]
 
@@ -116,58 +120,62 @@ TEMPLATES = {
 
 
 class Tokenizer:
-    """A Llama/Mistral `tokenizer.model`. Raises InputError if the file is missing or is no sentencepiece model.
+    """A Llama/Mistral `tokenizer.model`. Raises InputError if the file is not a sentencepiece model.
 
-    `legacy` is transformers' flag of that name, read from tokenizer_config.json: whether text right after the end
-    token, in a later turn, gets a leading-space piece of its own.
+    `legacy` is transformers' flag of that name, read from tokenizer_config.json: whether text right after an
+    end token (in a later turn) gets its own leading-space piece.
     """
 
-    def __init__(self, path, legacy=True):
+    def __init__(self, path, legacy: bool = True):
         if not Path(path).is_file():
-            raise InputError(f"no tokenizer: {path} (name another with --tokenizer)")
+            raise InputError(f"no tokenizer: {path} (choose another with --tokenizer)")
         self.path = Path(path)
         self.pieces = sentencepiece.SentencePieceProcessor()
         try:
             self.pieces.Load(str(path))
-            self.pieces.decode(list(range(len(self.pieces))))  # every piece is text
+            self.pieces.decode(list(range(len(self.pieces))))  # fails unless every piece is valid text
         except (RuntimeError, OSError, UnicodeDecodeError):
             raise InputError(f"not a sentencepiece model: {path}") from None
         self.legacy = legacy
-        self.bos, self.eos, self.size = self.pieces.bos_id(), self.pieces.eos_id(), len(self.pieces)
+        self.bos = self.pieces.bos_id()
+        self.eos = self.pieces.eos_id()
+        self.size = len(self.pieces)
         if min(self.bos, self.eos) < 0:
             raise InputError(f"{path}: no begin or no end token")
-        self.newline = self.pieces.encode("\n")  # leading-space piece and the newline itself
+        self.newline = self.pieces.encode("\n")  # the leading-space piece and the newline itself
 
-    def encode(self, text):
+    def encode(self, text: str) -> list[int]:
         """Ids of a piece of text, with sentencepiece's own leading space and without control tokens."""
         return self.pieces.encode(text)
 
-    def encode_bare(self, text):
-        """The same without the leading space: encoded behind a newline, which no piece spans."""
+    def encode_bare(self, text: str) -> list[int]:
+        """The same without the leading space: encoded after a newline, which no piece spans."""
         return self.pieces.encode("\n" + text)[len(self.newline) :]
 
-    def encode_prompt(self, prompt, first=True):
-        """Ids of a prompt string, IMAGE in place of each <image>.
+    def encode_prompt(self, prompt: str, first: bool = True) -> list[int]:
+        """Ids of a prompt string, with IMAGE in place of each <image>.
 
-        The pieces between images are tokenized on their own, each with its own leading space, as the official code
-        does; an empty piece gives nothing. The first turn starts with the begin token.
+        The text between images is tokenized piece by piece, each with its own leading space, as in the
+        official code; an empty piece adds no ids. The first turn starts with the begin token.
         """
         ids = [self.bos] if first else []
         for i, text in enumerate(prompt.split(IMAGE_MARK)):
-            if i:
+            if i > 0:
                 ids.append(IMAGE)
-            ids += self.encode_bare(text) if i == 0 and not first and not self.legacy else self.encode(text)
+            follows_end_token = i == 0 and not first
+            ids += self.encode_bare(text) if follows_end_token and not self.legacy else self.encode(text)
         return ids
 
-    def encode_response(self, response, end=True):
-        """Ids of an answer. Its leading-space piece is the blank that the templates put in front of an answer.
+    def encode_response(self, response: str, end: bool = True) -> list[int]:
+        """Ids of a response. Its leading-space piece is the space that the templates put before an answer.
 
-        No blank before the end token: what the model generates is what the loss scores. (The official training
-        route for mistral_instruct supervises a lone space piece there that the model never produces.)
+        There is no space before the end token: the loss scores exactly what the model generates. (The
+        official training code for mistral_instruct supervises a lone space piece there, which the model never
+        generates.)
         """
         return self.encode(response) + ([self.eos] if end else [])
 
-    def decode(self, ids):
-        """Text of generated ids, control and unknown tokens left out, stripped."""
+    def decode(self, ids: list[int]) -> str:
+        """Text of generated ids, stripped, without control and unknown tokens."""
         skip = lambda i: i >= self.size or self.pieces.is_control(i) or self.pieces.is_unknown(i)
         return self.pieces.decode([i for i in ids if not skip(i)]).strip()

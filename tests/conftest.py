@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 # Before torch is imported, and for all child processes: the tests run on the CPU whatever the machine has. test_gpu.py
 # gives its children the GPUs back.
@@ -14,11 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: a second t
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from official import SHARED  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-# Numbers computed by the official code; the project never needs them to run.
-SHARED = Path(os.environ.get("STIC_SHARED") or Path(__file__).resolve().parents[2] / "shared")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What a command prints: lines, warnings, a progress line."""
+"""What a command prints: lines, warnings, progress."""
 
 import os
 import sys
@@ -15,8 +15,8 @@ def clock(seconds):
 
 
 def print_line(text, stream="stdout", end="\n"):
-    """Prints; goes on without it when its reader is gone, as Ctrl-C also ends the `tee` behind a pipe, or a terminal is
-    closed."""
+    """Prints. If the stream's reader is gone (Ctrl-C also ends the `tee` behind a pipe; a terminal was
+    closed), this and all later output to it is discarded."""
     try:
         print(text, end=end, file=getattr(sys, stream), flush=True)
     except OSError:
@@ -24,48 +24,56 @@ def print_line(text, stream="stdout", end="\n"):
 
 
 def one_line(text, limit=300):
-    """A message as one printable line, without its middle where that makes it longer than `limit` characters."""
+    """A message as one printable line of about `limit` characters: the middle of a longer one is cut out."""
     half = limit // 2 - 3
     cut = lambda text: text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
     return cut(printable(cut(text.strip())))
 
 
 def warn(text):
-    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the progress line, if there is one
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may be there
     print_line(clear + one_line(f"warning: {text}"), "stderr")
 
 
-class Progress:
-    """`what 12/100  3.1/s  0:28 left` on stderr: rewritten in place on a terminal, else a line every ten seconds."""
-
-    def __init__(self, what, total, ranks):
-        self.what = what if ranks.world == 1 else f"{what}, rank 0 of {ranks.world}"  # the others have like shares
-        self.total, self.show = total, ranks.first
-        self.done, self.begin, self.shown = 0, time.monotonic(), time.monotonic()
-
-    def add(self, n=1):
-        self.done += n
-        now, terminal = time.monotonic(), sys.stderr.isatty()
-        if not n or not self.show or (now - self.shown < (0.2 if terminal else 10) and self.done < self.total):
-            return
-        self.shown = now
-        rate = self.done / max(now - self.begin, 1e-9)
-        per = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
-        left = f"{clock((self.total - self.done) / rate)} left" if self.done < self.total else clock(now - self.begin)
-        line = f"{self.what} {self.done}/{self.total}  {per}  {left}"
-        if terminal:
-            print_line(f"\r\x1b[K{line}", "stderr", end="" if self.done < self.total else "\n")
-        else:
-            print_line(line, "stderr")
-
-
-def say_loading(args, ranks):
+def report_loading(args, ranks):
     adapter = f" with {args.adapter}" if getattr(args, "adapter", None) else ""
     if ranks.first:
         print(f"loading {args.model}{adapter} on {ranks.device}", file=sys.stderr, flush=True)
 
 
-def say_loaded(llava, ranks):
-    """What the loader used and what it did not."""
+def report_loaded(llava, ranks):
+    """Prints which files the loader used and which it did not."""
     for note in llava.notes if ranks.first else ():
         print_line(one_line(note if note.startswith("warning: ") else f"loaded {note}"), "stderr")
+
+
+class Progress:
+    """`what 12/100  3.1/s  0:28 left` on stderr: updated in place on a terminal, else every ten seconds.
+
+    Given `ranks`, only the first one prints, and it counts its own share: the other ranks' shares are about
+    equal.
+    """
+
+    def __init__(self, what, total, ranks=None):
+        self.what = f"{what}, rank 0 of {ranks.world}" if ranks and ranks.world > 1 else what
+        self.total = total
+        self.show = ranks is None or ranks.first
+        self.done = 0
+        self.begin = self.printed = time.monotonic()
+
+    def add(self, n=1):
+        self.done += n
+        now, terminal = time.monotonic(), sys.stderr.isatty()
+        finished = self.done >= self.total
+        due = finished or now - self.printed >= (0.2 if terminal else 10)
+        if not (n and self.show and due):
+            return
+        self.printed = now
+        rate = self.done / max(now - self.begin, 1e-9)
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        duration = clock(now - self.begin) if finished else f"{clock((self.total - self.done) / rate)} left"
+        line = f"{self.what} {self.done}/{self.total}  {speed}  {duration}"
+        if terminal:
+            print_line(f"\r\x1b[K{line}", "stderr", end="\n" if finished else "")
+        else:
+            print_line(line, "stderr")

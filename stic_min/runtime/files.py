@@ -1,4 +1,4 @@
-"""Reading what others wrote, and text fit for a message. No model code."""
+"""Reading files, writing them safely, and text fit for messages. No model code."""
 
 import hashlib
 import json
@@ -9,19 +9,47 @@ from pathlib import Path
 
 from stic_min import InputError
 
+# ---------------------------------------------------------------- text for messages
+
+
+def printable(text):
+    """Text from a file, safe to print: line breaks, terminal codes and the like are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def brief(text):
+    """A name from a file, safe to print and at most 80 characters long: the middle of a longer one is cut
+    out."""
+    text = str(text)
+    return printable(text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}")
+
+
+def check_text(text, where):
+    """Rejects halves of surrogate pairs: JSON can hold them, but neither sentencepiece nor a UTF-8 file
+    accepts them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where} {ascii(text)[:60]} is not valid Unicode") from None
+
+
+# ---------------------------------------------------------------- reading
+
 
 def read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        return Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except OSError as error:
         raise InputError(f"can't read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        hint = " but a parquet file: save it as JSON lines, and its images as files" * (Path(path).suffix == ".parquet")
+        parquet = Path(path).suffix == ".parquet"
+        hint = " but a parquet file: convert it to JSON Lines, and its images to files" if parquet else ""
         raise InputError(f"{path}: not UTF-8 text{hint}") from None
 
 
 def read_records(path):
-    """A JSON list or JSON lines of objects -> [(where, object)], `where` names file and record for messages."""
+    """A JSON list or JSON Lines of objects -> [(where, object)]; `where` names file and record for
+    messages."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
@@ -45,16 +73,16 @@ def read_records(path):
 
 
 def read_json(path):
-    """A JSON object. Raises InputError for anything else, and where a name comes twice: the last would win unseen."""
+    """A JSON object. A repeated key is an error, too: its last value would silently win."""
 
     def unique(pairs):
         if len(value := dict(pairs)) < len(pairs):
             [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise InputError(f"{path}: {printable(name)[:60]!r} comes twice")
+            raise InputError(f"{path}: {printable(name)[:60]!r} appears twice")
         return value
 
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         value = json.loads(text, object_pairs_hook=unique)
     except InputError:
         raise
@@ -69,7 +97,8 @@ def read_json(path):
     return value
 
 
-def field(record, key, where):
+def text_field(record, key, where):
+    """record[key], which must be text that is not blank."""
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: no {key}")
@@ -77,35 +106,17 @@ def field(record, key, where):
     return value
 
 
-def check_text(text, where):
-    """JSON can hold halves of surrogate pairs, which neither sentencepiece nor a UTF-8 file takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where} {ascii(text)[:60]} is not valid Unicode") from None
-
-
-def printable(text):
-    """A text from a file, fit for a message: line breaks, terminal codes and the like as escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def brief(text):
-    """A name from a file, fit for a message: printable, and both ends of one that is too long for a line."""
-    text = str(text)
-    return printable(text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}")
-
-
 def fingerprint(*paths):
-    """12 hex digits of what is in checkpoint and adapter folders and files; None is skipped.
+    """12 hex digits that identify the contents of checkpoint and adapter folders or files; None is skipped.
 
-    Names do not count, nor do logs. Of each file, its size and 64 samples of it: 15 GB are not read for this.
+    File names do not count, nor do logs. Only the size and 64 samples of each file are hashed, since reading
+    all 15 GB of a checkpoint would take too long.
     """
     digest = hashlib.sha256()
     for path in (Path(p) for p in paths if p):
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            wanted = file.suffix in (".bin", ".safetensors", ".model") or file.name.endswith("config.json")
-            if file.is_file() and (wanted or file == path):
+            relevant = file.suffix in (".bin", ".safetensors", ".model") or file.name.endswith("config.json")
+            if file.is_file() and (relevant or file == path):
                 size = file.stat().st_size
                 digest.update(str(size).encode())
                 with open(file, "rb") as opened:
@@ -115,27 +126,42 @@ def fingerprint(*paths):
     return digest.hexdigest()[:12]
 
 
-def wait_until(true, seconds=10):
-    """Whether it becomes true, for as long as a network file system may hide what another node has written."""
+def wait_until(condition, seconds=10):
+    """Whether condition() becomes true in time: a network file system may take seconds to show another node's
+    files."""
     end = time.monotonic() + seconds
-    while not (found := true()) and time.monotonic() < end:
+    while not (result := condition()) and time.monotonic() < end:
         time.sleep(0.1)
-    return found
+    return result
+
+
+# ---------------------------------------------------------------- writing
 
 
 def check_place(path):
-    """Raises InputError if nothing can be written at `path`: better now than when there is something."""
+    """Raises InputError if `path` can't be written, before any work is done."""
     path = Path(path).absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.exists(p))
-    if (nearest != path and not nearest.is_dir()) or not os.access(nearest, os.W_OK):
-        inside_a_file = nearest != path and not nearest.is_dir()
-        raise InputError(f"can't write to {path}: {nearest} is {'a file' if inside_a_file else 'not writable'}")
+    below_a_file = nearest != path and not nearest.is_dir()
+    if below_a_file or not os.access(nearest, os.W_OK):
+        reason = "a file" if below_a_file else "not writable"
+        raise InputError(f"can't write to {path}: {nearest} is {reason}")
+
+
+def write_text(path, text):
+    """Replaces a file in one step: a kill leaves the old version or the new one, never half of it."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def append_line(path, text):
-    """Adds a line to a file. Raises InputError naming the file where that fails."""
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
     except OSError as error:
-        raise InputError(f"can't write to {path}: {error.strerror}; what is in it is kept") from None
+        raise InputError(f"can't write to {path}: {error.strerror}; its existing content is kept") from None

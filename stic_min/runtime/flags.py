@@ -1,35 +1,38 @@
-"""The flags that the commands share: their types, defaults and help."""
+"""The flags that several commands share: types, defaults, help."""
 
 import argparse
 from pathlib import Path
-
-import torch
 
 from stic_min.runtime.console import one_line
 from stic_min.runtime.files import fingerprint
 from stic_min.text import TEMPLATES
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = "bfloat16", "float16", "float32"  # by name: importing torch would delay --help
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Every flag with its default, the description as it was written."""
+    """Adds each flag's default, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default == []
         return action.help if silent else super()._get_help_string(action)
 
 
-def number(kind, test, what):
-    """A flag's type: text -> `kind`, if it passes `test`."""
+# ---------------------------------------------------------------- types
+
+
+def number(kind, test, description):
+    """An argparse type: text -> `kind`, which must pass `test`."""
 
     def parse(text):
         try:
-            if test(value := kind(text)):
-                return value
+            value = kind(text)
+            valid = test(value)
         except (ValueError, OverflowError):
-            pass
-        raise argparse.ArgumentTypeError(f"{one_line(text, 60)} is not {what}")
+            valid = False
+        if not valid:
+            raise argparse.ArgumentTypeError(f"{one_line(text, 60)} is not {description}")
+        return value
 
     return parse
 
@@ -40,55 +43,102 @@ probability = number(float, lambda x: 0 <= x < 1, "a number in [0, 1)")
 top_p_value = number(float, lambda x: 0 < x <= 1, "a number in (0, 1]")
 seed_value = number(int, lambda n: 0 <= n < 2**63, "a whole number in [0, 2^63)")
 
+# ---------------------------------------------------------------- groups of flags
+
 
 def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
     if adapter:
-        group.add_argument("--adapter", metavar="DIR", help="LoRA adapter: a folder of ours, or any in PEFT's format")
-        group.add_argument("--other-base", action="store_true", help="use --adapter though its base had other weights")
-    group.add_argument("--vision", metavar="DIR", help="CLIP's folder, where the checkpoint neither holds nor finds it")
-    group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model, if not the checkpoint's")
-    group.add_argument("--template", choices=sorted(TEMPLATES), help="chat template (default: the checkpoint's)")
-    group.add_argument("--image-mode", choices=["pad", "anyres"], help=f"(default: {image_mode})")
-    group.add_argument("--dtype", choices=sorted(DTYPES), help="(default: bfloat16 on a GPU, else float32)")
-    group.add_argument("--device", help="cuda, cpu, ... (default: a GPU if there is one; this rank's under torchrun)")
-    parser.add_argument("--seed", type=seed_value, default=0, help="of everything random")
+        group.add_argument("--adapter", metavar="DIR",
+                           help="LoRA adapter folder, ours or any in PEFT's format")
+        group.add_argument("--other-base", action="store_true",
+                           help="accept an --adapter that was trained on other base weights")
+    group.add_argument("--vision", metavar="DIR",
+                       help="CLIP folder, if the checkpoint has no vision tower and names none that exists")
+    group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the checkpoint's)")
+    group.add_argument("--template", choices=sorted(TEMPLATES),
+                       help="chat template (default: the checkpoint's)")
+    group.add_argument("--image-mode", choices=["pad", "anyres"],
+                       help=f"image layout (default: {image_mode})")
+    group.add_argument("--dtype", choices=DTYPES,
+                       help="precision of the weights (default: bfloat16 on a GPU, else float32)")
+    group.add_argument("--device",
+                       help="cuda, cpu, ... (default: a GPU if available; under torchrun, this rank's)")
+    parser.add_argument("--seed", type=seed_value, default=0, help="random seed")
 
 
 def add_check_flag(parser):
-    text = "read all input, report on it and on what the run will take, and end; with status 1 if it would fail"
-    parser.add_argument("--check", action="store_true", help=text)
+    parser.add_argument("--check", action="store_true",
+                        help="validate all inputs, estimate memory and time, then exit without running; exit "
+                             "status 1 if the run would fail")  # fmt: skip
 
 
 def add_limit_flag(parser):
-    parser.add_argument("--limit", type=positive, metavar="N", help="only a random subset of N, drawn with --seed")
+    parser.add_argument("--limit", type=positive, metavar="N",
+                        help="use only a random subset of N, sampled with --seed")
 
 
 def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024):
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=not_negative, default=temperature, help="0 is greedy")
-    group.add_argument("--top-p", type=top_p_value, help="keep the most probable tokens up to this mass (default: all)")
-    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="per response")
+    group.add_argument("--temperature", type=not_negative, default=temperature,
+                       help="sampling temperature; 0 is greedy")
+    group.add_argument("--top-p", type=top_p_value,
+                       help="sample from the most probable tokens, up to this total (default: all)")
+    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens,
+                       help="maximum number of tokens per response")
     if batch_size:
-        group.add_argument("--batch-size", type=positive, default=batch_size, help="responses sampled together")
+        group.add_argument("--batch-size", type=positive, default=batch_size,
+                           help="number of responses sampled in parallel")
+
+
+def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
+    """The training flags of both stages. `max_length` is the default in pad mode; in anyres mode it is 4096."""
+    add_check_flag(parser)
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=not_negative, default=lr, help="peak learning rate for LoRA")
+    add("--projector-lr", type=not_negative, default=2e-5,
+        help="peak learning rate for the projector; 0 freezes it")
+    add("--batch-size", type=positive, default=batch_size, help="samples per optimizer step, over all ranks")
+    add("--micro-batch", type=positive, default=1, help="samples per forward pass on each rank")
+    add("--max-length", type=positive, metavar="N",
+        help="maximum sequence length in tokens, image tokens included; longer responses are cut "
+             f"(default: {max_length}, in anyres mode 4096)")  # fmt: skip
+    add("--lora-r", type=positive, help="LoRA rank (default: 128, or that of --adapter)")
+    add("--lora-alpha", type=positive,
+        help="LoRA alpha; updates are scaled by alpha / rank (default: 2 * rank, or that of --adapter)")
+    add("--lora-dropout", type=probability, default=dropout, help="dropout probability on LoRA's input")
+    add("--shard", choices=["full", "none"], default="full",
+        help="under torchrun: full is FSDP; none replicates the weights on every rank and all-reduces the "
+             "gradients of LoRA and projector")  # fmt: skip
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in the backward pass: less memory, about a third more time")
+    add("--save-every", type=positive, metavar="STEPS",
+        help="steps between checkpoints to resume from (default: a tenth of the run)")
+    add("--keep", type=positive, metavar="N", default=2, help="number of most recent checkpoints to keep")
+
+
+# ---------------------------------------------------------------- from flags to arguments and records
 
 
 def model_options(args, ranks):
-    """The flags of `add_model_flags` as arguments of loader.open_llava and load_llava."""
+    """The flags of `add_model_flags` as keyword arguments of loader.open_llava and load_llava."""
+    import torch
+
     default = "bfloat16" if ranks.device.type == "cuda" else "float32"
     return {
         "vision": args.vision,
         "tokenizer": args.tokenizer,
         "template": args.template,
         "image_mode": args.image_mode,
-        "dtype": DTYPES[args.dtype or default],
+        "dtype": getattr(torch, args.dtype or default),
         "other_base": getattr(args, "other_base", False),
     }
 
 
 def run_settings(args, llava):
-    """What an output file was made with, for `files.Output`. Folders count by what is in them, not by their name."""
+    """The settings that `output.Output` stores with each record. Folders are identified by name and contents,
+    not by path."""
     return {
         "model": Path(args.model).resolve().name,
         "adapter": args.adapter and Path(args.adapter).resolve().name,

@@ -1,4 +1,4 @@
-"""JSON lines out: files that survive a kill, and the locks that keep two runs apart."""
+"""JSON Lines output that survives a kill, and the locks that keep two runs apart."""
 
 import fcntl
 import json
@@ -7,25 +7,26 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime.files import append_line, check_place, wait_until
+from stic_min.runtime.files import append_line, check_place, wait_until, write_text
 
 
 def lock(path, what):
-    """Keeps other runs from writing `what` too, until `unlock` or the end of this process -> the file that is locked.
+    """Takes an exclusive lock on `path`, so that no other run writes to `what`; returns the open lock file.
 
-    Raises InputError if there is another run.
+    The lock lasts until `unlock` or the end of this process. Raises InputError if another run holds it.
     """
     while True:
         file = open(path, "a", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run is writing to {what}; wait for it, or name another --out") from None
+            text = f"another run is writing to {what}; wait for it, or choose another --out"
+            raise InputError(text) from None
         except OSError:
-            return file  # a file system that has no locks
+            return file  # a file system without locks
         if os.path.exists(path) and os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
             return file
-        file.close()  # a run that ended just now has removed it
+        file.close()  # the run that held it has just ended and removed the file
 
 
 def unlock(file):
@@ -34,30 +35,30 @@ def unlock(file):
 
 
 class Output:
-    """JSON lines that survive a kill at any moment; a restart skips what is there.
+    """JSON Lines, one record per line, that survive a kill at any moment; a restart skips existing records.
 
-    Every rank appends whole lines to a file of its own (the only rank to `path` itself); `finish` puts them together in
-    the order of `keys`, written beside and renamed. `settings` goes into each record, and a file made with others is
-    refused rather than mixed.
+    Each rank appends whole lines to a part file of its own (a single rank to `path` itself), and `finish`
+    merges them in the order of `keys`. `settings` is stored with each record; a file written with other
+    settings is an error.
     """
 
     def __init__(self, path, key, settings, ranks):
         self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
         if self.path.is_dir():
-            raise InputError(f"--out {path} is a folder, it has to name a file")
+            raise InputError(f"--out {path} is a folder; it must name a file")
         check_place(path)
-        self.own = self.path if ranks.world == 1 else self.part(ranks.rank)
-        # On every rank, so that all of them end if a file is not ours.
+        self.file = self.path if ranks.world == 1 else self.part(ranks.rank)
+        # Every rank reads all files, so that all of them end if a file is not ours.
         self.done = {record[key]: record for file in [self.path, *self.parts()] for record in self.read(file)}
 
     def start(self):
-        """Makes it ready to append to, by this run alone -> itself."""
+        """Locks the file and merges part files left by an earlier run; returns self."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f"{self.path.name}.lock")
-        self.lock = lock(beside, self.path) if self.ranks.first else None
-        self.ranks.check_shared(beside, self.path, self.settings)
+        lock_path = self.path.with_name(f"{self.path.name}.lock")
+        self.lock = lock(lock_path, self.path) if self.ranks.first else None
+        self.ranks.check_shared(lock_path, self.path, self.settings)
         if self.ranks.first:
-            self.merge([])  # what an earlier run, of any number of ranks, left behind
+            self.merge([])
         self.ranks.barrier()
         self.done = {record[self.key]: record for record in self.read(self.path)}
         self.appended = 0
@@ -72,76 +73,67 @@ class Output:
         return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name)) if folder.is_dir() else []
 
     def read(self, path):
-        """Records of one file; a last line that a kill cut off is dropped."""
+        """The records of one file; a last line cut off by a kill is dropped."""
         if not path.is_file():
             return []
-        lines = path.read_bytes().split(b"\n")[:-1]
         records = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 record = json.loads(line)
-                found = {name: record.get(name) for name in self.settings}
+                settings = {name: record.get(name) for name in self.settings}
                 hash(record[self.key])
                 json.dumps(record, ensure_ascii=False).encode()
             except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                raise InputError(f"{path}, line {number}: not a line that this command writes") from None
+                raise InputError(f"{path}, line {number}: not a line written by this command") from None
             for name, value in self.settings.items():
-                if found[name] != value:
-                    raise InputError(
-                        f"{path} was made with {name} {found[name]!r}, this run has {value!r}; "
-                        "name another --out, or delete it"
-                    )
+                if settings[name] != value:
+                    raise InputError(f"{path} was written with {name} {settings[name]!r}, but this run has "
+                                     f"{value!r}; choose another --out, or delete the file")  # fmt: skip
             records.append(record)
         return records
 
     def append(self, record):
         record = record | self.settings
-        append_line(self.own, json.dumps(record, ensure_ascii=False))
+        append_line(self.file, json.dumps(record, ensure_ascii=False))
         self.done[record[self.key]] = record
         self.appended += 1
 
     def merge(self, keys):
-        """Puts `path` and all part files together in `path`, records of `keys` first and in their order."""
+        """Merges `path` and all part files into `path`: first the records of `keys`, in that order, then all
+        others."""
         parts = self.parts()
-        records = {r[self.key]: r for path in [self.path, *parts] for r in self.read(path)}
-        wanted = set(keys)
-        ordered = [records[k] for k in keys if k in records]
-        ordered += [r for k, r in records.items() if k not in wanted]
-        if ordered or self.path.is_file():
-            beside = self.path.with_name(self.path.name + ".new")
-            with open(beside, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.path)
+        records = {record[self.key]: record for path in [self.path, *parts] for record in self.read(path)}
+        order = dict.fromkeys([*(key for key in keys if key in records), *records])
+        if order or self.path.is_file():
+            lines = [json.dumps(records[key], ensure_ascii=False) for key in order]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
         for part in parts:
             part.unlink()
         return records
 
-    def lost(self, counts):
-        """What to say if the part files have fewer records than so many of each rank."""
+    def missing_records(self, counts):
+        """An error message if a rank's part file does not hold as many records as that rank has appended,
+        else None."""
         if self.ranks.world > 1:
-            read = lambda: [len(self.read(self.part(rank))) for rank in range(self.ranks.world)]
-            wait_until(lambda: read() == counts)
-            for rank, (found, count) in enumerate(zip(read(), counts)):
-                if found != count:
-                    return (
-                        f"rank {rank} has finished {count} records, but {found} are in {self.part(rank)}: --out has to "
-                        "be on a disk that all nodes share. The part files are kept: copy them to one folder and run "
-                        "the same command there"
-                    )
+            read_counts = lambda: [len(self.read(self.part(rank))) for rank in range(self.ranks.world)]
+            wait_until(lambda: read_counts() == counts)
+            for rank, (on_disk, count) in enumerate(zip(read_counts(), counts)):
+                if on_disk != count:
+                    return (f"rank {rank} wrote {count} records, but {self.part(rank)} has {on_disk}: --out "
+                            "must be on a disk that all nodes share. The part files are kept: copy them to "
+                            "one folder and run the same command there")  # fmt: skip
         return None
 
     def finish(self, keys):
-        """After the last record of every rank. Returns the records of `keys`, on the first rank only.
+        """Call after the last record on every rank. Returns the records of `keys`, on the first rank only.
 
-        Raises InputError, on every rank, if the first one does not see what the others have written.
+        Raises InputError on every rank if the first one does not see what the others have written.
         """
         counts = self.ranks.gather(self.appended)
-        [problem, *_] = self.ranks.gather(self.lost(counts) if self.ranks.first else None)
+        [problem, *_] = self.ranks.gather(self.missing_records(counts) if self.ranks.first else None)
         if problem:
             raise InputError(problem)
         records = self.merge(keys) if self.ranks.first else {}
         if self.ranks.first:
             unlock(self.lock)
-        return [records[k] for k in keys if k in records]
+        return [records[key] for key in keys if key in records]

@@ -9,29 +9,69 @@ import sys
 import threading
 import time
 
-import torch
-import torch.distributed as dist
-
 from stic_min import InputError, first_line
 from stic_min.runtime.console import one_line, print_line, warn
 from stic_min.runtime.files import check_text
 from stic_min.runtime.ranks import place
 
+# ---------------------------------------------------------------- signals
+
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
-class Stop:
-    """Within it, SIGTERM and Ctrl-C only set `asked`, for a loop to look at.
+def on_signals(handler):
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, handler)
 
-    A loop that does not come to that, as it waits for a rank that has died or computes for long, is ended after
-    `patience` seconds, or at once when the wish is repeated; but not while it is `busy` writing. torchrun passes
-    SIGTERM on, and kills 30 seconds later.
+
+def interrupt(number, frame):
+    """The signal handler of a command: ends main. Only the first signal does, since a second one could
+    interrupt the handling of the first."""
+    if interrupt.armed:
+        interrupt.armed = False
+        raise KeyboardInterrupt
+
+
+interrupt.armed = False
+
+
+def ignore_signals():
+    """From now on. They are blocked meanwhile: Python prints a traceback if one arrives while its handler
+    changes."""
+    interrupt.armed = False
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    on_signals(signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def pass_on(unraisable):
+    """A sys.unraisablehook. Python only prints what finalizers and callbacks raise, so a KeyboardInterrupt
+    there would be lost: the signal is sent again instead."""
+
+    def send_again():
+        interrupt.armed = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if unraisable.exc_type is not KeyboardInterrupt:
+        return sys.__unraisablehook__(unraisable)
+    threading.Timer(0.01, send_again).start()
+
+
+class Stop:
+    """Inside this context, SIGTERM and Ctrl-C only set `signal`, which a loop checks when it can stop safely.
+
+    If the loop does not check in time (it waits for a dead rank, or in a long computation), the process is
+    killed after `patience` seconds, or immediately on a second signal, but never while it is `busy` writing.
+    torchrun passes SIGTERM on to its ranks and kills them 30 seconds later.
     """
 
     patience = 20
 
     def __init__(self):
-        self.asked, self.writing, self.before = None, False, {}
+        self.signal = None  # the number of the one that has arrived
+        self.writing = False
+        self.handlers = {}  # the previous ones
 
     @contextlib.contextmanager
     def busy(self):
@@ -42,171 +82,161 @@ class Stop:
             self.writing = False
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # elsewhere there are no signals to handle
-            ask = lambda number, frame: setattr(self, "asked", number)
-            self.before = {s: signal.signal(s, ask) for s in SIGNALS}
-            # Python runs `ask` only between two lines of its own. What C code holds up, a thread sees by this pipe.
+        if threading.current_thread() is threading.main_thread():  # other threads can't handle signals
+            handle = lambda number, frame: setattr(self, "signal", number)
+            self.handlers = {number: signal.signal(number, handle) for number in SIGNALS}
+            # Python runs `handle` only between two of its own instructions. A thread that reads this pipe
+            # notices the signal even while C code is running.
             self.pipe = os.pipe()
             os.set_blocking(self.pipe[1], False)
-            self.old = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
+            self.wakeup = signal.set_wakeup_fd(self.pipe[1], warn_on_full_buffer=False)
             self.thread = threading.Thread(target=self.watch, daemon=True)
             self.thread.start()
         return self
 
     def __exit__(self, kind, *error):
-        if self.before:
-            os.write(self.pipe[1], b"\0")
+        if self.handlers:
+            os.write(self.pipe[1], b"\0")  # ends `watch`
             self.thread.join()
-            signal.set_wakeup_fd(self.old)
+            signal.set_wakeup_fd(self.wakeup)
             for end in self.pipe:
                 os.close(end)
-            if self.asked or kind is KeyboardInterrupt:
-                interrupt.armed = False  # it is on its way out
-            for number, handler in self.before.items():  # last, as `interrupt` may raise at once
+            if self.signal or kind is KeyboardInterrupt:
+                interrupt.armed = False  # already stopping
+            for number, handler in self.handlers.items():  # last, as `interrupt` may raise at once
                 signal.signal(number, handler)
 
     def watch(self):
-        asked = None  # when
+        """The thread: reads one byte per signal, its number."""
+        first_signal = None  # when it arrived
         while True:
-            ready, _, _ = select.select(self.pipe[:1], [], [], 1 if asked else None)
+            ready, _, _ = select.select(self.pipe[:1], [], [], 1 if first_signal else None)
             number = os.read(self.pipe[0], 1)[0] if ready else None
             if number == 0:
                 return
-            again, now = False, time.monotonic()
-            if number in self.before:
-                again = asked is not None and now - asked > 1  # sooner, it is the terminal's and torchrun's
-                asked = asked or now
-            if asked and (again or now - asked > self.patience) and not self.writing:
+            now = time.monotonic()
+            repeated = False
+            if number in self.handlers:
+                # Within a second it is the same request: Ctrl-C reaches a rank from the terminal and from
+                # torchrun.
+                repeated = first_signal is not None and now - first_signal > 1
+                first_signal = first_signal or now
+            if first_signal and (repeated or now - first_signal > self.patience) and not self.writing:
                 if place()[0] == 0:
-                    print_line("stopped at once; the same command goes on from the last checkpoint", "stderr")
-                os._exit(128 + (self.asked or signal.SIGTERM))
+                    text = "stopped immediately; run the same command to resume from the last checkpoint"
+                    print_line(text, "stderr")
+                os._exit(128 + (self.signal or signal.SIGTERM))
 
 
-def on_signals(handler):
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            signal.signal(number, handler)
-
-
-def interrupt(number, frame):
-    """Ends main. Only the first signal does: one more could hit what handles the first."""
-    if interrupt.armed:
-        interrupt.armed = False
-        raise KeyboardInterrupt
-
-
-interrupt.armed = False
-
-
-def ignore_signals():
-    """For good. Blocked meanwhile, as Python prints a traceback of a signal that finds its handler just replaced."""
-    interrupt.armed = False
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    on_signals(signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def pass_on(unraisable):
-    """A sys.unraisablehook. What finalizers and callbacks raise is only printed: the signal comes once more instead."""
-
-    def again():
-        interrupt.armed = True
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if unraisable.exc_type is not KeyboardInterrupt:
-        return sys.__unraisablehook__(unraisable)
-    threading.Timer(0.01, again).start()
-
-
-def died_elsewhere(error):
-    """Whether this rank failed because another one is gone: what gloo and NCCL say then."""
-    said = "closed by peer", "reset by peer", "Broken pipe", "remote process exit"
-    return dist.is_initialized() and any(text in str(error) for text in said)
-
-# ---------------------------------------------------------------- the end
+# ---------------------------------------------------------------- error messages
 
 OUT_OF_MEMORY = (
-    "out of memory ({}). Training: a smaller --micro-batch, --checkpoint-activations, --shard full on more GPUs, "
-    "a smaller --max-length. Generation and evaluation: a smaller --batch-size or --max-new-tokens"
+    "out of memory ({}). Training: lower --micro-batch or --max-length, add --checkpoint-activations, or use "
+    "--shard full on more GPUs. Generation and evaluation: lower --batch-size or --max-new-tokens"
 )
-# Errors of a disk or a machine, which name no file where it is open already.
-FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS
-FAILING = errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE
+# Errors of the disk or the machine. Python does not name the file if it was open already.
+DISK_FULL = errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS
+MACHINE_FAILURE = errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE
+PEER_GONE = "closed by peer", "reset by peer", "Broken pipe", "remote process exit"  # from gloo and NCCL
+
+
+def torch_module():
+    """torch if this command has imported it, else None: then no error can be torch's."""
+    return sys.modules.get("torch")
+
+
+def has_process_group():
+    torch = torch_module()
+    return torch is not None and torch.distributed.is_initialized()
+
+
+def out_of_memory(error):
+    torch = torch_module()
+    kinds = (MemoryError, torch.OutOfMemoryError) if torch else MemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def explain(error):
-    """The line for what a user or a machine can cause; None for a bug."""
+    """The message for an error that a user or a machine can cause; None for a bug."""
     if isinstance(error, InputError):
         return f"error: {error}"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-        said = ". ".join(first_line(error).split(". ")[:2]) if str(error) else "of the machine"
-        return f"error: {OUT_OF_MEMORY.format(one_line(said, 70))}"
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in FULL + FAILING):
-        where = error.filename or ("writing" if error.errno in FULL else "reading or writing")
+    if out_of_memory(error):
+        reason = ". ".join(first_line(error).split(". ")[:2]) if str(error) else "of the machine"
+        return f"error: {OUT_OF_MEMORY.format(one_line(reason, 70))}"
+    known = DISK_FULL + MACHINE_FAILURE
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in known):
+        where = error.filename or ("writing" if error.errno in DISK_FULL else "reading or writing")
         return f"error: {where}: {error.strerror}"
-    if isinstance(error, UnicodeEncodeError):  # a name of another encoding, or a locale that has no Unicode
+    if isinstance(error, UnicodeEncodeError):  # a file name in another encoding, or a locale without Unicode
         text = ascii(error.object[max(0, error.start - 40) : error.end + 40])
-        mend = "a file or folder has to be renamed" if error.encoding == "utf-8" else "set PYTHONUTF8=1"
-        return f"error: {text} can't be written in {error.encoding}: {mend}"
+        remedy = "rename the file or folder" if error.encoding == "utf-8" else "set PYTHONUTF8=1"
+        return f"error: {text} can't be written in {error.encoding}: {remedy}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "error: can't start a thread: the limit of processes (ulimit -u) is reached"
-    if died_elsewhere(error):
-        return f"rank {place()[0]} ends, as another one has: {first_line(error)}"
-    if isinstance(error, dist.DistError):  # NCCL says what it is in the last line
+        return "error: can't start a thread: the limit on processes (ulimit -u) is reached"
+    if has_process_group() and any(text in str(error) for text in PEER_GONE):
+        return f"rank {place()[0]} exiting because another rank failed: {first_line(error)}"
+    torch = torch_module()
+    if torch and isinstance(error, torch.distributed.DistError):  # NCCL gives the reason in the last line
         return f"error: the ranks can't reach each other: {str(error).strip().splitlines()[-1]}"
     return None
 
 
+# ---------------------------------------------------------------- start and end
+
+
+def check_environment():
+    rank, _ = place()
+    encoding = sys.getfilesystemencoding()
+    if rank == 0 and encoding != "utf-8":
+        warn(f"this locale encodes file names in {encoding}: if some of yours differ, set PYTHONUTF8=1")
+    for argument in sys.argv[1:]:
+        check_text(argument, "the command line:")
+
+
 def exit_status(main):
-    """Runs main -> 0, or 1 after the line that `explain` has for what went wrong."""
+    """Runs main -> 0, or 1 after printing `explain`'s message for the error."""
     try:
+        check_environment()
         main()
         return 0
-    except BrokenPipeError:  # what it says has no reader any more, as behind `| head`
+    except BrokenPipeError:  # nobody reads the output any more, as behind `| head`
         sys.stdout = open(os.devnull, "w")
     except Exception as error:
-        if (line := explain(error)) is None:
+        message = explain(error)
+        if message is None:
             raise
-        # When all ranks fail alike, torchrun ends those behind the first of a node before they say the same again.
+        # If all ranks fail alike, torchrun ends the others on the node before they print the same message.
         if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0":
             time.sleep(2)
-        print_line(one_line(line), "stderr")
+        print_line(one_line(message), "stderr")
     return 1
 
 
-def start(main):
-    """Runs main once what it finds around it is in order."""
-    rank, _ = place()
-    if rank == 0 and sys.getfilesystemencoding() != "utf-8":
-        warn(f"this locale has file names in {sys.getfilesystemencoding()}: if some are not, set PYTHONUTF8=1")
-    for argument in sys.argv[1:]:
-        check_text(argument, "the command line:")
-    main()
-
-
 def run(main):
-    """Runs a script's main; bad input ends in one line and status 1, anything else is a bug and keeps its traceback."""
+    """Runs a script's main. Bad input ends in a one-line message and status 1; a bug keeps its traceback."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))
-        getattr(sys, name).reconfigure(errors="replace")  # a terminal that has no dash gets a question mark
+        getattr(sys, name).reconfigure(errors="replace")  # print ? for characters that the terminal lacks
     hook, sys.unraisablehook = sys.unraisablehook, pass_on
-    try:  # around all of it: the signal may arrive while an error is being reported
+    try:  # around everything: a signal may arrive while an error is being reported
         interrupt.armed = True
         on_signals(interrupt)
-        status = exit_status(lambda: start(main))
-        interrupt.armed = False  # nothing is left to stop
+        status = exit_status(main)
+        interrupt.armed = False  # nothing left to stop
     except KeyboardInterrupt as stopped:
-        interrupt.armed, status = False, 130
+        interrupt.armed = False
+        status = 130
         if os.environ.get("RANK", "0") == "0":
-            print_line(f"{str(stopped) or 'stopped; what was finished is kept'}", "stderr")
+            print_line(str(stopped) or "stopped; completed output is kept", "stderr")
     finally:
         ignore_signals()
         sys.unraisablehook = hook
-    if dist.is_initialized():
-        if status == 0:  # after an error of one rank alone it would wait for the others
-            dist.destroy_process_group()
-        # gloo's threads (torch 2.15) abort one CPU process in a few as it exits, when all is done. Exit without them.
+    if has_process_group():
+        if status == 0:  # if only this rank failed, this would wait for the others
+            sys.modules["torch"].distributed.destroy_process_group()
+        # In torch 2.15, gloo's threads sometimes abort a CPU process at exit, after all work is done. Exit
+        # without them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -1,6 +1,7 @@
-"""What run.json says of a training run beside its settings: the command, the code, the machine, time and memory."""
+"""The record of a training run in run.json, next to its settings: command, code, machine, time and memory."""
 
 import platform
+import resource
 import shlex
 import socket
 import subprocess
@@ -16,16 +17,17 @@ PACKAGES = "torch", "torchvision", "safetensors", "sentencepiece", "pillow", "nu
 
 
 def commit():
-    """The commit of this code, with "-dirty" if it has been changed since; None if there is none to be found."""
-    root = Path(__file__).resolve().parents[1]
+    """The git commit of this code, with "-dirty" if files have changed since; None if it is not in a
+    repository."""
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None  # `git` would take that of a repository around it
+        return None  # git would report the commit of a repository around it
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.decode(errors="replace").strip() or None
+    return result.stdout.decode(errors="replace").strip() or None
 
 
 def version(package):
@@ -35,33 +37,43 @@ def version(package):
         return None
 
 
-def start(args, ranks):
-    """The part of it that is known at once. Every rank has to call it."""
+def peak_memory_gb(device):
+    """Peak memory of this rank so far, in GB: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1000  # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def start_record(args, ranks):
+    """The part of the record that is known at the start. Every rank must call it."""
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)
     else:
         device = f"{platform.machine()} {ranks.device.type}, threads: {torch.get_num_threads()}"
-    places = ranks.gather((socket.gethostname(), device))
+    machines = ranks.gather((socket.gethostname(), device))
+    devices = Counter(device for _, device in machines)
     return {
         "command": shlex.join(sys.argv),
         "commit": commit() if ranks.first else None,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "hardware": "; ".join(f"{count} x {name}" for name, count in Counter(name for _, name in places).items()),
+        "hardware": "; ".join(f"{count} x {device}" for device, count in devices.items()),
         "ranks": ranks.world,
-        "nodes": len({host for host, _ in places}),
+        "nodes": len({host for host, _ in machines}),
         "model": args.model,
         "start": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(ranks.begin)),
     }
 
 
-def so_far(record, before, ranks, memory):
-    """All of it. Every rank has to call it, with its peak `memory` in GB; `before`: the record that was resumed, or {}.
+def current_record(record, previous, ranks, memory):
+    """The complete record so far. Every rank must call it, with its peak `memory` in GB.
 
-    It starts where that does, and time adds up; code and machine are those of the last part.
+    `previous` is the record of the run that was resumed, or {}: its start time is kept and wall time adds up,
+    while code and machine are those of the latest part.
     """
-    number = lambda name: before[name] if isinstance(before.get(name), (int, float)) else 0
+    number = lambda name: previous[name] if isinstance(previous.get(name), (int, float)) else 0
     return record | {
-        "start": before.get("start", record["start"]),
+        "start": previous.get("start", record["start"]),
         "wall_seconds": round(number("wall_seconds") + time.time() - ranks.begin, 1),
         "peak_memory_gb": round(max(number("peak_memory_gb"), *ranks.gather(memory)), 3),
     }

@@ -1,20 +1,26 @@
-"""Which of several processes this one is, and on which device it computes."""
+"""The processes of a run: which one this is, its device, and what they exchange.
+
+torch is imported only where it is needed, so that commands without a model start at once.
+"""
+
+from __future__ import annotations
 
 import os
 import time
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from stic_min import InputError, first_line
 from stic_min.runtime.console import print_line, warn
 from stic_min.runtime.files import wait_until
 
+if TYPE_CHECKING:
+    import torch
+
 JOINING = timedelta(minutes=10)  # for all ranks to find each other
-WAITING = timedelta(days=7)  # for each other at the end, however unequal their shares; the default is half an hour
+WAITING = timedelta(days=7)  # for the slowest rank, however unequal the shares (torch's default: 30 minutes)
 
 
 @dataclass(frozen=True)
@@ -22,18 +28,26 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    begin: float = field(default_factory=time.time, compare=False)  # of the command
+    begin: float = field(default_factory=time.time, compare=False)  # when the command started
 
     @property
     def first(self):
         return self.rank == 0
 
+    def print(self, text):
+        if self.first:
+            print_line(text)
+
     def barrier(self):
+        import torch.distributed as dist
+
         if self.world > 1:
             dist.barrier()
 
     def gather(self, value):
         """[rank 0's value, rank 1's, ...], on every rank."""
+        import torch.distributed as dist
+
         values = [value]
         if self.world > 1:
             values = [None] * self.world
@@ -41,13 +55,14 @@ class Ranks:
         return values
 
     def check_shared(self, lock, out, settings):
-        """Raises InputError on every rank if one of them does not see the file `lock`, which the first rank has made
-        beside `out`, or has other settings: nodes may have disks, and copies of the input, of their own."""
+        """Checks that all ranks see the file `lock`, which the first rank has created next to `out`, and have
+        the same settings: each node may have its own disk and its own copy of the input. Raises InputError on
+        every rank."""
         if self.world == 1:
             return
-        token = self.gather(f"{time.time_ns()}".encode())[0]  # an earlier run may have left a lock behind
+        token = self.gather(f"{time.time_ns()}".encode())[0]  # the file may be left over from an earlier run
 
-        def sees_it():
+        def has_token():
             try:
                 return lock.read_bytes() == token
             except OSError:
@@ -56,27 +71,25 @@ class Ranks:
         if self.first:
             lock.write_bytes(token)
         self.barrier()
-        seen = self.gather(wait_until(sees_it))
-        if not all(seen):
-            raise InputError(f"--out has to be on a disk that all nodes share: rank {seen.index(False)} does not see "
-                             f"what rank 0 writes beside {out}")  # fmt: skip
+        visible = self.gather(wait_until(has_token))
+        if not all(visible):
+            rank = visible.index(False)
+            raise InputError(f"--out must be on a disk that all nodes share: rank {rank} does not see what rank "
+                             f"0 writes next to {out}")  # fmt: skip
         first, *others = self.gather(settings)
         for rank, other in enumerate(others, 1):
             for name in first:
                 if other.get(name) != first[name]:
-                    raise InputError(f"rank {rank} has {name} {other.get(name)!r}, rank 0 has {first[name]!r}: the "
-                                     "same command has to find the same input on all nodes")  # fmt: skip
-
-    def say(self, text):
-        if self.first:
-            print_line(text)
+                    raise InputError(f"rank {rank} has {name} {other.get(name)!r}, but rank 0 has "
+                                     f"{first[name]!r}: all nodes must run the same command on the same "
+                                     "input")  # fmt: skip
 
 
 def place():
-    """(rank, world) of this process, by the variables that torchrun sets; (0, 1) without them.
+    """(rank, world) of this process, from the variables that torchrun sets; (0, 1) without them.
 
-    Set by hand they do as well, as under mpirun. Raises InputError if they are not complete: then they are left over,
-    and a process that took itself for one of many would do a part of the work, or none.
+    Setting them by hand works as well, as under mpirun. An incomplete set is left over from something else,
+    and an error: a process that took itself for one of many would do only part of the work, or none.
     """
     names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     rank, world, address, port = (os.environ.get(name) for name in names)
@@ -85,43 +98,50 @@ def place():
     numbers = [int(text) for text in (rank, world, port) if text and text.isdecimal()]
     if len(numbers) < 3 or not address or numbers[0] >= numbers[1]:
         values = (f"{name}={os.environ[name]}" if name in os.environ else f"no {name}" for name in names)
-        raise InputError("RANK and WORLD_SIZE are set, but this was not started by torchrun: unset them, or use "
-                         f"torchrun ({', '.join(values)})")  # fmt: skip
+        raise InputError("RANK and WORLD_SIZE are set, but this process was not started by torchrun: unset "
+                         f"them, or use torchrun ({', '.join(values)})")  # fmt: skip
     return numbers[0], numbers[1]
 
 
 def gpu_index():
-    """Which of this node's GPUs is this rank's."""
+    """The index of this rank's GPU on its node."""
+    import torch
+
     local = os.environ.get("LOCAL_RANK")
-    if local is None:  # not torchrun; the launchers that there are fill one node after the other
+    if local is None:  # not torchrun; other launchers fill one node after the other
         return place()[0] % max(1, torch.cuda.device_count())
     if not local.isdecimal():
-        raise InputError(f"LOCAL_RANK={local} is not the number of a GPU: unset it, or use torchrun")
+        raise InputError(f"LOCAL_RANK={local} is not the index of a GPU: unset it, or use torchrun")
     return int(local)
 
 
 def start_device(name=None):
-    """torch.device of --device; by default a GPU, this rank's under torchrun, or the CPU where there is none."""
-    with warnings.catch_warnings(record=True) as found:
+    """--device as a torch.device. The default is a GPU (under torchrun, this rank's) if there is one, else
+    the CPU."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
         name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    for warning in found:  # a driver that is too old, say
+    for warning in caught:  # an outdated driver, for example
         warn(f"no GPU is used: {first_line(warning.message)}")
     try:
         device = torch.device(name)
         if device.type == "cuda":
             device = torch.device("cuda", gpu_index() if device.index is None else device.index)
             torch.cuda.set_device(device)
-            # cuDNN's attention is planned anew for every length, and differently with and without gradients.
+            # cuDNN's attention makes a new plan for each length, and other plans with gradients than without.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.empty(1, device=device).fill_(1).tolist()  # it can be had, computes and can be read
+        torch.empty(1, device=device).fill_(1).tolist()  # the device exists, computes and can be read
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise InputError(f"--device {name}: {first_line(error)}") from None
     return device
 
 
 def start_ranks(device=None, backend="gloo"):
-    """This process's place: one of many under torchrun, else the only one. gloo is enough where ranks only meet at
-    barriers; training asks for its device's own backend."""
+    """This process as one of many under torchrun, else the only one. gloo suffices where ranks only meet at
+    barriers; training passes its device's own backend."""
+    import torch.distributed as dist
+
     rank, world = place()
     device = start_device(device)
     if world > 1 and not dist.is_initialized():
@@ -131,5 +151,6 @@ def start_ranks(device=None, backend="gloo"):
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAITING)
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise InputError(f"rank {rank} of {world} can't join the rest at {address}: {first_line(error)}") from None
+            raise InputError(f"rank {rank} of {world} can't join the others at {address}: "
+                             f"{first_line(error)}") from None  # fmt: skip
     return Ranks(rank, world, device)

@@ -1,4 +1,4 @@
-"""How work is drawn and done: random subsets, seeds, and a thread pool that prepares what comes next."""
+"""Random subsets, seeds, and a thread pool that prepares the next items of a loop."""
 
 import hashlib
 import random
@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 
 def subset(items, limit, seed):
-    """A random subset of `limit` items in their order (None: all). A smaller limit gives a part of a larger one's."""
-    chosen = list(range(len(items)))
-    random.Random(seed).shuffle(chosen)
-    return [items[i] for i in sorted(chosen[:limit])]
+    """A random subset of `limit` items (None: all) in their original order. A smaller limit gives a subset of
+    a larger one's."""
+    indices = list(range(len(items)))
+    random.Random(seed).shuffle(indices)
+    return [items[i] for i in sorted(indices[:limit])]
 
 
 def row_seed(*parts):
@@ -20,14 +21,16 @@ def row_seed(*parts):
 
 
 def prefetch(prepare, items, workers=4):
-    """prepare(item) of all items in order, made ahead of need in threads: decoding and scaling leave Python's lock."""
-    pool, waiting = ThreadPoolExecutor(workers), deque()
+    """Yields prepare(item) for all items in order, computed ahead in threads: decoding and resizing release
+    the GIL."""
+    pool = ThreadPoolExecutor(workers)
+    pending = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(prepare, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(prepare, item))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C the rest is not made any more
+        pool.shutdown(cancel_futures=True)  # on an error or Ctrl-C, what has not started is cancelled

@@ -9,15 +9,15 @@ import sys
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.images import image_path, open_image
+from stic_min.formats.image_folder import image_path
+from stic_min.images import open_image
 from stic_min.runtime import console
-from stic_min.runtime.files import check_text
-from stic_min.runtime.ranks import Ranks
+from stic_min.runtime.files import check_text, write_text
 from stic_min.runtime.work import subset
 from stic_min.scorers import audit, chartqa, llavabench, mathvista, mmbench, mmvet, published, scienceqa, textvqa
 from stic_min.scorers.common import read_json
 from stic_min.scorers.judge import Judge, JudgeError
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 from stic_min.toy import captions as toy_captions
 from stic_min.toy import vqa as toy_vqa
 
@@ -126,18 +126,12 @@ def start_judge(args, scorer, stem):
         texts=texts,
         runs=args.judge_runs or getattr(scorer, "RUNS", 1),
         timeout=args.judge_timeout,
-        progress=lambda total: console.Progress("judge", total, Ranks(0, 1, None)),
+        progress=lambda total: console.Progress("judge", total),
         say=console.warn,
         max_tokens=args.judge_max_tokens,
         token_field=args.judge_token_field or "max_tokens",
         temperature=not args.judge_no_temperature,
     )
-
-
-def write(path, text):
-    beside = Path(f"{path}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 @contextlib.contextmanager
@@ -170,7 +164,7 @@ def judge_of(args, scorer, questions, answers, stem, where):
         for old in stem.parent.glob(f"{glob.escape(stem.name)}{own}.reviews-*.jsonl"):  # there may have been more runs
             old.unlink()
         for suffix, text in scorer.judged_files(judged).items():
-            write(f"{stem}{own}{suffix}", text)
+            write_text(f"{stem}{own}{suffix}", text)
     note = {"model": judge.model, "served": sorted(judge.served), "official": scorer.OFFICIAL_JUDGE}
     return judged, note | {"comparable": bool(args.judge_prompts) or not judge.served}
 
@@ -234,13 +228,13 @@ def save(stem, settings, limit, benchmark, questions, scores, described):
         return
     first, descriptions = questions[0], {image: record["description"] for image, record in (described or {}).items()}
     description = description_of(first, descriptions)
-    text = first["text"] if description is None else infused(description, first["text"])
+    text = first["text"] if description is None else with_description(description, first["text"])
     prompt = TEMPLATES[settings["template"]].prompt(with_image(text) if first["image"] is not None else text)
     if settings["mode"] != "direct" and first["image"] is not None and description is None:
         prompt = "(its description is not at hand)"
     run = settings | {"limit": limit, "prompt": prompt}
     result = {"benchmark": benchmark, "run": run} | scores
-    write(f"{stem}.scores.json", json.dumps(result, indent=2) + "\n")
+    write_text(f"{stem}.scores.json", json.dumps(result, indent=2) + "\n")
 
 
 def base_of(model):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.runtime.files import field, read_records
+from stic_min.runtime.files import read_records, text_field
 from stic_min.scorers.common import bootstrap, figure, match_answers, unread
 
 COMPLETE, GROUPED_BY = True, "category"
@@ -58,7 +58,7 @@ def load(data):
     questions, ids = [], set()
     for (where, entry), (reference_where, reference) in zip(asked, references):
         qid, category = entry.get("question_id"), entry.get("category")
-        image, text = field(entry, "image", where), field(entry, "text", where)
+        image, text = text_field(entry, "image", where), text_field(entry, "text", where)
         if type(qid) not in (int, str) or str(qid) in ids:
             raise InputError(f"{where}: question_id {qid!r} is " + ("repeated" if str(qid) in ids else "no id"))
         if category not in CATEGORIES:
@@ -70,7 +70,7 @@ def load(data):
         ids.add(str(qid))
         questions.append({
             "question_id": qid, "image": f"images/{image}", "text": text, "prompt": text, "category": category,
-            "caption": captions[image], "reference": field(reference, "text", reference_where)})  # fmt: skip
+            "caption": captions[image], "reference": text_field(reference, "text", reference_where)})  # fmt: skip
     return questions
 
 
@@ -78,7 +78,7 @@ def _captions(path):
     """{image: caption}. Raises InputError if a picture has two."""
     captions = {}
     for where, entry in read_records(path):
-        image, caption = field(entry, "image", where), _caption(entry, where)
+        image, caption = text_field(entry, "image", where), _caption(entry, where)
         if captions.setdefault(image, caption) != caption:
             raise InputError(f"{where}: another caption of {image!r}")
     return captions
@@ -88,7 +88,7 @@ def _caption(entry, where):
     caption = entry.get("caption")
     if isinstance(caption, list) and caption and all(isinstance(line, str) for line in caption):
         entry = {"caption": "\n".join(caption)}
-    return field(entry, "caption", where)
+    return text_field(entry, "caption", where)
 
 
 # ---------------------------------------------------------------- the judge

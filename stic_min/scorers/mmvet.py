@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.runtime.files import field, read_records
+from stic_min.runtime.files import read_records, text_field
 from stic_min.scorers.common import figure, match_answers, mean, read_json, unread
 
 COMPLETE, GROUPED_BY = True, "capabilities"
@@ -69,10 +69,10 @@ def load(data):
         known = [name for name in CAPABILITIES if isinstance(needs, list) and name in needs]
         if not known or len(known) != len(needs):  # an unknown one or one twice makes it longer
             raise InputError(f"{where}: capability is not a list of some of {', '.join(CAPABILITIES)}")
-        text = field(entry, "question", where)
+        text = text_field(entry, "question", where)
         questions.append({
-            "question_id": number, "image": f"images/{field(entry, 'imagename', where)}", "text": text,
-            "prompt": text, "answer": field(entry, "answer", where), "capabilities": known})  # fmt: skip
+            "question_id": number, "image": f"images/{text_field(entry, 'imagename', where)}", "text": text,
+            "prompt": text, "answer": text_field(entry, "answer", where), "capabilities": known})  # fmt: skip
     if not questions:
         raise InputError(f"{path}: no questions")
     return questions

@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime.files import field, read_records
+from stic_min.runtime.files import read_records, text_field
 from stic_min.scorers.common import figure, mean, read_entries
 
 COMPLETE = True
@@ -58,7 +58,7 @@ def load(data):
         references[entry["image_id"], entry["question"].lower()] = entry["answers"]
     questions = []
     for key, (where, line) in enumerate(read_records(Path(data) / "llava_textvqa_val_v051_ocr.jsonl"), 1):
-        qid, image, text = (field(line, name, where) for name in ("question_id", "image", "text"))
+        qid, image, text = (text_field(line, name, where) for name in ("question_id", "image", "text"))
         question = question_in(text, where)
         if (qid, question) not in references:
             raise InputError(f"{where}: {references_file.name} has no question {question!r} about {qid!r}")

@@ -5,15 +5,9 @@ import json
 import random
 from pathlib import Path
 
+from stic_min.runtime.files import write_text
 from stic_min.text import CAPTION_PROMPTS, with_image
 from stic_min.toy import world
-
-
-def write_text(path, text):
-    """Writes a temporary file and renames it, so that a kill never leaves half a file."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def write_json(path, value):
@@ -21,7 +15,7 @@ def write_json(path, value):
 
 
 def write_pictures(folder, split, scenes):
-    """One PNG per scene in `folder`; returns their names. Rewrites existing files, as one may be truncated."""
+    """One PNG per scene in `folder`; returns their names. Rewrites existing files: one may be truncated."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{split}_{i:05}.png" for i in range(len(scenes))]
     for name, scene in zip(names, scenes):

@@ -29,7 +29,6 @@ from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loader import load_llava
 from stic_min.mistral import DecoderConfig, attention
 from stic_min.runtime import console, flags, process
-from stic_min.runtime.ranks import Ranks
 from stic_min.text import IMAGE, INFUSED, TEMPLATES, Tokenizer, with_image
 from stic_min.toy import captions as toy_captions
 from stic_min.toy import vqa as toy_vqa
@@ -101,7 +100,7 @@ def cell_labels(scenes):
     return torch.tensor(labels).view(len(scenes), 9, 4)
 
 
-def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
+def train_vision(tower, pixels, scenes, epochs=8, batch=128, lr=2e-3):
     """Trains the tower to predict each cell's contents. pixels (N, 3, side, side); returns the last loss."""
     heads = CellHeads()
     labels = cell_labels(scenes)
@@ -110,7 +109,7 @@ def train_vision(tower, pixels, scenes, ranks, epochs=8, batch=128, lr=2e-3):
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
     steps = epochs * (len(pixels) // batch)
     order = torch.cat([torch.randperm(len(pixels))[: len(pixels) // batch * batch] for _ in range(epochs)])
-    progress = console.Progress("ViT, steps", steps, ranks)
+    progress = console.Progress("ViT, steps", steps)
     for step, index in enumerate(order.split(batch)):
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
         losses = [
@@ -174,11 +173,11 @@ def batches(scenes, tokenizer, steps, size, rng):
         yield pad(ids, 0), pad(scored, False), [scene for scene in pictured if scene is not None]
 
 
-def train_decoder(llava, features, scenes, steps, rng, ranks, size=32, lr=2e-3):
+def train_decoder(llava, features, scenes, steps, rng, size=32, lr=2e-3):
     """Trains projector and decoder. features (N, 9, Cv): the ViT's, per scene; returns the last loss."""
     parameters = [p for n, p in llava.named_parameters() if not n.startswith("vision_tower.")]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
-    progress = console.Progress("decoder, steps", steps, ranks)
+    progress = console.Progress("decoder, steps", steps)
     for step, (ids, scored, pictured) in enumerate(batches(scenes, llava.tokenizer, steps, size, rng)):
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
         x = llava.model.embed_tokens(ids.clamp_min(0).flatten())  # (B * L, C)
@@ -298,17 +297,16 @@ def main():
     if (out / "config.json").exists():
         raise InputError(f"{out} holds a model; choose another --out, or delete the folder")
     out.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks(0, 1, torch.device("cpu"))
     torch.manual_seed(args.seed)
 
     train_tokenizer(out / "tokenizer.model")
     llava = new_llava(Tokenizer(out / "tokenizer.model"))
     scenes = world.scenes("train", args.scenes)
     pixels = normalized_pixels(scenes)
-    vision_loss = train_vision(llava.vision_tower, pixels, scenes, ranks)
+    vision_loss = train_vision(llava.vision_tower, pixels, scenes)
     with torch.no_grad():
         features = torch.cat([llava.vision_tower(part) for part in pixels.split(500)])  # (N, 9, Cv)
-    decoder_loss = train_decoder(llava, features, scenes, args.steps, random.Random(args.seed), ranks)
+    decoder_loss = train_decoder(llava, features, scenes, args.steps, random.Random(args.seed))
     write_llava(llava, out)
     minutes = round((time.monotonic() - begin) / 60, 1)
     scores = dev_scores(load_llava(out))

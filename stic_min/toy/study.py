@@ -17,8 +17,7 @@ import torch
 
 from stic_min import InputError
 from stic_min.runtime import console
-from stic_min.runtime.files import read_json, read_records
-from stic_min.runtime.ranks import Ranks
+from stic_min.runtime.files import read_json, read_records, write_text
 from stic_min.toy import files, recipe, tables
 
 # name: flags that differ from recipe.STAGE1, and the file of pairs
@@ -74,7 +73,7 @@ def select_pairs(folder, kind, pairs):
         raise InputError(
             f"{folder}: only {len(selected)} of {len(records)} pairs are from {kind}; {pairs} are needed"
         )
-    files.write_text(folder / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in selected))
+    write_text(folder / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in selected))
 
 
 def run_chain(model, folder, data, seed, pairs):
@@ -133,7 +132,7 @@ def run_jobs(jobs, total, processes):
     """Runs all jobs, `processes` at a time. Returns the folders of failed jobs. Ctrl-C ends all of them."""
     context = multiprocessing.get_context("spawn")
     finished = count_finished(jobs)
-    progress = console.Progress("study, steps", total - finished, Ranks(0, 1, torch.device("cpu")))
+    progress = console.Progress("study, steps", total - finished)
     waiting, running, failed = list(jobs), {}, []
     try:
         while waiting or running:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, infused
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, with_description
 
 SIDE, CELL = 48, 16  # pixels
 NOISE = 8  # standard deviation of the pixels' noise, in gray levels
@@ -317,7 +317,7 @@ def question_record(scene, rng, progress=1.0):
 def reading_record(scene, rng):
     """Questions about a true description in the prompt; half of the records come without the picture."""
     (first, answer), *later = some_questions(scene, rng, 2.0, progress=1.0)
-    return rng.random() < 0.5, [(infused(true_caption(scene), first), answer), *later]
+    return rng.random() < 0.5, [(with_description(true_caption(scene), first), answer), *later]
 
 
 def record(scene, rng, progress=1.0):

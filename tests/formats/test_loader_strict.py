@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from checkpoints import TOWER, V15, V16, copy, read_tensors, refuse
 from safetensors.torch import save_file
-from test_loader import TOWER, V15, V16, copy, read_tensors, refuse
 
 from stic_min.loader import load_llava
 

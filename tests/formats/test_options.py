@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_7b import HF, HF15, HF16, V15, V16
-from test_loader import V15 as TINY
-from test_loader import copy, refuse
+from checkpoints import V15 as TINY
+from checkpoints import copy, refuse
+from published_configs import HF, HF15, HF16, V15, V16
 
 from stic_min import InputError
 from stic_min.formats.config import read_config
@@ -188,7 +188,7 @@ def test_other_spellings(tmp_path):
     (tmp_path / "config.json").write_text("\ufeff" + json.dumps(V16), encoding="utf-8")
     assert read_config(tmp_path)[0] == expected
     (tmp_path / "config.json").write_text(json.dumps(V16)[:-1] + ', "rope_theta": 1.0}')
-    with pytest.raises(InputError, match="config.json: 'rope_theta' comes twice"):
+    with pytest.raises(InputError, match="config.json: 'rope_theta' appears twice"):
         read_config(tmp_path)
 
 

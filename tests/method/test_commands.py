@@ -5,12 +5,9 @@ goes through real command lines. For v1.5, and where the process boundary is not
 in this process, and this file under torchrun runs several in one start.
 """
 
-import contextlib
 import importlib
-import io
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -22,12 +19,13 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
+from chain import STEPS, assert_same_parameters, assert_same_training, chain, distance, log, tensors
+from commands import ENV, ROOT, call, call_two_ranks, lines, run, torchrun
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import generate_pairs
-from stic_min import InputError, data, lora, sampler, training
+from stic_min import InputError, data, lora, sampler
 from stic_min.batch import collate
 from stic_min.formats.adapters import PREFIX
 from stic_min.formats.tensors import read_metadata
@@ -35,106 +33,13 @@ from stic_min.images import corrupt, open_image
 from stic_min.loader import load_llava, open_llava
 from stic_min.loss import token_logps
 from stic_min.runtime.work import row_seed, subset
-from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, infused, with_image
+from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_description, with_image
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
-TWO_RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-STEPS = 3  # 8 samples, 3 at a time: the last batch is short, and two ranks never have equal shares
 only = lambda model: pytest.mark.parametrize("runs", [model], indirect=True)
-
-
-def start(*args, check=True):
-    """`python args...` from the repository's root -> the finished process."""
-    command = [sys.executable, *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def run(*args):
-    return start(*args).stdout
-
-
-def call(script, *args):
-    """The same without the start of Python -> stdout."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stdout(out):
-        importlib.import_module(script).main()
-    return out.getvalue()
-
-
-def call_two_ranks(*commands, check=True):
-    """Several commands, one start of Python. ("kill", N) instead of one: later ones die by SIGKILL after step N."""
-    return start(*TWO_RANKS, __file__, json.dumps(commands, default=str), check=check)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def pictured(tiny):
     return [record for record in json.loads((tiny / "instructions.json").read_text()) if "image" in record]
-
-
-def log(folder):
-    """log.jsonl without what depends on the machine."""
-    records = lines(folder / "log.jsonl")
-    for record in records:
-        assert record.pop("tokens_per_s") > 0 and record.pop("memory_gb") > 0 and record.pop("seconds_left") >= 0
-    return records
-
-
-def tensors(folder):
-    """What an adapter folder holds, the projector included."""
-    return {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
-
-
-def distance(a, b):
-    """The largest difference of two adapters, projector included."""
-    a, b = tensors(a), tensors(b)
-    assert a and set(a) == set(b)
-    return max((a[key] - b[key]).abs().max().item() for key in a)
-
-
-def assert_same_parameters(a, b, lr=1e-3, projector_lr=2e-5):
-    """Two sets of trained tensors are equal up to the order of sums: apart by less than 1e-4 of lr, on average.
-
-    The largest difference says little. Adam divides a gradient by its own size, so rounding noise n in a gradient g
-    moves a step by min(2, n / |g|) lr: by any share of lr where g is near zero, and how near the smallest of 6,000
-    comes depends on the CPU (1e-2 lr has been seen). The mean is well conditioned. Gradients of typical size s are
-    spread evenly around zero, so it is n / s * (1 + log(2 s / n)), 2e-6 for n / s = 1e-7; seen are 4e-7 to 4e-6.
-    One parameter of the 6,500 that misses one step is 1.5e-4, and a sample that weighs 1% too much about 1e-2.
-    """
-    assert a and set(a) == set(b)
-    steps = [(a[key] - b[key]).abs().flatten() / (projector_lr if "mm_projector" in key else lr) for key in a]
-    assert torch.cat(steps).mean() < 1e-4
-
-
-def assert_same_training(a, b):
-    """Equal up to the order of sums: every logged quantity of every step, and what was trained."""
-    assert len(log(a)) == len(log(b))
-    for x, y in zip(log(a), log(b)):
-        assert x == pytest.approx(y, rel=1e-4, abs=1e-4)
-    assert_same_parameters(tensors(a), tensors(b))
-
-
-def chain(model, tiny, out):
-    """{step: command}, each with its inputs from the steps before."""
-    at, pictures = ["--model", tiny / model, "--device", "cpu"], ["--images", tiny / "images"]
-    train = [*at, *pictures, "--lr", 1e-3, "--batch-size", 3, "--lora-dropout", 0]
-    benchmark = ["scienceqa", *at, "--data", tiny / "scienceqa", "--adapter", out / "stage2", "--out", out / "results"]
-    few = ["--max-new-tokens", 16]
-    return {
-        "pairs": ["generate_pairs", *at, *pictures, *few, "--out", out / "pairs.jsonl"],
-        "stage1": ["train_stage1", *train, "--lora-r", 4, "--pairs", out / "pairs.jsonl", "--out", out / "stage1"],
-        "describe": ["generate_pairs", "--describe", tiny / "instructions.json", *at, *pictures, *few,
-                     "--adapter", out / "stage1", "--out", out / "descriptions.jsonl"],
-        "stage2": ["train_stage2", *train, "--instructions", tiny / "instructions.json", "--adapter", out / "stage1",
-                   "--descriptions", out / "descriptions.jsonl", "--out", out / "stage2"],
-        "direct": ["evaluate", *benchmark, *few],
-        "dar": ["evaluate", *benchmark, *few, "--dar"],
-    }
 
 
 @pytest.fixture(scope="module", params=["llava-v1.6-tiny", "llava-v1.5-tiny"])
@@ -143,9 +48,9 @@ def runs(request, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     one, two = (chain(request.param, tiny, folder / ranks) for ranks in ("one", "two"))
     if request.param == "llava-v1.6-tiny":
-        said = {step: run(f"{script}.py", *args) for step, (script, *args) in one.items()}
+        said = {step: run(f"{script}.py", *args).stdout for step, (script, *args) in one.items()}
         for script, *args in two["pairs"], two["stage1"]:
-            run(*TWO_RANKS, f"{script}.py", *args)
+            run(*torchrun(2), f"{script}.py", *args)
         call_two_ranks(*list(two.values())[2:])
     else:
         said = {step: call(*command) for step, command in one.items()}
@@ -255,7 +160,7 @@ def test_a_restart_makes_only_what_is_missing(runs, step, file, tmp_path):
     for there in (3, 8):
         assert f"{there} of them already in" in call(*command)
         assert (tmp_path / file).read_bytes() == whole and [f.name for f in tmp_path.iterdir()] == [file]
-    with pytest.raises(InputError, match=f"{file} was made with seed 0, this run has 1"):
+    with pytest.raises(InputError, match=f"{file} was written with seed 0, but this run has 1"):
         call(*command, "--seed", 1)
     assert (tmp_path / file).read_bytes() == whole
 
@@ -330,7 +235,7 @@ def test_stage1_by_hand(runs, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     call(*runs.commands["stage1"], *flags, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
     policy, theta_0 = (load_llava(runs.model, image_mode="pad") for _ in range(2))
-    fresh = lora.fresh(policy, 4, 8, 0.0, seed=0)
+    fresh = lora.new_adapter(policy, 4, 8, 0.0, seed=0)
     lora.attach(policy, fresh)
     for name, value in fresh.tensors.items():
         policy.get_parameter(name).data.copy_(value)
@@ -390,7 +295,7 @@ def test_nothing_decays(runs, tmp_path):
     """With B = 0 the first gradient of A is zero, and leaves A as it was."""
     call(*runs.commands["stage1"], "--batch-size", 8, "--out", tmp_path)
     after = load_file(tmp_path / "adapter_model.safetensors")
-    for name, before in lora.fresh(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
+    for name, before in lora.new_adapter(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
         assert torch.equal(after[f"{PREFIX}{name}.weight"], before) is ("lora_A" in name)
 
 
@@ -398,7 +303,7 @@ def test_what_is_trained_is_float32_in_a_bfloat16_model(runs, tmp_path):
     """Steps of 1e-6 on weights of about 0.1, which bfloat16 would round away."""
     call(*runs.commands["stage1"], "--dtype", "bfloat16", "--lr", 1e-6, "--projector-lr", 1e-6, "--out", tmp_path)
     llava = load_llava(runs.model)
-    before = {f"{PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
+    before = {f"{PREFIX}{k}.weight": v for k, v in lora.new_adapter(llava, 4, 8, 0.0, seed=0).tensors.items()}
     before |= {f"model.{k}": v for k, v in llava.named_parameters() if k.startswith("mm_projector.")}
     after = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(after) == set(before) and {v.dtype for v in after.values()} == {torch.float32}
@@ -564,7 +469,7 @@ def test_ask(runs):
     ask = "Detail the composition and subjects within the frame."
     prompt, pictures = TEMPLATES[llava.config.template].prompt, [[open_image(folder / "scene_01.jpg")]]
     [description] = llava.generate([prompt(with_image(ask))], pictures, max_new_tokens=12)
-    text = with_image(infused(description, question))
+    text = with_image(with_description(description, question))
     [answer] = llava.generate([prompt(text)], pictures, max_new_tokens=12)
     said = call(*command, "--image", folder / "scene_01.jpg", "--dar")
     assert said == f"Description: {description}\n\n{answer}\n"
@@ -584,7 +489,7 @@ def test_an_answer_of_scienceqa_can_be_repeated(runs):
             text = record["prompt"].removeprefix("<image>\n")
             pictures = [open_image(p) for p in (runs.tiny / "scienceqa/images/test" / record["question_id"]).glob("*")]
             described = descriptions.get(record["question_id"])
-            text = infused(described, text) if described is not None else text
+            text = with_description(described, text) if described is not None else text
             prompt = TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures)))
             assert llava.generate([prompt], [pictures], max_new_tokens=16) == [record["text"]]
             seen += 1
@@ -616,7 +521,7 @@ def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
     torch.testing.assert_close(logits(tmp_path / "exact", vision=vision), adapted, rtol=1e-4, atol=1e-4)
 
     call(*runs.commands["stage1"], "--lr", 1e-7, "--projector-lr", 0, "--out", tmp_path / "small")  # rounding eats it
-    said = run("-m", *command, tmp_path / "stored", "--adapter", tmp_path / "small")
+    said = run("-m", *command, tmp_path / "stored", "--adapter", tmp_path / "small").stdout
     assert abs(float(said.split("; ")[1].split(" % of the change survived")[0])) < 90
     kinds = lambda file: {key: (value.dtype, value.shape) for key, value in load_file(file).items()}
     for file in runs.model.glob("*.safetensors"):
@@ -658,27 +563,3 @@ def test_the_whole_method_on_photographs(model, shared, tmp_path):
     assert log(tmp_path / "stage1")[0]["dpo"] == pytest.approx(math.log(2), abs=1e-5)
     ask = ["evaluate", "ask", "What is this?", "--model", tmp_path / model, "--adapter", tmp_path / "stage2"]
     assert call(*ask, "--device", "cpu", "--image", tmp_path / "images" / names[0], "--max-new-tokens", 8).strip()
-
-
-# ---------------------------------------------------------------- under torchrun
-
-
-def die_after(step):
-    def logged(run, at, *values, log=training.Run.log):
-        log(run, at, *values)
-        if at + 1 == step and run.ranks.first:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    training.Run.log = logged
-
-
-if __name__ == "__main__":
-    for name, *rest in json.loads(sys.argv[1]):
-        if name == "kill":
-            die_after(*rest)
-        else:
-            print(call(name, *rest))
-            dist.barrier()  # the next command reads what the first rank wrote
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way

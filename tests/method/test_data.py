@@ -11,7 +11,10 @@ from stic_min import InputError, data
 from stic_min.batch import collate
 from stic_min.loader import load_llava
 from stic_min.runtime import files
+from stic_min.runtime import output as output_module
+from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import Ranks
+from stic_min.runtime.work import subset
 from stic_min.text import IMAGE
 from stic_min.training import micro_batches, rate
 
@@ -129,9 +132,9 @@ def layout(item, llava):
     batch = collate([item.example], [data.load_tiles(item, llava)], llava.config)
     scored = batch.labels != -100
     assert (len(batch.ids), scored.sum()) == (item.length, item.scored)
-    assert (batch.labels == batch.ids[batch.rows])[scored].all() and not scored[:, 0].any()
+    assert (batch.labels == batch.ids[batch.scored])[scored].all() and not scored[:, 0].any()
     segments, before = [], []  # a label of -100 stands before each segment, and where a row is padded
-    for row, labels in zip(batch.rows.tolist(), batch.labels.tolist()):
+    for row, labels in zip(batch.scored.tolist(), batch.labels.tolist()):
         for place, label, following in zip(row, labels, [*labels[1:], -100]):
             if label == -100 and following != -100:
                 before.append(place)
@@ -209,10 +212,10 @@ def test_rate():
 
 def test_subset():
     items = [f"{i:03}" for i in range(100)]
-    chosen = files.subset(items, 10, seed=1)
-    assert len(set(chosen)) == 10 and chosen == sorted(chosen) and set(chosen) <= set(files.subset(items, 20, seed=1))
-    assert chosen == files.subset(items, 10, seed=1) != files.subset(items, 10, seed=2)
-    assert files.subset(items, None, 1) == files.subset(items, 100, 1) == files.subset(items, 101, 1) == items
+    chosen = subset(items, 10, seed=1)
+    assert len(set(chosen)) == 10 and chosen == sorted(chosen) and set(chosen) <= set(subset(items, 20, seed=1))
+    assert chosen == subset(items, 10, seed=1) != subset(items, 10, seed=2)
+    assert subset(items, None, 1) == subset(items, 100, 1) == subset(items, 101, 1) == items
 
 
 RUNNING = []
@@ -227,7 +230,7 @@ def output(path, rank=0, world=1, **settings):
         for earlier in RUNNING[:1]:  # it has been killed
             earlier.lock.close()
         RUNNING.clear()
-    started = files.Output(path, "image", {"model": "M", "seed": 0} | settings, ranks).start()
+    started = Output(path, "image", {"model": "M", "seed": 0} | settings, ranks).start()
     RUNNING.append(started)
     return started
 
@@ -273,16 +276,16 @@ def test_output_of_several_ranks(tmp_path):
 
 def test_output_that_one_rank_does_not_see_is_kept(tmp_path, monkeypatch):
     """As where each node has a disk of its own."""
-    monkeypatch.setattr(files, "wait_until", lambda true: true())
+    monkeypatch.setattr(output_module, "wait_until", lambda true: true())
     path, elsewhere = tmp_path / "out.jsonl", tmp_path / "elsewhere"
     two = [output(path, rank, 2) for rank in range(2)]
     two[0].append({"image": "a"})
     two[1].append({"image": "b"})
-    two[1].own.rename(elsewhere)
-    with pytest.raises(InputError, match="rank 1 has finished 1 records, but 0 are in .*part1: --out has to be on a"):
+    two[1].file.rename(elsewhere)
+    with pytest.raises(InputError, match="rank 1 wrote 1 records, but .*part1 has 0: --out must be on a"):
         two[0].finish("ab")
     assert (tmp_path / "out.jsonl.part0").is_file() and not path.exists()
-    elsewhere.rename(two[1].own)
+    elsewhere.rename(two[1].file)
     assert [r["image"] for r in output(path).finish("ab")] == ["a", "b"]
 
 
@@ -290,7 +293,7 @@ def test_output_of_a_run_that_is_going_on_is_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     first = output(path)
     first.append({"image": "a"})
-    second = files.Output(path, "image", first.settings, first.ranks)
+    second = Output(path, "image", first.settings, first.ranks)
     with pytest.raises(InputError, match=f"another run is writing to {path}"):
         second.start()
     first.append({"image": "b"})
@@ -301,14 +304,14 @@ def test_output_of_a_run_that_is_going_on_is_refused(tmp_path):
 def test_output_of_another_run_is_refused(tmp_path):
     path = tmp_path / "out.jsonl"
     output(path, 1, 2).append({"image": "a"})  # in a part file
-    with pytest.raises(InputError, match="part1 was made with seed 0, this run has 1"):
+    with pytest.raises(InputError, match="part1 was written with seed 0, but this run has 1"):
         output(path, seed=1)
     assert output(path).finish("a")
-    with pytest.raises(InputError, match=f"{path} was made with model 'M', this run has 'N'"):
+    with pytest.raises(InputError, match=f"{path} was written with model 'M', but this run has 'N'"):
         output(path, model="N")
     assert names(path) == ["a"]
     path.write_text('{"id": 1}\n')
-    with pytest.raises(InputError, match=f"{path}, line 1: not a line that this command writes"):
+    with pytest.raises(InputError, match=f"{path}, line 1: not a line written by this command"):
         output(path)
 
 

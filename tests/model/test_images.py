@@ -1,6 +1,9 @@
-"""Pictures: how many tokens one takes, how its tiles are cut and laid out, the corruptions h(v), bad files."""
+"""Images: token counts, how tiles are cut and arranged, the corruptions h(v), unreadable files."""
 
 import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,15 +13,13 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from stic_min import InputError
+from stic_min.formats.image_folder import foreign_images, image_path, list_images
 from stic_min.images import (
     best_resolution,
     corrupt,
-    foreign_images,
-    image_path,
     image_size,
     image_tokens,
     jitter,
-    list_images,
     make_tiles,
     open_image,
     place_on,
@@ -28,7 +29,7 @@ from stic_min.runtime.files import brief
 
 SIDE, PATCH = 336, 14
 PATCHES = SIDE // PATCH  # 24 along a side
-BACKGROUND = 122, 116, 104  # CLIP's mean colour, rounded down
+BACKGROUND = 122, 116, 104  # CLIP's mean color, rounded down
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # LLaVA-v1.6's
 
 
@@ -36,11 +37,24 @@ def noise(width, height, mode="RGB", seed=0):
     return Image.frombytes(mode, (width, height), random.Random(seed).randbytes(width * height * len(mode)))
 
 
-def colour(tile):
-    """The middle pixel of a normalised tile (3, side, side) as the 8-bit colour that it was."""
+def color(tile):
+    """The middle pixel of a normalized tile (3, side, side) as its original 8-bit color."""
     middle = tile[:, tile.shape[1] // 2, tile.shape[2] // 2]
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return tuple(round(255 * (v * s + m)) for v, m, s in zip(middle.tolist(), mean, std))
+
+
+def test_import_is_quick_and_leaves_warning_filters_alone():
+    """torchvision takes seconds to import, and only corruptions need it."""
+    code = """
+import sys, warnings, numpy, torch, PIL.Image
+filters = list(warnings.filters)
+import stic_min.images
+print(filters == warnings.filters, "torchvision" in sys.modules)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.stdout == "True False\n", done.stderr
 
 
 # ---------------------------------------------------------------- image tokens
@@ -61,7 +75,8 @@ def test_tokens_of_v16(size, tokens):
 
 
 def upstream_layout(size):
-    """The official arithmetic, written a second time: the best grid, and which of its features unpadding leaves."""
+    """The official arithmetic, reimplemented: the best resolution, and the features that remain after
+    unpadding."""
     width, height = size
     best, most, least_waste = None, 0, float("inf")
     for full_w, full_h in PINPOINTS:
@@ -87,8 +102,9 @@ def sizes(count):
         yield rng.randint(1, top), rng.randint(1, rng.choice([top, 3000]))
 
 
-def test_1000_sizes_take_the_rows_that_arrange_returns():
-    """The count, and each row's place: feature (y, x) of the tiled map is numbered, newlines are -1, tile 0 is -2."""
+def test_token_counts_and_order_for_1000_sizes():
+    """Counts and order: the features of the tiled map are numbered row by row, newlines are -1, tile 0 is
+    -2."""
     for size in sizes(1000):
         resolution = best_resolution(size, PINPOINTS)
         best, kept = upstream_layout(size)
@@ -100,7 +116,8 @@ def test_1000_sizes_take_the_rows_that_arrange_returns():
         laid = arrange(features, SimpleNamespace(grid=(columns, rows), size=size), -torch.ones(1))
         assert len(laid) == image_tokens(size, "anyres", SIDE, PATCH, PINPOINTS), size
         expected = torch.cat([kept, torch.full((len(kept), 1), -1)], dim=1).flatten().float()
-        assert torch.equal(laid[:576, 0], torch.full((576,), -2.0)) and torch.equal(laid[576:, 0], expected), size
+        assert torch.equal(laid[:576, 0], torch.full((576,), -2.0)), size
+        assert torch.equal(laid[576:, 0], expected), size
 
 
 # ---------------------------------------------------------------- tiles
@@ -116,10 +133,10 @@ def test_tiles_agree_with_the_token_count(size, mode):
     assert tiles.size == size and len(laid) == image_tokens(size, mode, SIDE, PATCH, PINPOINTS)
 
 
-def test_pad_centres_the_picture_on_the_mean_colour():
+def test_pad_centers_the_image_on_the_mean_color():
     wide, tall = (make_tiles(Image.new("RGB", s, "white"), "pad", 80).pixels[0] for s in ((80, 40), (40, 80)))
     for tile in (wide, tall.transpose(1, 2)):
-        assert colour(tile) == (255, 255, 255) and colour(tile[:, :18]) == colour(tile[:, 62:]) == BACKGROUND
+        assert color(tile) == (255, 255, 255) and color(tile[:, :18]) == color(tile[:, 62:]) == BACKGROUND
 
 
 def test_best_fit_wastes_least_and_rounds_up():
@@ -128,36 +145,36 @@ def test_best_fit_wastes_least_and_rounds_up():
     assert canvas.getbbox() == (0, 112, 672, 112 + 448)
 
 
-def test_anyres_cuts_row_by_row_and_keeps_the_whole_first():
-    picture = Image.new("RGB", (672, 600))
-    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
-    for i, rgb in enumerate(colours):
-        picture.paste(rgb, (336 * (i % 2), 300 * (i // 2), 336 * (i % 2) + 336, 300 * (i // 2) + 300))
-    tiles = make_tiles(picture, "anyres", SIDE, PINPOINTS)
-    assert tiles.grid == (2, 2) and [colour(t) for t in tiles.pixels[1:]] == colours
+def test_anyres_puts_the_whole_image_first_then_tiles_row_by_row():
+    image = Image.new("RGB", (672, 600))
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0)]
+    for i, rgb in enumerate(colors):
+        image.paste(rgb, (336 * (i % 2), 300 * (i // 2), 336 * (i % 2) + 336, 300 * (i // 2) + 300))
+    tiles = make_tiles(image, "anyres", SIDE, PINPOINTS)
+    assert tiles.grid == (2, 2) and [color(t) for t in tiles.pixels[1:]] == colors
     top, bottom = tiles.pixels[1][:, :30], tiles.pixels[3][:, -30:]
-    assert colour(top) == colour(bottom) == (0, 0, 0)  # bars of (672 - 600) / 2 = 36 black rows
+    assert color(top) == color(bottom) == (0, 0, 0)  # bars of (672 - 600) / 2 = 36 black rows
     quarters = [tiles.pixels[0][:, y : y + 168, x : x + 168] for y in (0, 168) for x in (0, 168)]
-    assert [colour(q) for q in quarters] == colours  # the whole, without bars
+    assert [color(q) for q in quarters] == colors  # the whole image, without bars
 
 
 # ---------------------------------------------------------------- h(v)
 
 
-def test_corrupt_is_half_each_and_depends_on_its_seed_alone():
-    picture, before = noise(64, 48), noise(64, 48).tobytes()
+def test_corrupt_uses_both_kinds_equally_and_depends_only_on_its_seed():
+    image, before = noise(64, 48), noise(64, 48).tobytes()
     state = torch.get_rng_state()
-    drawn = [corrupt(picture, seed) for seed in range(200)]
+    corrupted = [corrupt(image, seed) for seed in range(200)]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
-    again = [corrupt(picture, seed) for seed in range(200)]
-    assert [(p.tobytes(), d) for p, d in drawn] == [(p.tobytes(), d) for p, d in again]
-    assert picture.tobytes() == before
-    low = [p for p, d in drawn if d["kind"] == "low_resolution"]
-    jittered = [(p, d) for p, d in drawn if d["kind"] == "color_jitter"]
+    again = [corrupt(image, seed) for seed in range(200)]
+    assert [(p.tobytes(), d) for p, d in corrupted] == [(p.tobytes(), d) for p, d in again]
+    assert image.tobytes() == before
+    low = [p for p, d in corrupted if d["kind"] == "low_resolution"]
+    jittered = [(p, d) for p, d in corrupted if d["kind"] == "color_jitter"]
     assert 86 < len(low) < 114 and len(low) + len(jittered) == 200
     assert {p.size for p in low} == {(26, 20)} and {p.size for p, _ in jittered} == {(64, 48)}
-    assert len({p.tobytes() for p, _ in jittered}) == len(jittered)  # each has its own colours
+    assert len({p.tobytes() for p, _ in jittered}) == len(jittered)  # each has its own colors
     assert all(0.5 <= d["brightness"] <= 1.5 and -0.3 <= d["hue"] <= 0.3 for _, d in jittered)
     assert {d["brightness_first"] for _, d in jittered} == {True, False}
 
@@ -165,30 +182,34 @@ def test_corrupt_is_half_each_and_depends_on_its_seed_alone():
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 200), (20, 20)])
 def test_corrupt_any_size(size):
     for seed in range(6):  # both kinds occur
-        picture, drawn = corrupt(noise(*size), seed)
-        assert picture.mode == "RGB" and (picture.size == size or min(picture.size) == 20)
-        assert min(picture.size) == 20 or drawn["kind"] == "color_jitter"
+        image, parameters = corrupt(noise(*size), seed)
+        assert image.mode == "RGB" and (image.size == size or min(image.size) == 20)
+        assert min(image.size) == 20 or parameters["kind"] == "color_jitter"
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_jitter_is_torchvisions(seed):
-    picture = noise(30, 20)
-    ours, _ = jitter(picture, torch.Generator().manual_seed(seed))
+def test_jitter_equals_torchvisions(seed):
+    image = noise(30, 20)
+    ours, _ = jitter(image, torch.Generator().manual_seed(seed))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        theirs = ColorJitter(brightness=0.5, hue=0.3)(picture)
-    assert ours.tobytes() == theirs.tobytes() != picture.tobytes()
+        theirs = ColorJitter(brightness=0.5, hue=0.3)(image)
+    assert ours.tobytes() == theirs.tobytes() != image.tobytes()
 
 
 # ---------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("LA", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")])
+@pytest.mark.parametrize(
+    "mode, suffix", [("L", "png"), ("LA", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "png")]
+)
 def test_every_mode_opens_as_rgb(tmp_path, mode, suffix):
     original = noise(40, 30).convert(mode)
-    original.save(tmp_path / f"x.{suffix}", **({"quality": 100, "subsampling": 0} if suffix == "jpg" else {}))
-    opened, size = open_image(tmp_path / f"x.{suffix}"), image_size(tmp_path / f"x.{suffix}")
-    assert opened.mode == "RGB" and opened.size == size == (40, 30)
+    path = tmp_path / f"x.{suffix}"
+    options = {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    original.save(path, **options)
+    opened = open_image(path)
+    assert opened.mode == "RGB" and opened.size == image_size(path) == (40, 30)
     if suffix == "png":
         assert opened.tobytes() == original.convert("RGB").tobytes()
 
@@ -196,7 +217,7 @@ def test_every_mode_opens_as_rgb(tmp_path, mode, suffix):
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_16_bit_gray_opens_as_its_high_byte(tmp_path, dtype, suffix):
-    """Pillow's own conversion makes all of it white (Pillow#2574)."""
+    """Pillow's own conversion turns all of it white (Pillow#2574)."""
     pixels = np.random.default_rng(0).integers(0, 2**16, (30, 40)).astype(dtype)
     mode = "I;16" if dtype == "<u2" or suffix == "png" else "I;16B"
     raw = pixels.astype("<u2" if mode == "I;16" else ">u2").tobytes()
@@ -209,17 +230,19 @@ def test_16_bit_gray_opens_as_its_high_byte(tmp_path, dtype, suffix):
 
 
 @pytest.mark.parametrize("mode, kind", [("I", "integer"), ("F", "float")])
-def test_32_bit_pixels_are_refused_by_their_header(tmp_path, mode, kind):
+def test_32_bit_pixels_are_rejected_by_their_header(tmp_path, mode, kind):
     Image.new(mode, (40, 30), 70000).save(tmp_path / "x.tif")
     for read in (open_image, image_size):
-        with pytest.raises(InputError, match=rf"can't read image \S+x.tif: its pixels are 32-bit {kind}s: convert it"):
+        message = rf"can't read image \S+x.tif: its pixels are 32-bit {kind}s: convert it"
+        with pytest.raises(InputError, match=message):
             read(tmp_path / "x.tif")
 
 
 def test_transparency_is_dropped_and_palettes_are_read(tmp_path):
     Image.new("RGBA", (4, 4), (10, 200, 30, 0)).save(tmp_path / "hidden.png")
     assert open_image(tmp_path / "hidden.png").getpixel((0, 0)) == (10, 200, 30)
-    Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.ADAPTIVE).save(tmp_path / "palette.gif")
+    palette = Image.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=Image.ADAPTIVE)
+    palette.save(tmp_path / "palette.gif")
     assert open_image(tmp_path / "palette.gif").getpixel((0, 0)) == (10, 200, 30)
 
 
@@ -230,10 +253,10 @@ def test_exif_rotation_is_not_applied(tmp_path):
     assert open_image(tmp_path / "x.jpg").size == (40, 20)
 
 
-def test_unreadable_pictures_are_named(tmp_path, monkeypatch):
+def test_unreadable_images_are_named(tmp_path, monkeypatch):
     noise(200, 100).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:4000])
-    (tmp_path / "text.jpg").write_text("this is no picture\nbut two lines of text\n")
+    (tmp_path / "text.jpg").write_text("this is not an image\nbut two lines of text\n")
     (tmp_path / "empty.png").touch()
     noise(100, 100).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
@@ -261,7 +284,7 @@ def test_image_path_stays_in_its_folder(tmp_path):
 def test_links_stay_in_the_folder_too(tmp_path):
     folder, real = tmp_path / "images", tmp_path / "real"
     (real / "sub").mkdir(parents=True)
-    folder.symlink_to(real)  # that the folder is a link is its user's own choice
+    folder.symlink_to(real)  # the folder itself may be a link: the user chose it
     for place in (real, real / "sub", tmp_path):
         noise(4, 4).save(place / "a.png")
     links = {"near.png": "sub/a.png", "far.png": "../a.png", "up": tmp_path, "loop.png": "loop.png"}
@@ -269,14 +292,15 @@ def test_links_stay_in_the_folder_too(tmp_path):
         (real / name).symlink_to(target)
     assert image_path(folder, "near.png").samefile(real / "sub" / "a.png")
     for name in ("far.png", "up/a.png"):
-        with pytest.raises(InputError, match=f"image '{name}' is a link that leads outside the image folder {folder}"):
+        message = f"image '{name}' is a link that leads outside the image folder {folder}"
+        with pytest.raises(InputError, match=message):
             image_path(folder, name)
     with pytest.raises(InputError, match="no such image"):
         image_path(folder, "loop.png")
 
 
 @pytest.mark.parametrize("side, limit, fits", [(64, 4096, True), (65, 4096, False)])
-def test_more_pixels_than_pillows_limit_are_an_error(tmp_path, monkeypatch, side, limit, fits):
+def test_more_pixels_than_pillows_limit_is_an_error(tmp_path, monkeypatch, side, limit, fits):
     """Pillow itself only warns, up to twice its limit."""
     noise(64, side).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -284,12 +308,12 @@ def test_more_pixels_than_pillows_limit_are_an_error(tmp_path, monkeypatch, side
         if fits:
             assert read(tmp_path / "a.png")
         else:
-            with pytest.raises(InputError, match=r"can't read image \S+a.png: 64x65 are too many pixels"):
+            with pytest.raises(InputError, match=r"can't read image \S+a.png: 64x65 is too many pixels"):
                 read(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("name", ["a\0b.png", "a caption where the name belongs " * 10])
-def test_names_that_no_file_can_have(tmp_path, name):
+@pytest.mark.parametrize("name", ["a\0b.png", "a caption instead of a file name " * 10])
+def test_impossible_file_names(tmp_path, name):
     with pytest.raises(InputError):
         image_path(tmp_path, name)
 
@@ -305,16 +329,17 @@ def test_list_images(tmp_path):
     assert list_images(tmp_path) == ["a.png", "b.JPG"]
 
 
-def test_list_images_says_what_is_there_instead(tmp_path):
+def test_list_images_explains_what_is_there_instead(tmp_path):
     (tmp_path / "a.jpg").touch()
-    with pytest.raises(InputError, match="--images .*a.jpg is a file, it has to name the folder"):
+    with pytest.raises(InputError, match="--images .*a.jpg is a file, not a folder of images"):
         list_images(tmp_path / "a.jpg")
     (tmp_path / "coco/train2014").mkdir(parents=True)
     for name in ("coco/1.jpg", "coco/train2014/1.jpg", "coco/train2014/2.jpg", "coco/notes.txt"):
         (tmp_path / name).touch()
     assert list_images(tmp_path) == ["a.jpg"] and foreign_images(tmp_path) == ""
     (tmp_path / "a.jpg").unlink()
-    with pytest.raises(InputError, match="no images directly in .*, but 3 in its subfolders such as coco/train2014/: "):
+    message = "no images directly in .*, but 3 in its subfolders such as coco/train2014/: "
+    with pytest.raises(InputError, match=message):
         list_images(tmp_path)
     for name in ("1.HEIC", "2.heic", "3.avif"):
         (tmp_path / name).touch()
@@ -323,7 +348,7 @@ def test_list_images_says_what_is_there_instead(tmp_path):
         list_images(tmp_path)
 
 
-def test_strips_are_refused_before_they_take_gigabytes(tmp_path):
+def test_narrow_strips_are_rejected_before_they_take_gigabytes(tmp_path):
     for size, fits in (((500, 1), True), ((501, 1), False), ((1, 700), False), ((20_000, 100), False)):
         Image.new("RGB", size).save(tmp_path / "strip.png")
         if fits:
@@ -333,6 +358,6 @@ def test_strips_are_refused_before_they_take_gigabytes(tmp_path):
                 open_image(tmp_path / "strip.png")
 
 
-def test_names_that_are_no_text(tmp_path):
+def test_names_that_are_not_text(tmp_path):
     with pytest.raises(InputError, match="not valid Unicode"):
         image_path(tmp_path, "bad\udcff.jpg")

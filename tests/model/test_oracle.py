@@ -16,13 +16,13 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from conftest import SHARED
+from official import SHARED
 from safetensors.torch import load_file, save_file
 
-from stic_min import InputError, lora
+from stic_min import InputError
 from stic_min.batch import Example, collate
 from stic_min.formats import adapters
-from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalise, open_image, unpadded
+from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalize, open_image, unpadded
 from stic_min.loader import load_llava
 from stic_min.loss import IGNORE, dpo_loss, sft_loss, stic_loss, token_logps
 from stic_min.sampler import filtered_probs, sample
@@ -123,7 +123,7 @@ def test_pixels(case, mode):
     close(pixels[..., ::stride, ::stride], stored[mode], PIXELS)
     for name, tile in (("anyres_u8_tile0", 0), ("anyres_u8_lasttile", -1), ("pad_u8", 0)):
         if name.startswith(mode) and name in stored:
-            close(tiles.pixels[tile], normalise(stored[name].permute(1, 2, 0)), PIXELS)
+            close(tiles.pixels[tile], normalize(stored[name].permute(1, 2, 0)), PIXELS)
     if mode == "anyres":
         assert list(best_resolution(image.size, PINPOINTS)) == expected["best_resolution_wh"]
         assert list(tiles.grid) == expected["tile_grid_wh"]
@@ -295,7 +295,7 @@ def batch_of(llava, case, extra=()):
 @torch.no_grad()
 def trace(llava, batch):
     """Logits (T, V) of every position, and what went through the modules on the way."""
-    seen, batch.rows = {}, torch.arange(len(batch.ids))[None]
+    seen, batch.scored = {}, torch.arange(len(batch.ids))[None]
     hooks = [
         llava.vision_tower.register_forward_hook(lambda _, args, out: seen.update(vision=out)),
         llava.mm_projector.register_forward_hook(lambda _, args, out: seen.update(projected=out)),
@@ -472,9 +472,9 @@ def merged_lengths(batch):
     return [trunk.end + branch.end - branch.start for branch in branches]
 
 
-def sums(llava, batch, **options):
+def sums(llava, batch):
     """(2, B): log-prob sums of the chosen and of the rejected answers."""
-    return token_logps(llava(batch, **options), batch.labels).sum(-1).view(-1, 2).T
+    return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).T
 
 
 def check_loss(policy, reference, expected):
@@ -518,10 +518,10 @@ def test_dpo(load, case):
                 check_loss(logps[policy], logps[reference], expected["paper"])
                 compared += 1
     assert (len(logps), compared) == (4, 3)
-    with lora.disabled(llava):  # theta_0 inside theta: LoRA off, and the frozen copy of the projector
+    with llava.as_reference():  # theta_0 inside theta: LoRA off, and the frozen copy of the projector
         close(sums(llava, batch), logps["base+nonlora"], LOGP_SUMS)
         llava.reference_projector = load(combo["checkpoint"], "pad").mm_projector
-        close(sums(llava, batch, reference=True), logps["base"], LOGP_SUMS)
+        close(sums(llava, batch), logps["base"], LOGP_SUMS)
         llava.reference_projector = None
 
 
@@ -531,7 +531,7 @@ def test_gradients(load, case):
     llava, expected = load(case["combo"]["checkpoint"], "pad", "lora"), case["grad"]["paper"]
     parameters = {name: p.requires_grad_() for name, p in llava.named_parameters() if ".lora_" in name}
     batch = pairs(llava, case)
-    with torch.no_grad(), lora.disabled(llava):
+    with torch.no_grad(), llava.as_reference():
         reference = sums(llava, batch)
     loss = stic_loss(*sums(llava, batch), *reference, BETA, ALPHA).mean()
     gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))

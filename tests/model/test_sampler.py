@@ -80,7 +80,7 @@ def test_against_a_loop_without_cache(llava, rows, how):
         ids, draws = [], torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         while len(ids) < 8 and llava.tokenizer.eos not in ids:
             batch = one_sequence(llava, prompt, pictures, ids)
-            batch.rows = torch.tensor([[len(batch.ids) - 1]])
+            batch.scored = torch.tensor([[len(batch.ids) - 1]])
             with torch.no_grad():
                 step = draws[len(ids), None]  # a number for each token
                 ids.append(pick(llava(batch)[0], how["temperature"], how.get("top_p"), step).item())
@@ -113,7 +113,7 @@ def test_images_are_a_list_of_images(llava, rows, tiny):
             call(prompt, image)
         with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image.open"):
             call(prompt, [str(tiny / "images" / "scene_01.jpg")])
-    with pytest.raises(TypeError, match="prompts is one str, it has to be a list of them"):
+    with pytest.raises(TypeError, match="prompts is one str, it has to be a list; images"):
         llava.generate(prompt, [[image]])
 
 
@@ -225,8 +225,8 @@ def test_a_picture_is_prefilled_once(llava, rows, monkeypatch, slots, groups):
     prompts = [template.prompt(f"<image>\n{text}") for text in texts] + rows[0][3:4]
     images = [picture, picture, picture, rows[1][3]]
     alone = [sample(llava, [p], [i], [7], max_new_tokens=8)[0] for p, i in zip(prompts, images)]
-    seen, tower = [], llava.see
-    monkeypatch.setattr(llava, "see", lambda tiles: seen.append(len(tiles)) or tower(tiles))
+    seen, tower = [], llava.patch_features
+    monkeypatch.setattr(llava, "patch_features", lambda tiles: seen.append(len(tiles)) or tower(tiles))
     tiles = {id(p): llava.tiles(p) for pictures in images for p in pictures}
     asked = [Request(i, llava.prompt_ids(p, own), [tiles[id(v)] for v in own], 7)
              for i, (p, own) in enumerate(zip(prompts, images))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Templates and prompts to the letter, and ids around <image>, control tokens and turns."""
+"""Templates and prompts character by character; ids around <image>, control tokens and turns."""
 
 import re
 
@@ -13,7 +13,7 @@ from stic_min.text import (
     IMAGE,
     TEMPLATES,
     Tokenizer,
-    infused,
+    with_description,
     with_image,
     without_marks,
 )
@@ -32,15 +32,15 @@ def tokenizer(model, request):
 
 
 def spelled(tokenizer, ids):
-    """Ids as pieces, to be read; sentencepiece writes a blank as a low line."""
+    """Ids as readable pieces; sentencepiece writes a space as "▁"."""
     return [i if i in (IMAGE, BOS, EOS) else tokenizer.pieces.id_to_piece(i) for i in ids]
 
 
 # ---------------------------------------------------------------- templates
 
 SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. "
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
 
@@ -50,7 +50,9 @@ def test_templates():
     assert mistral.prompt("<image>\nWho is it?") == "[INST] <image>\nWho is it? [/INST]"
     assert vicuna.prompt("<image>\nWho is it?") == SYSTEM + "USER: <image>\nWho is it? ASSISTANT:"
     users = ["<image>\nWho?", "And where?", "When?"]
-    assert mistral.turns(users) == ["[INST] <image>\nWho? [/INST]", "[INST] And where? [/INST]", "[INST] When? [/INST]"]
+    assert mistral.turns(users) == [
+        "[INST] <image>\nWho? [/INST]", "[INST] And where? [/INST]", "[INST] When? [/INST]"
+    ]
     assert vicuna.turns(users) == [
         SYSTEM + "USER: <image>\nWho? ASSISTANT:", "USER: And where? ASSISTANT:", "USER: When? ASSISTANT:"
     ]
@@ -72,13 +74,13 @@ def test_prompts_are_plain_lines():
     for prompt in (*CAPTION_PROMPTS, *HALLUCINATION_PROMPTS, GOOD_PROMPT):
         assert prompt.isascii() and prompt.isprintable(), prompt  # no curly apostrophe, no newline
         assert "  " not in prompt and prompt == prompt.strip() and prompt.endswith(".")
-        assert not re.search(r"[.?,][A-Za-z]", prompt), prompt  # sentences are not glued together
+        assert not re.search(r"[.?,][A-Za-z]", prompt), prompt  # no space is missing between sentences
     assert DESCRIBE_PROMPT == "Detail the composition and subjects within the frame."
     assert GOOD_PROMPT.count("?") == 5 and GOOD_PROMPT.count(".") == 6
 
 
 def plain(text):
-    """Straight quotes and single blanks."""
+    """Straight quotes and single spaces."""
     return " ".join(re.sub("[‘’]", "'", re.sub("[“”]", '"', text)).split())
 
 
@@ -86,7 +88,7 @@ def test_prompts_are_the_papers(shared):
     paper = (shared / "paper" / "stic-paper.md").read_text(encoding="utf-8")
     appendix = paper[paper.index("## A Experimental Details") :]
     quoted = [plain(text) for text in re.findall(r"^- “(.+)”$", appendix, flags=re.MULTILINE)]
-    assert quoted[:9] == [*HALLUCINATION_PROMPTS, GOOD_PROMPT]  # the list of bad ones, then the good one
+    assert quoted[:9] == [*HALLUCINATION_PROMPTS, GOOD_PROMPT]  # the bad prompts, then the good one
     assert f'simple instructions like "{CAPTION_PROMPTS[2]}"' in plain(appendix)
 
 
@@ -96,14 +98,15 @@ def test_caption_prompts_are_the_releases(shared):
         assert prompt in plain(text)
 
 
-def test_infused():
+def test_with_description():
     description, question = " A red house.\n", "What is it?\nAnswer with a word."
     three_lines = "Image description:\nA red house.\n\nWhat is it?\nAnswer with a word."
-    assert infused(description, question) == three_lines
+    assert with_description(description, question) == three_lines
     one_line = "Image description: A red house.\nWhat is it?\nAnswer with a word."
-    assert infused(description, question, one_line=True) == one_line
-    assert infused("<image>\nA red house.<image> ", question) == three_lines  # no second picture
-    assert infused("{instruction} {0}", "{description}") == "Image description:\n{instruction} {0}\n\n{description}"
+    assert with_description(description, question, one_line=True) == one_line
+    assert with_description("<image>\nA red house.<image> ", question) == three_lines  # no second image
+    braces = with_description("{instruction} {0}", "{description}")
+    assert braces == "Image description:\n{instruction} {0}\n\n{description}"
 
 
 # ---------------------------------------------------------------- ids
@@ -111,7 +114,8 @@ def test_infused():
 
 def test_control_tokens_in_text_stay_text(tokenizer):
     for text in ("</s>", "Say </s> and <s> and <unk>, then go on.", "a</s>b"):
-        for ids in (tokenizer.encode(text), tokenizer.encode_bare(text), tokenizer.encode_response(text, end=False)):
+        response = tokenizer.encode_response(text, end=False)
+        for ids in (tokenizer.encode(text), tokenizer.encode_bare(text), response):
             assert not {BOS, EOS, UNK} & set(ids)
             assert tokenizer.decode(ids) == text
     ids = tokenizer.encode_prompt("[INST] </s><s> [/INST]")
@@ -126,14 +130,14 @@ def test_encode(tokenizer):
     assert tokenizer.encode("") == tokenizer.encode_bare("") == []
     assert spelled(tokenizer, tokenizer.encode_response("A house")) == ["▁A", "▁house", EOS]
     assert spelled(tokenizer, tokenizer.encode_response("A house", end=False)) == ["▁A", "▁house"]
-    for text in ("\n", " two\n\nlines", "é漢字 ✓"):  # newlines and what the vocabulary lacks are bytes
+    for text in ("\n", " two\n\nlines", "é漢字 ✓"):  # newlines and unknown characters become bytes
         assert tokenizer.decode(tokenizer.encode_bare(text)) == text.strip()
 
 
 def test_prompt_ids_around_images(tokenizer):
     ids = lambda prompt: spelled(tokenizer, tokenizer.encode_prompt(prompt))
     assert ids("[INST] A [/INST]") == [BOS, "▁[", "INST", "]", "▁A", "▁[/", "INST", "]"]
-    # each piece of text has its own leading space, a blank in front of a mark stays, an empty piece gives nothing
+    # each piece of text has its own leading space; a space before a mark stays; an empty piece adds nothing
     assert ids("A<image>A") == [BOS, "▁A", IMAGE, "▁A"]
     assert ids("A <image>\nA") == [BOS, "▁A", "▁", IMAGE, "▁", "<0x0A>", "A"]
     assert ids("<image>") == [BOS, IMAGE]
@@ -146,7 +150,8 @@ def test_later_turns(model):
     turn = "USER: A <image> A"
     for tokenizer, start in ((legacy, "▁USER"), (modern, "USER")):
         spelt = spelled(tokenizer, tokenizer.encode_prompt(turn, first=False))
-        assert "".join(map(str, spelt)) == f"{start}:▁A▁{IMAGE}▁▁A"  # no begin token; only the first piece differs
+        # no begin token; only the first piece differs
+        assert "".join(map(str, spelt)) == f"{start}:▁A▁{IMAGE}▁▁A"
         assert tokenizer.encode_prompt(turn)[0] == BOS
     assert legacy.encode_prompt(turn) == modern.encode_prompt(turn)  # first turns are the same
     assert legacy.encode_prompt(turn)[1:] == legacy.encode_prompt(turn, first=False)
@@ -154,7 +159,7 @@ def test_later_turns(model):
 
 
 def test_conversation_ids(tokenizer):
-    """Two turns as the model reads them, in one row."""
+    """Two turns as the model reads them, in one sequence."""
     prompts = TEMPLATES["mistral_instruct"].turns(["<image>\nA", "A?"])
     ids = tokenizer.encode_prompt(prompts[0]) + tokenizer.encode_response("A")
     ids += tokenizer.encode_prompt(prompts[1], first=False) + tokenizer.encode_response("A")
@@ -173,16 +178,16 @@ def test_decode(tokenizer):
     assert tokenizer.decode([600, *house, 601, 31999]) == "A red house."
     assert tokenizer.decode([599]) == tokenizer.pieces.id_to_piece(599).replace("▁", "")
     assert tokenizer.decode([]) == tokenizer.decode([EOS]) == ""
-    assert tokenizer.decode(tokenizer.encode("  two blanks,\n and a line \n")) == "two blanks,\n and a line"
+    assert tokenizer.decode(tokenizer.encode("  two spaces,\n and a line \n")) == "two spaces,\n and a line"
 
 
 def test_no_tokenizer(tmp_path):
-    (tmp_path / "tokenizer.model").write_text("no sentencepiece model")
+    (tmp_path / "tokenizer.model").write_text("not a sentencepiece model")
     for name in ("tokenizer.model", "nothing.model"):
         with pytest.raises(InputError, match=str(tmp_path / name)):
             Tokenizer(tmp_path / name)
 
 
-def test_no_mark_survives_its_removal():
+def test_removing_a_mark_leaves_no_other_mark():
     assert without_marks(" <im<image>age>What <image>is it? ") == "What is it?"
-    assert infused("A <im<image>age> boat", "Why?") == "Image description:\nA  boat\n\nWhy?"
+    assert with_description("A <im<image>age> boat", "Why?") == "Image description:\nA  boat\n\nWhy?"

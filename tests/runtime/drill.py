@@ -24,10 +24,13 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import tiny
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+
+import tiny  # noqa: E402
+
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 PATIENCE = 60  # seconds for a command to end after one of its ranks is dead, or after a signal
 # What a kill hits. "all" is a power cut: torchrun and its ranks at once. "torchrun" leaves the ranks behind, alive.
@@ -444,7 +447,6 @@ def main():
     parser.add_argument("--images", type=int, metavar="N", help="measure memory and handles over N pictures instead")
     parser.add_argument("--chain", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
     if args.chain:
         run_chain(*args.chain)
     folder = Path(tempfile.mkdtemp(prefix="drill-"))

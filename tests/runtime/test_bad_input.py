@@ -19,6 +19,27 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_world import (
+    ADAPTER,
+    ANSWERS,
+    CONFIG,
+    MODEL,
+    MODEL16,
+    PAIRS,
+    RECORDS,
+    SHARD,
+    TOLD,
+    A,
+    B,
+    change,
+    commands,
+    cut,
+    outcome,
+    pair,
+    said,
+    small_world,
+    write,
+)
 
 from stic_min import check, data, lora, mistral, training
 from stic_min.batch import Example
@@ -29,60 +50,6 @@ from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.runtime import process
 
 ROOT = Path(__file__).resolve().parents[2]
-A, B = "scene_01.jpg", "scene_02.png"
-MODEL, CONFIG, ADAPTER = "model/model.safetensors", "model/config.json", "stage1/adapter_model.safetensors"
-MODEL16, SHARD = "--model {w}/model16", "model16/model-00002-of-00002.safetensors"
-PAIRS, RECORDS, TOLD, ANSWERS = "pairs.jsonl", "instructions.json", "descriptions.jsonl", "answers.jsonl"
-
-
-# ---------------------------------------------------------------- a small world that works
-
-
-def pair(image, chosen="A red house.", rejected="A blue whale, and a boat."):
-    turns = lambda answer: [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": answer}]
-    return {"image": image, "chosen": turns(chosen), "rejected": turns(rejected)}
-
-
-def instruction(id, image):
-    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A house."}]
-    return {"id": id, "conversations": talk} | ({"image": image} if image else {})
-
-
-def write(path, records):
-    text = json.dumps(records) if path.suffix == ".json" else "".join(json.dumps(r) + "\n" for r in records)
-    path.write_text(text, encoding="utf-8")
-
-
-def change(path, edit):
-    """Reads a JSON or JSON lines file, lets `edit` change the value in place, writes it back."""
-    text = path.read_text(encoding="utf-8")
-    value = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-    edit(value)
-    write(path, value)
-
-
-def cut(path, keep=0.5):
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-
-
-def commands(w):
-    """{name: module and arguments} that all work in the folder `w`, the adapter in runs/stage1 made by the second."""
-    at, pictures = ["--model", w / "model", "--device", "cpu"], ["--images", w / "images"]
-    few, tune = ["--max-new-tokens", "4"], [*at, *pictures, "--batch-size", "2", "--lr", "0.001", "--out", w / "out"]
-    stage2 = ["--instructions", w / RECORDS, "--descriptions", w / TOLD]
-    score = ["--answers", w / ANSWERS, "--data", w / "scienceqa"]
-    adapter = ["--adapter", w / "stage1"]
-    return {
-        "pairs": ["generate_pairs", *at, *pictures, *few, "--out", w / "new.jsonl"],
-        "describe": ["generate_pairs", *at, *pictures, *few, "--out", w / "new.jsonl", "--describe", w / RECORDS],
-        "stage1": ["train_stage1", *tune, "--lora-r", "2", "--pairs", w / PAIRS],
-        "stage2": ["train_stage2", *tune, *stage2, *adapter],
-        "scienceqa": ["evaluate", "scienceqa", *at, *few, "--data", w / "scienceqa", "--out", w / "results"],
-        "score": ["evaluate", "score", "scienceqa", *score],
-        "ask": ["evaluate", "ask", "What?", *at, *adapter, *few, "--image", w / "images" / A],
-        "merge": ["stic_min.merge", "--model", w / "model", *adapter, "--out", w / "merged"],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -90,45 +57,10 @@ def good(tiny, tmp_path_factory):
     return small_world(tiny, tmp_path_factory.mktemp("good"))
 
 
-def small_world(tiny, w):
-    shutil.copytree(tiny / "llava-v1.5-tiny", w / "model")
-    shutil.copytree(tiny / "llava-v1.6-tiny", w / "model16")
-    for name in ("clip-tiny", "scienceqa"):
-        shutil.copytree(tiny / name, w / name)
-    (w / "images").mkdir()
-    for name in (A, B):
-        shutil.copy(tiny / "images" / name, w / "images")
-    write(w / PAIRS, [pair(A), pair(B)])
-    write(w / RECORDS, [instruction("a", A), instruction("b", B), instruction("text", None)])
-    described = [{"id": id, "image": name, "description": "Red."} for id, name in (("a", A), ("b", B))]
-    write(w / TOLD, described)
-    write(w / ANSWERS, [{"question_id": "4", "prompt": "", "text": "B"}])
-    outcome(w, "stage1", "--out", w / "stage1")
-    return w
-
-
 @pytest.fixture
 def w(good, tmp_path):
     """A copy of it to break."""
     return shutil.copytree(good, tmp_path / "w")
-
-
-def outcome(w, name, *flags):
-    """Runs a command as its script does -> its exit status."""
-    module, *args = commands(w)[name]
-    try:
-        with mock.patch.object(sys, "argv", [module, *map(str, [*args, *flags])]):
-            process.run(importlib.import_module(module).main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def said(capsys):
-    """stdout, and stderr without progress."""
-    out, err = capsys.readouterr()
-    progress = r"(loading|loaded|pairs|descriptions|checking|merging|scienceqa) "
-    return out, [line for line in err.splitlines() if not re.match(progress, line)]
 
 
 # ---------------------------------------------------------------- damage: functions of the folder `w`
@@ -251,12 +183,12 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
                          r"{w}/stage1/adapter_config.json: init_lora_weights 'pissa' has changed the base"),
     "another rank": ("stage2", None, "--lora-r 8", r"--lora-r 8: {w}/stage1 has 2"),
     # pictures
-    "empty folder": ("pairs", each(Path.unlink), "", r"no pictures .*in {w}/images"),
+    "empty folder": ("pairs", each(Path.unlink), "", r"no images .*in {w}/images"),
     "a file as images": ("pairs", None, f"--images {{w}}/images/{A}", r"--images {w}/images/\S+ is a file"),
     "a file for training": ("stage2", None, f"--images {{w}}/images/{A}", r"--images {w}/images/\S+ is a file"),
     "subfolders": ("pairs", lambda w: [shutil.move(w / "images", w / "train"), (w / "images").mkdir(),
                                        shutil.move(w / "train", w / "images")], "",
-                   r"no images directly in {w}/images, but 2 in its subfolders such as train/: pass one of them"),
+                   r"no images directly in {w}/images, but 2 in its subfolders such as train/: pass one of these"),
     "of a phone": ("pairs", each(lambda path: path.rename(path.with_suffix(".HEIC"))), "",
                    r"no images in {w}/images but 2 \.heic files: convert them"),
     "float pixels": ("stage1", lambda w: Image.new("F", (9, 9)).save(w / "images" / B, "TIFF"), "",
@@ -273,7 +205,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "a linked folder": ("stage1", lambda w: [link("images/sub", "elsewhere")(w), first(PAIRS, image="sub/x.jpg")(w)],
                         "", r"'sub/x.jpg' is a link that leads outside .*{w}/images"),
     "a bomb": ("stage1", lambda w: Image.new("1", (10000, 10000)).save(w / "images" / B), "",
-               rf"can't read image {{w}}/images/{B}: 10000x10000 are too many pixels"),
+               rf"can't read image {{w}}/images/{B}: 10000x10000 is too many pixels"),
     "no picture to ask": ("ask", None, "--image {w}/none.png", r"can't read image {w}/none.png"),
     # pairs
     "no file": ("stage1", None, "--pairs {w}/none.jsonl", r"can't read {w}/none.jsonl: No such file"),
@@ -304,8 +236,8 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "unknown form": ("stage1", line(PAIRS, '{"image": "a.jpg", "win": "A", "lose": "B"}'), "",
                      r'line 2: not a preference pair; expected: {"image": ..., "prompt": ..., "chosen": ..., "rejecte'),
     "all equal": ("stage1", edits(PAIRS, lambda pairs: [p.update(rejected=p["chosen"]) for p in pairs]), "",
-                  r"{w}/pairs.jsonl: chosen and rejected are the same in all of its 2 pairs"),
-    "cut to equals": ("stage1", None, "--max-length 95", r"{w}/pairs.jsonl: chosen and rejected are the same in all"),
+                  r"{w}/pairs.jsonl: chosen and rejected are identical in all 2 pairs"),
+    "cut to equals": ("stage1", None, "--max-length 95", r"{w}/pairs.jsonl: chosen and rejected are identical in all"),
     "a parquet file": ("stage1", puts("x.parquet", b"PAR1\xff"), "--pairs {w}/x.parquet", r"x.parquet: .* a parquet"),
     # files given in another's place
     "pairs as instructions": ("describe", None, "--describe {w}/pairs.jsonl",
@@ -511,14 +443,14 @@ def test_instructions_are_checked_before_they_are_described(w, capsys):
 
 
 def test_the_reference_is_checked_before_the_first_step(w, capsys):
-    def fresh(*args, made=training.lora.fresh):
+    def fresh(*args, made=training.lora.new_adapter):
         adapter = made(*args)
         double(adapter.tensors)
         for name, value in adapter.tensors.items():
             value.add_(0.1 * name.endswith("lora_B"))
         return adapter
 
-    with mock.patch.object(training.lora, "fresh", fresh):
+    with mock.patch.object(training.lora, "new_adapter", fresh):
         assert outcome(w, "stage1") == 1
     assert "not ln 2: policy and reference differ" in said(capsys)[1][-1]
 
@@ -663,8 +595,8 @@ def test_a_checkpoint_every_tenth_of_a_run_the_newest_are_kept(w, capsys):
 def test_the_status_survives_torchrun(w):
     """Under torchrun `process.run` leaves by os._exit."""
     drops(PAIRS)(w)
-    with (mock.patch.object(process.dist, "is_initialized", return_value=True),
-          mock.patch.object(process.dist, "destroy_process_group"),
+    with (mock.patch.object(torch.distributed, "is_initialized", return_value=True),
+          mock.patch.object(torch.distributed, "destroy_process_group"),
           mock.patch.object(os, "_exit", side_effect=sys.exit)):
         assert outcome(w, "stage1") == 1
         assert outcome(w, "score") == 0
@@ -681,7 +613,7 @@ def test_what_is_a_bug_keeps_its_traceback():
 def test_ctrl_c_is_no_success(w, capsys):
     with mock.patch("train_stage1.read_pairs", side_effect=KeyboardInterrupt):
         assert outcome(w, "stage1") == 130
-    assert said(capsys)[1] == ["stopped; what was finished is kept"]
+    assert said(capsys)[1] == ["stopped; completed output is kept"]
 
 
 @pytest.mark.parametrize("name, damage, message", [

@@ -53,7 +53,7 @@ def test_help_shows_every_default_zero_included(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate.main()
     text = " ".join(capsys.readouterr().out.split())
-    assert "0 is greedy (default: 0.0)" in text and "of everything random (default: 0)" in text
+    assert "0 is greedy (default: 0.0)" in text and "random seed (default: 0)" in text
     assert "per response (default: 1024)" in text and "None" not in text and "default: False" not in text
 
 

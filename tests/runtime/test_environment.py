@@ -3,29 +3,23 @@ that fail, another operating system. One line says so; and run.json records what
 
 import errno
 import json
-import os
 import subprocess
 import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import pytest
-import test_robust
 import torch
 import torch.distributed as dist
-from test_nodes import free_port
-from test_robust import call, ended, stop_after
+from chain import stop_after
+from commands import ENV, ROOT, call, ended, free_port
 
 from stic_min import InputError, checkpoint, training
 from stic_min.runtime import console, process, provenance
 from stic_min.runtime.ranks import gpu_index, place, start_device, start_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
 LAUNCHER = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
-made = test_robust.made  # the fixture
 
 
 def python(*args, env=None, **how):
@@ -60,12 +54,12 @@ def launched(monkeypatch, *values):
             monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize("values, place", [
+@pytest.mark.parametrize("values, expected", [
     ((None, None, None, None), (0, 1)), ((None, None, "host", "29500"), (0, 1)), (("0", "1", None, None), (0, 1)),
     (("0", None, None, None), (0, 1)), ((None, "1", None, None), (0, 1)), (("3", "8", "host", "29500"), (3, 8))])
-def test_a_place_among_the_ranks(monkeypatch, values, place):
+def test_a_place_among_the_ranks(monkeypatch, values, expected):
     launched(monkeypatch, *values)
-    assert place() == place
+    assert place() == expected
 
 
 LEFT_OVER = [
@@ -78,7 +72,7 @@ LEFT_OVER = [
 @pytest.mark.parametrize("values", LEFT_OVER)
 def test_variables_that_were_left_over_are_refused(monkeypatch, values):
     launched(monkeypatch, *values)
-    with pytest.raises(InputError, match="but this was not started by torchrun: unset them, or use torchrun") as error:
+    with pytest.raises(InputError, match="was not started by torchrun: unset them, or use torchrun") as error:
         place()
     for name, value in zip(LAUNCHER, values):
         assert (f"no {name}" if value is None else f"{name}={value}") in str(error.value)
@@ -95,7 +89,7 @@ def test_no_command_takes_itself_for_one_of_many(monkeypatch, tmp_path, command)
     launched(monkeypatch, "1", None, None, None)
     monkeypatch.chdir(tmp_path)
     status, said = ended(*command.split())
-    assert status == 1 and said.startswith("error: RANK and WORLD_SIZE are set, but this was not started by torchrun")
+    assert status == 1 and said.startswith("error: RANK and WORLD_SIZE are set, but this process was not")
     assert not list(tmp_path.iterdir())
 
 
@@ -107,7 +101,7 @@ def test_which_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert gpu_index() == 3
     monkeypatch.setenv("LOCAL_RANK", "x")
-    with pytest.raises(InputError, match="LOCAL_RANK=x is not the number of a GPU"):
+    with pytest.raises(InputError, match="LOCAL_RANK=x is not the index of a GPU"):
         gpu_index()
 
 
@@ -135,7 +129,7 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
         if taken:
             other.bind(("", port))
             other.listen()
-        with pytest.raises(InputError, match=f"rank {rank} of 2 can't join the rest at 127.0.0.1:{port}: ") as error:
+        with pytest.raises(InputError, match=f"rank {rank} of 2 can't join the others at 127.0.0.1:{port}: ") as error:
             start_ranks("cpu")
     assert ("EADDRINUSE" in str(error.value)) is taken and not dist.is_initialized()
 
@@ -215,6 +209,7 @@ def test_a_locale_without_unicode(tiny, tmp_path):
     ]
     script.write_text(f"""
 import importlib, sys
+from stic_min.runtime import process
 def main():
     for name, *args in {commands!r}:
         sys.argv = [name, *args]

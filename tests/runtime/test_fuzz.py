@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from stic_min import InputError, checkpoint, data, images, lora
-from stic_min.formats import adapters
+from stic_min.formats import adapters, image_folder
 from stic_min.loader import load_llava, open_llava
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import Ranks
@@ -220,7 +220,7 @@ def good(tiny, tmp_path_factory):
     (as_bin / "model.safetensors").unlink()
     with_huggingface_config(shutil.copytree(tiny / V16, root / "huggingface"), tiny / "clip-tiny")
     llava, _ = open_llava(tiny / V15)
-    adapter = lora.fresh(llava, 2, 4, 0.0, seed=0)
+    adapter = lora.new_adapter(llava, 2, 4, 0.0, seed=0)
     for name, tensor in adapter.tensors.items():
         adapter.tensors[name] = tensor + 0.1
     adapter.tensors |= {name: torch.zeros(p.shape) for name, p in llava.named_parameters() if "mm_projector" in name}
@@ -388,7 +388,7 @@ def name_case(rng, good, folder):
     name = rng.choice((name, name, name, name, 5, None, [name])) if rng.random() < 0.2 else name
 
     def use():
-        path = images.image_path(inside, name)
+        path = image_folder.image_path(inside, name)
         assert path.resolve().is_relative_to(inside.resolve())
         images.image_size(path)
         images.open_image(path)

@@ -6,34 +6,22 @@ disk, every command says so and ends, at its start or when it is done, and nothi
 
 import json
 import os
-import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import commands
 import pytest
-from test_commands import ENV, ROOT, STEPS, assert_same_training, call, chain, lines
+from chain import STEPS, assert_same_training, chain
+from commands import ENV, ROOT, call, free_port, lines
 
 from stic_min import InputError
 from stic_min.runtime import files, process
 from stic_min.runtime.ranks import Ranks
-
-
-def free_port():
-    """Below those that a system hands out by itself, so that nobody is given it before the agents take it."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        with socket.socket() as attempt:
-            try:
-                attempt.bind(("127.0.0.1", port))
-                return port
-            except OSError:
-                pass
 
 
 def two_nodes(*command, folders=(ROOT, ROOT)):
@@ -60,7 +48,7 @@ def runs(tiny, tmp_path_factory):
     one, two = (chain("llava-v1.6-tiny", tiny, folder / name) for name in ("one", "two"))
     for command in one.values():
         call(*command)
-    ended = two_nodes(ROOT / "tests" / "test_commands.py", json.dumps(list(two.values()), default=str))
+    ended = two_nodes(commands.__file__, json.dumps(list(two.values()), default=str))
     assert [status for status, _ in ended] == [0, 0], ended
     return SimpleNamespace(one=folder / "one", two=folder / "two", pairs=one["pairs"], folder=folder)
 
@@ -109,26 +97,26 @@ def apart(runs, tiny):
 @pytest.mark.parametrize("name, out", [
     ("stage1", "stage1"), ("dar", "results/scienceqa-stage2-dar.descriptions.jsonl")])
 def test_a_disk_that_is_not_shared_is_found_at_the_start(apart, name, out):
-    says = f"--out has to be on a disk that all nodes share: rank 1 does not see what rank 0 writes beside {out}"
+    says = f"--out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to {out}"
     assert [said[name] for said in apart.said] == [says, says]
 
 
 def test_every_node_ends_with_that_line_and_an_error(apart):
-    says = "error: --out has to be on a disk that all nodes share: rank 1 does not see what rank 0 writes beside pairs"
+    says = "error: --out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to pairs"
     for _, text in apart.ended:
         assert text.count(says) == 1 and "Traceback" not in text[: text.find("torch/distributed/elastic")]
     assert not [*apart.folders[0].glob("pairs.jsonl*")][1:]  # nothing but the lock
 
 
 def test_nodes_with_other_input_are_found_at_the_start(apart):
-    says = "rank 1 has seed 1, rank 0 has 0: the same command has to find the same input on all nodes"
+    says = "rank 1 has seed 1, but rank 0 has 0: all nodes must run the same command on the same input"
     assert [said["other"] for said in apart.said] == [says, says]
 
 
 def test_what_was_finished_on_separate_disks_is_not_lost(apart, runs, tmp_path):
     """The disk was shared at the start; at the end it is not."""
     for said in apart.said:
-        assert said["late"].startswith("rank 1 has finished 4 records, but 0 are in late.jsonl.part1: --out has to be")
+        assert said["late"].startswith("rank 1 wrote 4 records, but late.jsonl.part1 has 0: --out must be")
     for rank, folder in enumerate(apart.folders):
         assert len(lines(folder / f"late.jsonl.part{rank}")) == 4 and not (folder / "late.jsonl").exists()
         shutil.copy(folder / f"late.jsonl.part{rank}", tmp_path)

@@ -3,8 +3,6 @@ one line says what happened, and the same command gives what it would have given
 
 import ast
 import contextlib
-import importlib
-import io
 import json
 import math
 import os
@@ -14,94 +12,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from chain import identical, log, stop_after
+from commands import ENV, ROOT, call, ended, start, torchrun, wait_for
 
 from stic_min import InputError, check, training
 from stic_min.loader import load_llava
 from stic_min.runtime import process
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
 SAID = "stopped after step {}; the same command goes on from there"
-
-
-def ranks(n):
-    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else []
-
-
-def turns(answer):
-    user = {"role": "user", "content": "<image>\nWhat is this?"}
-    return [user, {"role": "assistant", "content": answer}]
-
-
-@pytest.fixture(scope="module")
-def made(tiny, tmp_path_factory):
-    """Forty pairs, the command that trains on them a pair a step, and the run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("robust")
-    pictures = sorted(path.name for path in (tiny / "images").iterdir())
-    words = "a red house, a blue boat and the yellow sun over green grass".split()
-    with open(folder / "pairs.jsonl", "w") as file:
-        for i in range(40):
-            chosen, rejected = " ".join(words[: 4 + i % 9]), " ".join(words[::-1][: 3 + i % 7])
-            pair = {"image": pictures[i % len(pictures)], "chosen": turns(chosen), "rejected": turns(rejected)}
-            file.write(json.dumps(pair) + "\n")
-    command = ["train_stage1", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
-               "--pairs", folder / "pairs.jsonl", "--lora-r", 4, "--lr", 1e-3, "--save-every", 1000]  # fmt: skip
-    call(*command, "--batch-size", 1, "--out", folder / "whole")
-    call(*command, "--batch-size", 4, "--out", folder / "fours")
-    return SimpleNamespace(command=command, folder=folder, whole=folder / "whole", fours=folder / "fours")
-
-
-def call(script, *args):
-    """Runs it in this process -> stdout."""
-    out = io.StringIO()
-    with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stdout(out):
-        importlib.import_module(script).main()
-    return out.getvalue()
-
-
-def ended(script, *args):
-    """Runs it in this process as a script does -> (exit status, the last line on stderr)."""
-    err = io.StringIO()
-    err.reconfigure = lambda **how: None
-    try:
-        with mock.patch.object(sys, "argv", [script, *map(str, args)]), mock.patch.object(sys, "stderr", err):
-            process.run(importlib.import_module(script).main)
-    except SystemExit as end:
-        return end.code, err.getvalue().splitlines()[-1]
-    return 0, ""
-
-
-def start(script, *args, ranks_=1, **how):
-    command = [sys.executable, *ranks(ranks_), f"{script}.py", *map(str, args)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=ENV, start_new_session=True, **pipes, **how)
-
-
-def log(folder):
-    """log.jsonl without what depends on the machine."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    for record in records:
-        for name in ("tokens_per_s", "memory_gb", "seconds_left"):
-            del record[name]
-    return records
-
-
-def same(a, b):
-    tensors = [{k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()} for folder in (a, b)]
-    return log(a) == log(b) and all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[1])
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.002)
 
 
 def after_steps(n, folder):
@@ -123,12 +45,12 @@ def test_a_signal_saves_a_checkpoint_first(made, tmp_path, number):
     step = len(log(tmp_path))
     assert process.returncode == 130 and said[-1] == SAID.format(step) and checkpoint.name == f"checkpoint-{step}"
     assert f"resuming after step {step} from {checkpoint}" in call(*command)
-    assert same(tmp_path, made.whole)
+    assert identical(tmp_path, made.whole)
 
 
 def test_a_signal_to_torchrun_does_too(made, tmp_path):
     command = [*made.command, "--batch-size", 4, "--out", tmp_path]
-    process = start(*command, ranks_=2)
+    process = start(*command, ranks=2)
     wait_for(after_steps(2, tmp_path))
     process.terminate()
     said = process.communicate(timeout=60)[1]
@@ -155,7 +77,7 @@ def test_within_a_step_the_last_one_is_saved(made, tmp_path):
         assert ended(*command) == (130, SAID.format(3))
     assert len(calls) == 14 and len(log(tmp_path)) == 3
     call(*command)
-    assert same(tmp_path, made.fours)
+    assert identical(tmp_path, made.fours)
 
 
 def patched(code, script, *args):
@@ -175,7 +97,7 @@ def test_a_run_that_hangs_is_ended(made, tmp_path):
     time.sleep(0.5)
     process.terminate()
     said = process.communicate(timeout=20)[1].splitlines()[-1]
-    assert said == "stopped at once; the same command goes on from the last checkpoint"
+    assert said == "stopped immediately; run the same command to resume from the last checkpoint"
     assert process.returncode == 128 + signal.SIGTERM
 
 
@@ -194,7 +116,7 @@ def test_ctrl_c_also_ends_the_tee_behind_a_pipe(made, tmp_path):
     step = len(log(tmp_path))
     assert process.wait(timeout=60) == 130 and SAID.format(step) in said and "Traceback" not in said
     call(*command)
-    assert same(tmp_path, made.whole)
+    assert identical(tmp_path, made.whole)
 
 
 @pytest.mark.parametrize("when", ["save", "finish"])
@@ -209,7 +131,7 @@ def test_a_signal_while_it_writes_waits(made, tmp_path, when):
     if when == "save":
         assert done.stderr.splitlines()[-1] == SAID.format(4) and (tmp_path / "checkpoint-4").is_dir()
         call(*command)
-    assert "Traceback" not in done.stderr and same(tmp_path, made.fours)
+    assert "Traceback" not in done.stderr and identical(tmp_path, made.fours)
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
@@ -230,7 +152,7 @@ def test_other_signals_are_none_of_its_business():
             os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.2)
     signal.signal(signal.SIGUSR1, before)
-    assert len(heard) == 3 and stop.asked is None
+    assert len(heard) == 3 and stop.signal is None
 
 
 def test_generation_ends_on_sigterm_as_on_ctrl_c(made, tiny, tmp_path):
@@ -242,24 +164,13 @@ def test_generation_ends_on_sigterm_as_on_ctrl_c(made, tiny, tmp_path):
         process.terminate()
         time.sleep(0.005)
     said = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130 and said[-1] == "stopped; what was finished is kept" and len(said) < 4
+    assert process.returncode == 130 and said[-1] == "stopped; completed output is kept" and len(said) < 4
     call(*command, tmp_path / "out.jsonl")
     call(*command, tmp_path / "whole.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def stop_after(step):
-    """A run that is killed when so many steps are logged."""
-
-    def logged(run, at, *values, log=training.Run.log):
-        log(run, at, *values)
-        if at + 1 == step:
-            raise SystemExit(9)
-
-    return mock.patch.object(training.Run, "log", logged)
 
 
 def stopped(made, out, step, *flags):
@@ -285,7 +196,7 @@ def test_how_many_checkpoints_are_kept(made, tmp_path, keep, left):
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(made, tmp_path, n, of_two_ranks):
     shutil.copytree(of_two_ranks, tmp_path / "out")
-    process = start(*made.command, "--batch-size", 4, "--out", tmp_path / "out", ranks_=n)
+    process = start(*made.command, "--batch-size", 4, "--out", tmp_path / "out", ranks=n)
     assert process.communicate(timeout=200) and process.returncode == 0
     assert len(log(tmp_path / "out")) == 10
     for ours, theirs in zip(log(tmp_path / "out"), log(made.fours), strict=True):
@@ -297,7 +208,7 @@ def of_two_ranks(made, tmp_path_factory):
     """Killed in the middle of stage 1, on two ranks, sharded."""
     out = tmp_path_factory.mktemp("two") / "out"
     command = [*made.command[:-1], 5, "--batch-size", 4, "--out", out]
-    process = start(*command, ranks_=2)
+    process = start(*command, ranks=2)
     wait_for((out / "checkpoint-5").is_dir)
     for command in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's ranks are in sessions of their own
         with contextlib.suppress(OSError):
@@ -315,7 +226,7 @@ def test_a_damaged_checkpoint_is_named(made, tmp_path):
     assert status == 1 and said.startswith(f"error: can't read {file}: ")
     shutil.rmtree(tmp_path / "checkpoint-6")
     assert "resuming after step 4" in call(*command)
-    assert same(tmp_path, made.whole)
+    assert identical(tmp_path, made.whole)
 
 
 def test_two_runs_do_not_share_a_folder(made, tmp_path):
@@ -324,8 +235,8 @@ def test_two_runs_do_not_share_a_folder(made, tmp_path):
     process.send_signal(signal.SIGSTOP)
     status, said = ended(*made.command, "--batch-size", 1, "--out", tmp_path)
     process.send_signal(signal.SIGCONT)
-    assert (status, said) == (1, f"error: another run is writing to {tmp_path}; wait for it, or name another --out")
-    assert process.communicate(timeout=60) and process.returncode == 0 and same(tmp_path, made.whole)
+    assert (status, said) == (1, f"error: another run is writing to {tmp_path}; wait for it, or choose another --out")
+    assert process.communicate(timeout=60) and process.returncode == 0 and identical(tmp_path, made.whole)
 
 
 def test_a_run_that_ended_meanwhile_is_not_touched(made, tmp_path):
@@ -340,7 +251,7 @@ def test_a_run_that_ended_meanwhile_is_not_touched(made, tmp_path):
     with mock.patch.object(check, "pictures", meanwhile):
         status, said = ended(*command)
     assert (status, said) == (1, f"error: {tmp_path} holds a finished run; name another --out, or delete it")
-    assert same(tmp_path, made.fours) and not (tmp_path / ".lock").exists()
+    assert identical(tmp_path, made.fours) and not (tmp_path / ".lock").exists()
 
 
 def test_nothing_of_a_stopped_run_stays_in_a_finished_one(made, tmp_path):
@@ -388,14 +299,14 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(made, tmp_path):
     assert status == 1 and said.startswith(f"error: can't write a checkpoint of step 8 to {tmp_path} (") and not traces
     assert said.endswith(f"{tmp_path}/checkpoint-6 is whole, and the same command goes on from there")
     assert not (tmp_path / "checkpoint.new").exists()  # it would keep the disk full
-    assert "resuming after step 6" in call(*command) and same(tmp_path, made.whole)
+    assert "resuming after step 6" in call(*command) and identical(tmp_path, made.whole)
 
 
 def test_a_full_disk_while_generating(tiny, tmp_path):
     command = ["generate_pairs", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
                "--max-new-tokens", 16, "--out"]  # fmt: skip
     status, said, traces = limited([*command, tmp_path / "out.jsonl"], 5000, tmp_path)
-    assert said == f"error: can't write to {tmp_path}/out.jsonl: File too large; what is in it is kept"
+    assert said == f"error: can't write to {tmp_path}/out.jsonl: File too large; its existing content is kept"
     assert status == 1 and not traces
     assert (tmp_path / "out.jsonl").read_text().count("\n") >= 1
     call(*command, tmp_path / "out.jsonl")
@@ -413,7 +324,7 @@ def test_out_of_memory_says_what_to_lower(made, tmp_path, error):
 
 
 def test_what_all_ranks_find_wrong_is_said_once(made, tmp_path):
-    process = start(*made.command, "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "out", ranks_=2)
+    process = start(*made.command, "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "out", ranks=2)
     said = process.communicate(timeout=60)[1].splitlines()
     assert sum(line == f"error: can't read {tmp_path}/none.jsonl: No such file or directory" for line in said) == 1
     assert not any("train_stage1.py\", line" in line or "process.py" in line for line in said)  # of no trace of ours
@@ -437,7 +348,7 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
     begin = time.monotonic()
-    command = [sys.executable, *ranks(2), wrapper, ROOT / f"{script}.py", *args]
+    command = [sys.executable, *torchrun(2), wrapper, ROOT / f"{script}.py", *args]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and time.monotonic() - begin < 60
     # torchrun's own report begins behind ours; of the other rank there is one line at most.

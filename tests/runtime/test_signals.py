@@ -18,7 +18,7 @@ from stic_min import InputError
 from stic_min.runtime import console, process
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPPED, KEPT = "stopped after step 3; the same command goes on from there", "stopped; what was finished is kept"
+STOPPED, KEPT = "stopped after step 3; the same command goes on from there", "stopped; completed output is kept"
 WRONG = "error: sample 7 is off"
 
 
@@ -64,7 +64,7 @@ def trains():
     with process.Stop() as stop:
         for _ in range(20):
             time.sleep(0.0005)
-            if stop.asked:
+            if stop.signal:
                 print(STOPPED)
                 raise KeyboardInterrupt(STOPPED)
 

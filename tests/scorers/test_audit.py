@@ -9,8 +9,8 @@ from unittest import mock
 
 import pytest
 from benchmark_data import write_benchmarks
+from commands import call, lines
 from judge_server import JudgeServer
-from test_commands import call, lines
 from tiny import write_json, write_scienceqa
 
 import evaluate
@@ -307,7 +307,7 @@ def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(w
     said = run(world, "chartqa", tmp_path, "--dar", "--check")
     assert "questions    4, 2 of them not yet in " in said
     _, error = fails(*command(world, "chartqa", tmp_path, "--dar", "--check", "--seed", 1))
-    assert "was made with seed 0, this run has 1" in error
+    assert "was written with seed 0, but this run has 1" in error
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

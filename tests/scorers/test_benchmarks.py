@@ -17,8 +17,8 @@ from unittest import mock
 
 import pytest
 from benchmark_data import write_benchmarks
+from commands import ENV, ROOT, call, call_two_ranks, lines, run
 from judge_server import FAULTS, MODEL, SILENCE, JudgeServer
-from test_commands import ENV, ROOT, call, call_two_ranks, lines, start
 from tiny import write_scienceqa
 
 import evaluate
@@ -129,7 +129,7 @@ def killed_writing(record):
         left[0] -= 1
         if left[0]:
             return append(self, record)
-        with open(self.own, "a", encoding="utf-8") as file:
+        with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record)[:30])
         raise Killed
 
@@ -529,7 +529,7 @@ def test_scoring_imports_no_model_code(world, done):
         "print([name for name in own if not name.startswith(('stic_min.scorers', 'stic_min.runtime'))])"
     )
     args = ["score", "mmvet", "--answers", done / "mmvet-base-dar.jsonl", "--data", world / "mmvet"]
-    said = start("-c", script, *args, "--judged", done / "mmvet-base-dar.own-prompt.grades.json").stdout
+    said = run("-c", script, *args, "--judged", done / "mmvet-base-dar.own-prompt.grades.json").stdout
     assert "MM-Vet: 3 questions" in said
     loaded = {name.removeprefix("stic_min.") for name in re.findall("'(.*?)'", said.splitlines()[-1])}
     assert loaded == {"images", "text", "toy", "toy.captions", "toy.vqa"}

@@ -7,7 +7,7 @@ from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import chartqa
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 SENTENCE = "Answer the question using a single word or phrase."
 
@@ -212,7 +212,8 @@ def test_prompts(questions, conv, full):
     text = questions[0]["text"]
     for user, expected in (
         (with_image(text), f"<image>\nHow many?\n{SENTENCE}"),
-        (with_image(infused("A chart.", text)), f"<image>\nImage description:\nA chart.\n\nHow many?\n{SENTENCE}"),
+        (with_image(with_description("A chart.", text)),
+         f"<image>\nImage description:\nA chart.\n\nHow many?\n{SENTENCE}"),
     ):
         assert user == expected and TEMPLATES[conv].prompt(user) == full.format(user=expected)
 

@@ -10,7 +10,7 @@ from stic_min import InputError, dar
 from stic_min.loader import load_llava
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import Ranks
-from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, infused, with_image
+from stic_min.text import DESCRIBE_PROMPT, TEMPLATES, with_description, with_image
 
 QUESTION = "What colour is the house?"
 
@@ -39,14 +39,14 @@ def arguments(**more):
 
 def test_a_long_description_is_cut_to_what_fits(llava, picture, capsys):
     description = "A red house with a brown door under a yellow sun. " * 20
-    full, empty = length(llava, infused(description, QUESTION)), length(llava, infused("", QUESTION))
+    full, empty = length(llava, with_description(description, QUESTION)), length(llava, with_description("", QUESTION))
     assert dar.fit(llava, description, QUESTION, [picture], arguments()) == description
     assert capsys.readouterr().err == ""
     for limit in (full - 1, full - 50, empty + 3):
         shorten(llava, limit)
         kept = dar.fit(llava, description, QUESTION, [picture], arguments())
         assert description.startswith(kept) and len(kept) < len(description)
-        assert limit - 4 <= length(llava, infused(kept, QUESTION)) <= limit  # as much as fits, to a word
+        assert limit - 4 <= length(llava, with_description(kept, QUESTION)) <= limit  # as much as fits, to a word
         assert capsys.readouterr().err.startswith("warning: a description is cut from ")
     shorten(llava, empty - 1)
     assert dar.fit(llava, description, QUESTION, [picture], arguments()) is None
@@ -58,7 +58,7 @@ def test_room_is_left_for_an_answer(llava, picture):
     for positions in (300, 400):
         llava.config = replace(config, max_length=positions, decoder=replace(config.decoder, max_positions=positions))
         long = dar.fit(llava, "one two three " * 100, QUESTION, [picture], arguments())
-        assert positions - 8 - 4 <= length(llava, infused(long, QUESTION)) <= positions - 8
+        assert positions - 8 - 4 <= length(llava, with_description(long, QUESTION)) <= positions - 8
 
 
 def test_the_question_is_asked_even_if_no_description_fits(llava, picture):

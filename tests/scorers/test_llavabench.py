@@ -11,7 +11,7 @@ from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import llavabench
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 # ---- reviews
 
@@ -413,7 +413,7 @@ def test_official_prompts(tmp_path):
     for row in rows:
         write(tmp_path, changed(QUESTIONS, 0, text=row["item"]["question"]))
         q = llavabench.load(tmp_path)[0]
-        user = with_image(infused(row["description"], q["text"]) if row["mode"] == "dar" else q["text"])
+        user = with_image(with_description(row["description"], q["text"]) if row["mode"] == "dar" else q["text"])
         assert q["prompt"] == row["recorded_prompt"]
         assert user == row["user_message"]
         assert TEMPLATES[row["conv"]].prompt(user) == row["full_prompt"]

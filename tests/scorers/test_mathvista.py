@@ -8,7 +8,7 @@ from official import shared
 from stic_min import InputError
 from stic_min.scorers import mathvista
 from stic_min.scorers.judge import Reply
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 INTEGER = {"question_type": "free_form", "answer_type": "integer"}
 FLOAT = {"question_type": "free_form", "answer_type": "float"}
@@ -507,7 +507,7 @@ def test_official_prompts(tmp_path):
         for content in ({**item, **r["item"]}, built):
             [q] = mathvista.load(write(tmp_path, {"1": content}))
             assert q["prompt"] == r["recorded_prompt"]
-            text = infused(r["description"], q["text"]) if r["mode"] == "dar" else q["text"]
+            text = with_description(r["description"], q["text"]) if r["mode"] == "dar" else q["text"]
             assert with_image(text) == r["user_message"]
             assert TEMPLATES[r["conv"]].prompt(with_image(text)) == r["full_prompt"]
 

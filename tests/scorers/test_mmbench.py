@@ -11,7 +11,7 @@ from stic_min import InputError
 from stic_min.scorers import mmbench
 from stic_min.scorers.common import figure, share
 from stic_min.scorers.judge import Reply
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 SENTENCE = "Answer with the option's letter from the given choices directly."
 PETS = {"A": "teddy bear", "B": "rabbit", "C": "cat", "D": "dog"}
@@ -539,7 +539,7 @@ def test_official_prompts(tmp_path):
         options = dict.fromkeys("ABCD", "") | dict(zip("ABCD", item["options"]))
         [q] = loaded(tmp_path, row(1, question=item["question"], hint=item["hint"], **options))
         assert q["prompt"] == case["recorded_prompt"]
-        user = with_image(infused(case["description"], q["text"]) if case["mode"] == "dar" else q["text"])
+        user = with_image(with_description(case["description"], q["text"]) if case["mode"] == "dar" else q["text"])
         assert user == case["user_message"]
         assert TEMPLATES[case["conv"]].prompt(user) == case["full_prompt"]
 

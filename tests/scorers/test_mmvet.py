@@ -10,7 +10,7 @@ from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import mmvet
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 # ---- replies of the judge
 
@@ -369,7 +369,7 @@ def test_official_prompts(tmp_path):
     for row in rows:
         write(tmp_path, {"v1_0": ENTRY | {"question": row["item"]["question"]}})
         [q] = mmvet.load(tmp_path)
-        user = with_image(infused(row["description"], q["text"]) if row["mode"] == "dar" else q["text"])
+        user = with_image(with_description(row["description"], q["text"]) if row["mode"] == "dar" else q["text"])
         assert q["prompt"] == row["recorded_prompt"]
         assert user == row["user_message"]
         assert TEMPLATES[row["conv"]].prompt(user) == row["full_prompt"]

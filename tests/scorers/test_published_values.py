@@ -7,8 +7,8 @@ import json
 import re
 
 import pytest
+from commands import call
 from official import shared
-from test_commands import call
 
 
 @pytest.fixture(scope="module")

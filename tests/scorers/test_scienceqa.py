@@ -7,7 +7,7 @@ from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import scienceqa
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 SENTENCE = "Answer with the option's letter from the given choices directly."
 
@@ -330,6 +330,6 @@ def test_official_prompts(tmp_path):
         dar = f"Image description:\n{r['description']}\n\n" if r["mode"] == "dar" else ""
         assert image + q["text"] == r["recorded_prompt"]
         assert image + dar + q["text"] == r["user_message"]
-        text = infused(r["description"], q["text"]) if r["mode"] == "dar" else q["text"]
+        text = with_description(r["description"], q["text"]) if r["mode"] == "dar" else q["text"]
         user = with_image(text) if q["image"] else text
         assert user == r["user_message"] and TEMPLATES[r["conv"]].prompt(user) == r["full_prompt"]

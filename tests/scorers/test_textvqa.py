@@ -7,7 +7,7 @@ from official import shared
 
 from stic_min import InputError
 from stic_min.scorers import textvqa
-from stic_min.text import TEMPLATES, infused, with_image
+from stic_min.text import TEMPLATES, with_description, with_image
 
 SENTENCE = "Answer the question using a single word or phrase."
 
@@ -317,5 +317,5 @@ def test_official_prompts(tmp_path):
         write(tmp_path, [annotation("a", question)], [line("a", question, text=prompt(question, tokens))])
         [q] = textvqa.load(tmp_path)
         assert q["prompt"] == r["recorded_prompt"]
-        user = with_image(infused(r["description"], q["text"]) if r["mode"] == "dar" else q["text"])
+        user = with_image(with_description(r["description"], q["text"]) if r["mode"] == "dar" else q["text"])
         assert user == r["user_message"] and TEMPLATES[r["conv"]].prompt(user) == r["full_prompt"]

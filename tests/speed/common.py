@@ -16,13 +16,12 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scripts run from any folder
 
-from stic_min import check
+from stic_min import cost
 from stic_min.clip import ClipConfig
 from stic_min.formats.tensors import canonical
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loss import IGNORE
 from stic_min.mistral import DecoderConfig
-from stic_min.runtime.flags import DTYPES
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 SIZES = {  # decoder: width, MLP, layers, heads, key-value heads; CLIP: width, MLP, layers, heads
@@ -181,9 +180,9 @@ def peak_flops(device, dtype):
 
 
 def needed_flops(batch, config, r, reference):
-    """FLOPs of a training step on `batch`: the decoder by check.decoder_flops, and CLIP once per image."""
+    """FLOPs of a training step on `batch`: the decoder by cost.decoder_flops, and CLIP once per image."""
     spans = [(span.end - span.start, span.prefix[1] - span.prefix[0]) for span in batch.attend.spans]
-    decoder = check.decoder_flops(config.decoder, spans, int((batch.labels != IGNORE).sum()), r, reference)
+    decoder = cost.decoder_flops(config.decoder, spans, int((batch.labels != IGNORE).sum()), r, reference)
     vision, C, Cv = config.vision, config.decoder.hidden_size, config.vision.hidden_size
     patches = sum(len(t.pixels) for t in batch.tiles) * vision.patches**2
     layers = vision.num_hidden_layers - 1  # CLIP's last layer is unused
@@ -200,7 +199,7 @@ def compare(module, names, make, args, title, flops):
     print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
     times = {name: median(seconds) for name, seconds in alternate(steps, args.repeat).items()}
     ours = times["stic_min"]
-    peak, source = peak_flops(torch.device(args.device), DTYPES[args.dtype])
+    peak, source = peak_flops(torch.device(args.device), getattr(torch, args.dtype))
     rows = [
         [name, f"{s:.3g} s", f"{s / ours:.2f}", f"{flops / s / peak:.0%}", f"{memory[name]:.2f} GiB"]
         for name, s in times.items()

@@ -47,14 +47,14 @@ def main():
                         help="batch sizes for transformers, in sequences")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = {f"transformers, batch {b}": b for b in args.peer_batches}
     memory = {} if args.memory_of else memory_of_each(__file__, ["stic_min", *names])
     args.slots = min(args.slots, 2 * args.pictures)  # like generate_pairs.py
     device = start_device(args.device)
-    ours, theirs = build(args.size, args.image_mode, device, flags.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, device, getattr(torch, args.dtype))
     images = synthetic_images(min(args.pictures, 4) if args.memory_of else args.pictures)
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
@@ -103,8 +103,8 @@ def main():
 
     with torch.no_grad():
         tiles = tiles_of(images[0])
-        batch = ours.lay_out([1, 2, IMAGE, *texts[0]], [], [tiles])
-        batch.rows = torch.arange(len(batch.ids), device=device)[None]
+        batch = ours.single_batch([1, 2, IMAGE, *texts[0]], [], [tiles])
+        batch.scored = torch.arange(len(batch.ids), device=device)[None]
         mine = ours(batch)[0]
         other = theirs(**peer_inputs([(tiles, texts[0])])).logits[0].float()
         difference = mine - other

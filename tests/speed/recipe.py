@@ -69,9 +69,9 @@ def main():
     parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=1, help="samples per step")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured training rounds")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     args = parser.parse_args()
-    device, dtype = start_device(args.device), flags.DTYPES[args.dtype]
+    device, dtype = start_device(args.device), getattr(torch, args.dtype)
 
     llava = build_ours(args.size, "anyres", device, dtype)
     # Step-by-step prompt; captioning prompt on the corrupted image, or hallucination-inducing prompt.

@@ -38,9 +38,9 @@ def main():
     parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
     parser.add_argument("--repeat", type=int, default=3, help="number of measured rounds")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     args = parser.parse_args()
-    llava = build_ours(args.size, "anyres", start_device(args.device), flags.DTYPES[args.dtype])
+    llava = build_ours(args.size, "anyres", start_device(args.device), getattr(torch, args.dtype))
     defaults = {"size": (640, 480), "slots": 8, "tokens": 64}
     sweeps = [
         ("parallel sequences", "slots", (1, 8, 32, 64, 128) if args.device == "cuda" else (1, 2, 4, 8, 16)),

@@ -44,14 +44,14 @@ def ours_batch(args, config, device="cpu"):
 
 
 def ours_step(args, llava):
-    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+    lora.attach(llava, lora.new_adapter(llava, args.r, 2 * args.r, 0.0, seed=0))
 
     def logps(batch):
         return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)
 
     def step():
         batch = ours_batch(args, llava.config, llava.device)
-        with torch.no_grad(), lora.disabled(llava):
+        with torch.no_grad(), llava.as_reference():
             reference = logps(batch)
         loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).mean()
         loss.backward()
@@ -87,7 +87,7 @@ def peer_inputs(args, config, device, dtype):
 
 
 def autocast(args):
-    dtype = flags.DTYPES[args.dtype]
+    dtype = getattr(torch, args.dtype)
     return torch.autocast(torch.device(args.device).type, dtype, enabled=dtype != torch.float32)
 
 
@@ -158,7 +158,7 @@ STEPS = {"stic_min": None, "TRL DPOTrainer": trl_step, "the release's four forwa
 
 
 def make(name, args):
-    ours, theirs = build(args.size, args.image_mode, start_device(args.device), flags.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, start_device(args.device), getattr(torch, args.dtype))
     theirs.requires_grad_(False)
     return ours_step(args, ours) if name == "stic_min" else STEPS[name](args, theirs, ours.config)
 
@@ -174,7 +174,7 @@ def main():
     parser.add_argument("--r", type=int, default=128, help="LoRA rank")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", choices=list(STEPS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.disable(logging.WARNING)

@@ -43,7 +43,7 @@ def ours_batch(args, config, device="cpu"):
 
 
 def ours_step(args, llava):
-    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+    lora.attach(llava, lora.new_adapter(llava, args.r, 2 * args.r, 0.0, seed=0))
 
     def step():
         batch = ours_batch(args, llava.config, llava.device)
@@ -91,7 +91,7 @@ NAMES = ("stic_min", "transformers + peft")
 
 
 def make(name, args):
-    ours, theirs = build(args.size, args.image_mode, start_device(args.device), flags.DTYPES[args.dtype])
+    ours, theirs = build(args.size, args.image_mode, start_device(args.device), getattr(torch, args.dtype))
     theirs.requires_grad_(False)
     return ours_step(args, ours) if name == "stic_min" else peer_step(args, theirs, ours.config)
 
@@ -104,7 +104,7 @@ def main():
     parser.add_argument("--r", type=int, default=128, help="LoRA rank")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=sorted(flags.DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

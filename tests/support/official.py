@@ -1,9 +1,13 @@
 """What the official scorers give, from the project's reference data; without it the test that asks is skipped."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
-from conftest import SHARED
+
+# Numbers computed by the official code; the project never needs them to run.
+SHARED = Path(os.environ.get("STIC_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
 def shared(name):

@@ -1,12 +1,9 @@
 """The toy benchmarks' scorers: every number worked out by hand, then through evaluate.py."""
 
-import contextlib
-import importlib
-import io
 import json
-from unittest import mock
 
 import pytest
+from commands import call
 
 from stic_min import InputError
 from stic_min.toy import captions as toy_captions
@@ -22,14 +19,6 @@ def caption(qid, objects, signature):
 
 def answers(**texts):
     return [{"question_id": qid, "prompt": "<image>\nDescribe.", "text": text} for qid, text in texts.items()]
-
-
-def call(*args):
-    """`python evaluate.py args...` in this process -> stdout."""
-    out = io.StringIO()
-    with mock.patch("sys.argv", ["evaluate.py", *map(str, args)]), contextlib.redirect_stdout(out):
-        importlib.import_module("evaluate").main()
-    return out.getvalue()
 
 
 # ---------------------------------------------------------------- what counts as a mention
@@ -222,7 +211,7 @@ def test_score_command(tmp_path, monkeypatch, name):
     assert scorer.load(tmp_path) == scorer.load(str(tmp_path)) == questions
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in given))
-    command = ["score", name, "--answers", path, "--data", tmp_path]
+    command = ["evaluate", "score", name, "--answers", path, "--data", tmp_path]
     numbers = json.loads(call(*command, "--json"))
     assert numbers.pop("answers") == {"n": len(given), "empty": 0, "cut": None} and numbers == scores
     assert call(*command).startswith(f"{scorer.report(scores)}\nanswers: {len(given)}, 0 empty")

@@ -1,0 +1,124 @@
+"""Runs the commands as a user does: in processes of their own, on two ranks under torchrun, or in this process.
+
+Starting Python and importing torch takes seconds. Where the process boundary is not the point, `call` runs a script's
+main in this process, and `call_two_ranks` runs several commands under one torchrun, with this file as the script.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
+
+
+def torchrun(ranks):
+    """Arguments to put after `python`; none for one rank."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+
+
+def run(*args, check=True):
+    """`python args...` from the repository's root -> the finished process."""
+    command = [sys.executable, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start(script, *args, ranks=1, **options):
+    """A command in the background, in a session of its own -> the running process."""
+    command = [sys.executable, *torchrun(ranks), f"{script}.py", *map(str, args)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=ENV, start_new_session=True, **pipes, **options)
+
+
+def call(script, *args):
+    """A script's main in this process -> stdout."""
+    out = io.StringIO()
+    with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stdout(out):
+        importlib.import_module(script).main()
+    return out.getvalue()
+
+
+def ended(script, *args):
+    """A script in this process, errors handled as in a process of its own -> (exit status, last line on stderr)."""
+    from stic_min.runtime import process
+
+    err = io.StringIO()
+    err.reconfigure = lambda **options: None
+    try:
+        with mock.patch.object(sys, "argv", [script, *map(str, args)]), mock.patch.object(sys, "stderr", err):
+            process.run(importlib.import_module(script).main)
+    except SystemExit as end:
+        return end.code, err.getvalue().splitlines()[-1]
+    return 0, ""
+
+
+def call_two_ranks(*commands, check=True):
+    """Several commands, one start of Python. ("kill", N) instead of one: later ones die by SIGKILL after step N."""
+    return run(*torchrun(2), __file__, json.dumps(commands, default=str), check=check)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def free_port():
+    """Below the range that a system hands out by itself, so that it stays free until the caller takes it."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as attempt:
+            try:
+                attempt.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                pass
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still waiting after {seconds} s"
+        time.sleep(0.002)
+
+
+# ---------------------------------------------------------------- under torchrun
+
+
+def die_after(step):
+    from stic_min import training
+
+    def log_and_die(run, at, *values, log=training.Run.log):
+        log(run, at, *values)
+        if at + 1 == step and run.ranks.first:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.Run.log = log_and_die
+
+
+def main():
+    import torch.distributed as dist
+
+    for name, *rest in json.loads(sys.argv[1]):
+        if name == "kill":
+            die_after(*rest)
+        else:
+            print(call(name, *rest))
+            dist.barrier()  # the next command reads what the first rank wrote
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
+
+
+if __name__ == "__main__":
+    main()
