@@ -68,7 +68,7 @@ def test_pairs_of_another_model(world, capsys):
         f"{of} model with adapter stage1, but training starts from model"]
     flags = "--pairs", edited(world, "generated.jsonl", fingerprint="0" * 12)
     [warning] = warnings(world, capsys, "stage1", *flags)
-    assert warning.endswith("from model (same names, but other weights, --vision or --tokenizer)")
+    assert warning.endswith("from model (same names, but different weights, --vision or --tokenizer)")
     flags = "--pairs", edited(world, "generated.jsonl", template="mistral_instruct")
     assert warnings(world, capsys, "stage1", *flags) == [
         "W/edited.jsonl was generated with the template mistral_instruct, but training uses vicuna_v1"]
