@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import test_lora  # noqa: E402
 import tiny  # noqa: E402
 
-from stic_min import sampler  # noqa: E402
+from stic_min import sampler, slots  # noqa: E402
 from stic_min.cache import Decode, KVCache  # noqa: E402
 from stic_min.images import open_image  # noqa: E402
 from stic_min.loader import load_llava  # noqa: E402
@@ -41,7 +41,7 @@ def graphs(device, folder):
         for how in ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}):
             rows = prompts, [[image] for image in images], list(range(len(images)))
             replayed = sampler.sample(llava, *rows, max_new_tokens=80, **how)
-            with mock.patch.object(sampler, "GRAPHED", set()):
+            with mock.patch.object(slots, "GRAPHED", set()):
                 eager = sampler.sample(llava, *rows, max_new_tokens=80, **how)
             assert [s.ids for s in replayed] == [s.ids for s in eager]
             assert sum(len(s.ids) for s in eager) > 100
@@ -96,7 +96,7 @@ def sampled_logits(device, folder):
     llava = load_llava(folder / "llava-v1.6-tiny", device=device, dtype=torch.bfloat16)
     x = torch.randn(64, llava.config.decoder.hidden_size, device=device).bfloat16()
     exact = F.linear(x.double(), llava.lm_head.weight.double())
-    error = (sampler.fp32_logits(llava, x) - exact).abs().max() / exact.abs().max()
+    error = (slots.fp32_logits(llava, x) - exact).abs().max() / exact.abs().max()
     assert error < (1e-5 if torch.device(device).type == "cuda" else 1e-2), error
 
 
