@@ -27,7 +27,7 @@ from common import (
     table,
 )
 
-from stic_min import sampler
+from stic_min import sampler, slots
 from stic_min.images import make_tiles
 from stic_min.runtime import flags
 from stic_min.runtime.ranks import start_device
@@ -127,7 +127,7 @@ def main():
     table([header, "median", "tokens/s", "ratio", "peak memory"], rows)
 
     first = median(alternate({"prefill": lambda: stic(1)}, 3)["prefill"])
-    stride = sampler.STRIDES.get(device.type, 8)
+    stride = slots.STRIDES.get(device.type, 8)
     steps = math.ceil(len(mine) / args.slots) * stride * (math.ceil(args.tokens / stride) - 1)
     config = ours.config.decoder
     size = ours.lm_head.weight.element_size()
