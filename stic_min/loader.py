@@ -56,7 +56,7 @@ def open_llava(
 ):
     """A LLaVA on the meta device, and the source of its parameters: {name: (key, file, function)}.
 
-    For those who shard the model before `fill`; everybody else calls `load_llava`. Its `base` is for adapters, its
+    For those who shard the model before `load_weights`; everybody else calls `load_llava`. Its `base` is for adapters, its
     `notes` are lines on what was used and what was not.
     """
     folder = Path(path)
@@ -152,7 +152,7 @@ def own_rows(value, like):
 
 
 @torch.no_grad()
-def fill(llava, source, device="cpu"):
+def load_weights(llava, source, device="cpu"):
     """Gives every parameter of `llava` its values, in the parameter's own dtype.
 
     `source` maps names to (key, file, function) or, for what no checkpoint holds, to tensors. Parameters on the meta
@@ -202,4 +202,4 @@ def load_llava(
         lora.attach(llava, adapter)
         llava.to(dtype)  # LoRA too: it would be rounded to it in each forward anyway
         source |= adapter.tensors
-    return fill(llava, source, device).requires_grad_(False)
+    return load_weights(llava, source, device).requires_grad_(False)

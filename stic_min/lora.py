@@ -84,7 +84,7 @@ class Adapter:
     base: Base = Base()
 
 
-def fresh(llava, r, alpha, dropout, seed):
+def new_adapter(llava, r, alpha, dropout, seed):
     """A new adapter on all of TARGETS: A uniform as in PEFT (kaiming, a = sqrt 5), B zero, so theta = theta_0."""
     generator = torch.Generator().manual_seed(seed)
     modules = [n for n, m in llava.model.named_modules(prefix="model") if n.rpartition(".")[2] in TARGETS]

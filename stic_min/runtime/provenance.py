@@ -1,6 +1,7 @@
 """The record of a training run in run.json, next to its settings: command, code, machine, time and memory."""
 
 import platform
+import resource
 import shlex
 import socket
 import subprocess
@@ -18,7 +19,7 @@ PACKAGES = "torch", "torchvision", "safetensors", "sentencepiece", "pillow", "nu
 def commit():
     """The git commit of this code, with "-dirty" if files have changed since; None if it is not in a
     repository."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # git would report the commit of a repository around it
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -34,6 +35,14 @@ def version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def peak_memory_gb(device):
+    """Peak memory of this rank so far, in GB: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1000  # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def start_record(args, ranks):

@@ -28,7 +28,7 @@ def base(tiny):
 @pytest.fixture
 def adapter(base, tmp_path):
     """Folder with an adapter for V16 whose B is not zero."""
-    made = lora.fresh(base[V16], r=4, alpha=8, dropout=0.0, seed=0)
+    made = lora.new_adapter(base[V16], r=4, alpha=8, dropout=0.0, seed=0)
     made.tensors |= {name: 0.1 + t for name, t in made.tensors.items() if name.endswith("B")}
     adapters.write_adapter(tmp_path / "adapter", made)
     return tmp_path / "adapter"
@@ -135,7 +135,7 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
 
 def test_a_fresh_adapter(base, tmp_path):
     """As PEFT starts one: A uniform in +- 1 / sqrt(in), B zero, everything from the seed."""
-    make = lambda seed: lora.fresh(base[V16], r=8, alpha=16, dropout=0.0, seed=seed).tensors
+    make = lambda seed: lora.new_adapter(base[V16], r=8, alpha=16, dropout=0.0, seed=seed).tensors
     for name, tensor in make(0).items():
         bound = tensor.shape[1] ** -0.5  # (r, in)
         assert tensor.abs().max() <= bound and tensor.std() > 0.5 * bound if "lora_A" in name else not tensor.any()
@@ -289,7 +289,7 @@ def test_a_newline_beside_the_adapter(tiny, adapter, base):
     merge(tiny / V16, adapter, adapter.with_name("merged"), torch.float32)
     torch.testing.assert_close(read_tensors(adapter.with_name("merged"))["model.image_newline"], newline)
 
-    made = lora.fresh(base[V15], r=4, alpha=8, dropout=0.0, seed=0)
+    made = lora.new_adapter(base[V15], r=4, alpha=8, dropout=0.0, seed=0)
     made.tensors |= {name: 0.1 + t for name, t in made.tensors.items() if name.endswith("B")}
     made.tensors["image_newline"] = newline
     adapters.write_adapter(adapter.with_name("v15"), made)  # on a model that knows only pad

@@ -35,7 +35,7 @@ def checkpoint(request, tiny, tmp_path_factory):
     model.save_pretrained(folder / "base")
     shutil.copy(tiny / V16 / "tokenizer.model", folder / "base")
     llava = load_llava(folder / "base")
-    made = lora.fresh(llava, r=4, alpha=8, dropout=0.0, seed=0)
+    made = lora.new_adapter(llava, r=4, alpha=8, dropout=0.0, seed=0)
     made.base = llava.base
     made.tensors |= {name: 0.1 + t for name, t in made.tensors.items() if name.endswith("B")}
     made.tensors |= {n: p + 0.1 for n, p in llava.mm_projector.named_parameters(prefix="mm_projector")}

@@ -19,7 +19,7 @@ from stic_min.merge import main, merge
 
 def make_adapter(llava, folder, size):
     """An adapter with a projector; `size` scales the change."""
-    made = lora.fresh(llava, r=4, alpha=8, dropout=0.05, seed=0)
+    made = lora.new_adapter(llava, r=4, alpha=8, dropout=0.05, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, tensor in made.tensors.items():
         if name.endswith("lora_B"):

@@ -25,7 +25,7 @@ def test_stage1_by_hand(runs, tmp_path):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     call(*runs.commands["stage1"], *flags, "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "out")
     policy, theta_0 = (load_llava(runs.model, image_mode="pad") for _ in range(2))
-    fresh = lora.fresh(policy, 4, 8, 0.0, seed=0)
+    fresh = lora.new_adapter(policy, 4, 8, 0.0, seed=0)
     lora.attach(policy, fresh)
     for name, value in fresh.tensors.items():
         policy.get_parameter(name).data.copy_(value)
@@ -72,7 +72,7 @@ def test_nothing_decays(runs, tmp_path):
     """With B = 0 the first gradient of A is zero, and leaves A as it was."""
     call(*runs.commands["stage1"], "--batch-size", 8, "--out", tmp_path)
     after = load_file(tmp_path / "adapter_model.safetensors")
-    for name, before in lora.fresh(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
+    for name, before in lora.new_adapter(load_llava(runs.model), 4, 8, 0.0, seed=0).tensors.items():
         assert torch.equal(after[f"{PREFIX}{name}.weight"], before) is ("lora_A" in name)
 
 
@@ -80,7 +80,7 @@ def test_what_is_trained_is_float32_in_a_bfloat16_model(runs, tmp_path):
     """Steps of 1e-6 on weights of about 0.1, which bfloat16 would round away."""
     call(*runs.commands["stage1"], "--dtype", "bfloat16", "--lr", 1e-6, "--projector-lr", 1e-6, "--out", tmp_path)
     llava = load_llava(runs.model)
-    before = {f"{PREFIX}{k}.weight": v for k, v in lora.fresh(llava, 4, 8, 0.0, seed=0).tensors.items()}
+    before = {f"{PREFIX}{k}.weight": v for k, v in lora.new_adapter(llava, 4, 8, 0.0, seed=0).tensors.items()}
     before |= {f"model.{k}": v for k, v in llava.named_parameters() if k.startswith("mm_projector.")}
     after = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
     assert set(after) == set(before) and {v.dtype for v in after.values()} == {torch.float32}

@@ -16,7 +16,7 @@ STEPS = (50, 150, 500, 1500)  # of Adam at lr 1e-7, each entry of B always in on
 
 
 def layer(inputs, outputs, r=128, dtype=torch.float32, dropout=0.0):
-    """A LoRALinear with the statistics of a decoder's: y near 1, A as `lora.fresh` draws it, B zero."""
+    """A LoRALinear with the statistics of a decoder's: y near 1, A as `lora.new_adapter` draws it, B zero."""
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=False).to(dtype).requires_grad_(False)
     linear.weight.normal_(std=inputs**-0.5)

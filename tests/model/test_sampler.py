@@ -113,7 +113,7 @@ def test_images_are_a_list_of_images(llava, rows, tiny):
             call(prompt, image)
         with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image.open"):
             call(prompt, [str(tiny / "images" / "scene_01.jpg")])
-    with pytest.raises(TypeError, match="prompts is one str, it has to be a list of them"):
+    with pytest.raises(TypeError, match="prompts is one str, it has to be a list; images"):
         llava.generate(prompt, [[image]])
 
 

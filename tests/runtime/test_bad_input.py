@@ -443,14 +443,14 @@ def test_instructions_are_checked_before_they_are_described(w, capsys):
 
 
 def test_the_reference_is_checked_before_the_first_step(w, capsys):
-    def fresh(*args, made=training.lora.fresh):
+    def fresh(*args, made=training.lora.new_adapter):
         adapter = made(*args)
         double(adapter.tensors)
         for name, value in adapter.tensors.items():
             value.add_(0.1 * name.endswith("lora_B"))
         return adapter
 
-    with mock.patch.object(training.lora, "fresh", fresh):
+    with mock.patch.object(training.lora, "new_adapter", fresh):
         assert outcome(w, "stage1") == 1
     assert "not ln 2: policy and reference differ" in said(capsys)[1][-1]
 

@@ -220,7 +220,7 @@ def good(tiny, tmp_path_factory):
     (as_bin / "model.safetensors").unlink()
     with_huggingface_config(shutil.copytree(tiny / V16, root / "huggingface"), tiny / "clip-tiny")
     llava, _ = open_llava(tiny / V15)
-    adapter = lora.fresh(llava, 2, 4, 0.0, seed=0)
+    adapter = lora.new_adapter(llava, 2, 4, 0.0, seed=0)
     for name, tensor in adapter.tensors.items():
         adapter.tensors[name] = tensor + 0.1
     adapter.tensors |= {name: torch.zeros(p.shape) for name, p in llava.named_parameters() if "mm_projector" in name}

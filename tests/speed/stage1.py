@@ -42,14 +42,14 @@ def ours_batch(args, config, device="cpu"):
 
 
 def ours_step(args, llava):
-    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+    lora.attach(llava, lora.new_adapter(llava, args.r, 2 * args.r, 0.0, seed=0))
 
     def logps(batch):
         return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)
 
     def step():
         batch = ours_batch(args, llava.config, llava.device)
-        with torch.no_grad(), lora.disabled(llava):
+        with torch.no_grad(), llava.as_reference():
             reference = logps(batch)
         loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).mean()
         loss.backward()

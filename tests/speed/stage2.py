@@ -40,7 +40,7 @@ def ours_batch(args, config, device="cpu"):
 
 
 def ours_step(args, llava):
-    lora.attach(llava, lora.fresh(llava, args.r, 2 * args.r, 0.0, seed=0))
+    lora.attach(llava, lora.new_adapter(llava, args.r, 2 * args.r, 0.0, seed=0))
 
     def step():
         batch = ours_batch(args, llava.config, llava.device)
