@@ -194,7 +194,7 @@ class Run:
         one."""
         for samples, real in self.shares[step]:
             self.real = real
-            [stops] = self.all_reduce_sum(bool(self.stop.asked))
+            [stops] = self.all_reduce_sum(bool(self.stop.signal))
             if stops:
                 self.save_checkpoint(step)
                 raise KeyboardInterrupt(f"stopped after step {step}; run the same command to resume")
