@@ -1,10 +1,12 @@
-"""Stage 1 of STIC (Algorithm 1, second half): preference pairs -> theta_1, by DPO + alpha * NLL (Eq. 4.1) with LoRA.
+"""Stage 1 of STIC (Algorithm 1, second half): preference pairs -> theta_1, by DPO + alpha * NLL (Eq. 4.1)
+with LoRA.
 
   python train_stage1.py --model M --pairs pairs.jsonl --images DIR --out runs/stage1
-  torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, the model sharded (FSDP)
+  torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Reads the pairs of generate_pairs.py or the published ones. The reference is theta_0: the same weights with LoRA off,
-and with the frozen projector. The same command again resumes a run that was stopped.
+Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
+weights with LoRA off and the projector as it was. To resume a run that was stopped, run the same command
+again.
 """
 
 import argparse
@@ -12,91 +14,116 @@ import math
 
 import torch
 
-from stic_min import InputError, check, lora, training
+from stic_min import InputError, check, training
 from stic_min.batch import collate
-from stic_min.data import each, load_tiles, pair_item, read_pairs
+from stic_min.checkpoint import settings_of_run, sha256
+from stic_min.data import parse_pair
 from stic_min.formats.image_folder import check_folder
+from stic_min.formats.records import read_kind
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.ranks import start_ranks
-from stic_min.runtime.work import subset
+from stic_min.samples import load_tiles, pair_sample
 
 
-def pair_logps(llava, batch, reference=False):
-    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). A pair's rows in the batch are chosen, rejected."""
-    logits = llava(batch, reference=reference)  # (2 B, R, V)
+def pair_logps(llava, batch):
+    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). Each pair has two rows in the batch: chosen,
+    rejected."""
+    logits = llava(batch)  # (2 B, R, V)
     return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
 
 
 @torch.no_grad()
 def reference_logps(llava, batch):
-    """The same under theta_0: LoRA off, and the projector as it was."""
-    with lora.disabled(llava):
-        return pair_logps(llava, batch, reference=True)
+    """The same under theta_0."""
+    with llava.as_reference():  # LoRA off, and the projector as it was
+        return pair_logps(llava, batch)
 
 
 @torch.no_grad()
-def check_reference(llava, batch, beta):
-    """With LoRA's B = 0, theta is theta_0 and the DPO term ln 2. Raises InputError if it is not."""
+def check_reference(llava, sample, beta):
+    """With LoRA's B = 0, theta equals theta_0, so the DPO term must be ln 2 before step 1."""
+    batch = collate([sample], [load_tiles(sample, llava)], llava.config, llava.device)
     term = dpo_loss(*pair_logps(llava, batch), *reference_logps(llava, batch), beta).mean().item()
-    if not abs(term - math.log(2)) <= 1e-6:  # in bf16 too; NaN is caught as well
+    if not abs(term - math.log(2)) <= 1e-6:  # in bf16 as well; also true for NaN
         raise InputError(f"before step 1 the DPO term is {term:.6f}, not ln 2: policy and reference differ")
 
 
-def main():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--pairs", required=True, metavar="FILE", help="preference pairs, JSON list or JSON lines")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
-    parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
-    parser.add_argument("--beta", type=flags.not_negative, default=0.1, help="the paper's lambda: how far from theta_0")
-    parser.add_argument("--alpha", type=flags.not_negative, default=1 / 1024, help="of -log p(y_w); 0 is plain DPO")
-    flags.add_model_flags(parser, image_mode="pad, as Table 4", adapter=False)
+    add = parser.add_argument
+    add("--pairs", required=True, metavar="FILE", help="preference pairs, a JSON list or JSON Lines")
+    add("--images", required=True, metavar="DIR", help="folder of the pairs' images")
+    add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
+    add("--beta", type=flags.not_negative, default=0.1,
+        help="DPO temperature (the paper's lambda); larger values stay closer to the reference")
+    add("--alpha", type=flags.not_negative, default=1 / 1024,
+        help="weight of -log p(y_w), summed over its tokens (the paper's is 1/1024); 0 gives plain DPO")
+    flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
     flags.add_limit_flag(parser)
-    training.add_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)
-    args = parser.parse_args()
-    check.training_out(args.out)
+    flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    check.out_dir(args.out)
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
-    problems = [] if args.check else None  # where --check collects them; else the first one ends the run
-    pairs = read_pairs(args.pairs, problems)
-    consistency.limit(args, len(pairs), ranks)
-    pairs = subset(pairs, args.limit, args.seed)
-    llava, adapter = training.build(args, ranks, keep_reference=True)
+    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
+    # report.
+    llava, adapter, weights = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad=1024)
-    items = each(lambda pair: pair_item(pair, llava, args.images, max_length), pairs, problems)
-    ranks.print(f"{len(items)} pairs, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    problems = check.Problems(args.check)
+    pairs, samples = training.prepare(
+        args, ranks, problems, read_kind(args.pairs, "pairs"), parse_pair,
+        lambda pair: pair_sample(pair, llava, args.images, max_length),
+    )  # fmt: skip
+    ranks.print(f"{len(samples)} pairs, {sum(sample.cut for sample in samples)} cut to {max_length} tokens")
     consistency.makers(args, args.pairs, llava.config.template, ranks)
-    consistency.preferences(pairs, items, args.pairs, ranks, problems)
-    check.pictures(items, ranks, problems)
-    own = {"beta": args.beta, "alpha": args.alpha, "pairs": training.sha256(args.pairs)}
-    settings = training.settings(args, llava, adapter, max_length, **own)
+    consistency.preferences(pairs, samples, args.pairs, ranks, problems)
+    check.verify_images(samples, ranks, problems)
+    stage_settings = {"beta": args.beta, "alpha": args.alpha, "pairs": sha256(args.pairs)}
+    settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
-        return check.training(args, llava, adapter, items, settings, problems, ranks, reference=True)
-    check.picture_matters(llava, items[0])
-    first = collate([items[0].example], [load_tiles(items[0], llava)], llava.config, llava.device)
-    check_reference(llava, first, args.beta)
-    run = training.Run(args, llava, adapter, items, ranks, settings)
-    for step, micro_batches in run.steps():
-        pairs_in_batch = len(run.batches[step])  # the global batch
-        differing = sum(items[i].differs for i in run.batches[step])
-        for indices, real in micro_batches:
-            batch = run.collate(indices)
-            ref_logp_w, ref_logp_l = reference_logps(llava, batch)
-            logp_w, logp_l = pair_logps(llava, batch)
-            losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1
-            run.backward(losses.sum() / pairs_in_batch * real)
+        return check.report_training(
+            args, llava, adapter, samples, settings, problems, ranks, reference=True
+        )
 
-            reward_w, reward_l = args.beta * (logp_w - ref_logp_w), args.beta * (logp_l - ref_logp_l)  # implicit
-            differs = torch.tensor([items[i].differs for i in indices], device=logp_w.device)  # (B,)
-            run.add(real / pairs_in_batch, loss=losses, dpo=losses + args.alpha * logp_w,
-                    alpha_nll=-args.alpha * logp_w, logp_chosen=logp_w, logp_rejected=logp_l,
-                    reward_chosen=reward_w, reward_rejected=reward_l)
-            run.add(real, equal=~differs)
-            if differing:  # where both responses are the same text, the margin is 0 and means nothing
+    training.shard(llava, args, ranks)  # FSDP: every decoder block, then the rest
+    training.load(llava, weights, args, ranks)  # each rank reads its own rows
+    check.image_matters(llava, samples[0])
+    check_reference(llava, samples[0], args.beta)
+
+    run = training.Run(args, llava, adapter, samples, ranks, settings)  # order of the data, log, checkpoints
+    for step in run.steps():
+        global_batch = run.batches[step]  # over all ranks
+        differing = sum(pair.differs for pair in global_batch)
+        for batch in run.micro_batches(step):  # this rank's share
+            ref_logp_w, ref_logp_l = reference_logps(llava, batch)  # theta_0, (B,) each
+            logp_w, logp_l = pair_logps(llava, batch)  # theta
+            losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1, (B,)
+            run.backward(losses.sum() / len(global_batch))  # summed over micro-batches and ranks: the mean
+
+            reward_w = args.beta * (logp_w - ref_logp_w)  # DPO's implicit reward
+            reward_l = args.beta * (logp_l - ref_logp_l)
+            run.log(
+                len(global_batch), loss=losses, dpo=losses + args.alpha * logp_w, alpha_nll=-args.alpha * logp_w,
+                logp_chosen=logp_w, logp_rejected=logp_l, reward_chosen=reward_w, reward_rejected=reward_l,
+            )  # fmt: skip
+            differs = (batch.labels[0::2] != batch.labels[1::2]).any(-1)  # (B,)
+            run.log(1, equal=~differs)
+            if differing:  # the margin of two equal responses is 0 and means nothing
                 margin = (reward_w - reward_l)[differs]
-                run.add(real / differing, margin=margin, accuracy=margin > 0)
-        run.update(step)
+                run.log(differing, margin=margin, accuracy=margin > 0)
+
+        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN ends the run here, before it reaches the weights
+        for group in run.optimizer.param_groups:  # LoRA, projector
+            group["lr"] = group["peak"] * training.rate(step, len(run.batches))  # warm-up, then cosine to 0
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.end_step(norm)  # log.jsonl, terminal, and a checkpoint if one is due
 
 
 if __name__ == "__main__":

@@ -1,75 +1,99 @@
-"""Stage 2 of STIC (Algorithm 2, second half): instructions with the model's own descriptions in front -> theta_hat.
+"""Stage 2 of STIC (Algorithm 2, second half): instructions, each after the model's own description ->
+theta_hat.
 
   python train_stage2.py --model M --adapter runs/stage1 --instructions instructions.json \\
       --descriptions descriptions.jsonl --images DIR --out runs/stage2
-  torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, the model sharded (FSDP)
+  torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Trains exactly the described records, on every answer of theirs. Goes on from stage 1's LoRA and projector; without
---adapter it starts from the base model (the control that skips stage 1); with --plain it is ordinary continued
-fine-tuning on the same records (the control that skips the descriptions). runs/stage2 stands alone. The same command
-again resumes a run that was stopped.
+Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base
+model without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a
+control that skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a
+run that was stopped, run the same command again.
 """
 
 import argparse
 
 from stic_min import check, training
-from stic_min.data import each, instruction_item, read_infused
+from stic_min.checkpoint import settings_of_run, sha256
+from stic_min.data import Infusion
 from stic_min.formats.image_folder import check_folder
+from stic_min.formats.records import read_kind
 from stic_min.loss import sft_loss
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.ranks import start_ranks
-from stic_min.runtime.work import subset
+from stic_min.samples import instruction_sample
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
+    add = parser.add_argument
+    add("--instructions", required=True, metavar="FILE", help="LLaVA instruction data, a JSON list")
+    add("--descriptions", required=True, metavar="FILE", help="output of generate_pairs.py --describe")
+    add("--images", required=True, metavar="DIR", help="folder of the instructions' images")
+    add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
+    add("--one-line", action="store_true", help="use the paper's one-line prompt form for descriptions")
+    add("--plain", action="store_true", help="train on the same records without descriptions (a control)")
+    flags.add_model_flags(parser, image_mode="pad, as in Table 4")
+    flags.add_limit_flag(parser)
+    flags.add_training_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)  # Table 4
+    args = parser.parse_args()
+    if args.plain and args.one_line:
+        parser.error("--plain omits descriptions, so --one-line has no effect: use one of them")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--instructions", required=True, metavar="FILE", help="LLaVA instruction data, a JSON list")
-    parser.add_argument("--descriptions", required=True, metavar="FILE", help="of generate_pairs.py --describe")
-    parser.add_argument("--images", required=True, metavar="DIR", help="the folder their pictures are in")
-    parser.add_argument("--out", required=True, metavar="DIR", help="adapter, log and checkpoints")
-    parser.add_argument("--one-line", action="store_true", help="put descriptions as the paper prints it, in one line")
-    parser.add_argument("--plain", action="store_true", help="a control: the same records without the descriptions")
-    flags.add_model_flags(parser, image_mode="pad, as Table 4")
-    flags.add_limit_flag(parser)
-    training.add_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)
-    args = parser.parse_args()
-    if args.plain and args.one_line:
-        parser.error("--one-line is how descriptions are put, --plain leaves them out")
-    check.training_out(args.out)
+    args = parse_args()
+    check.out_dir(args.out)
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
-    problems = [] if args.check else None  # where --check collects them; else the first one ends the run
-    instructions, summary = read_infused(args.instructions, args.descriptions, args.one_line, args.plain, problems)
-    consistency.limit(args, len(instructions), ranks)
-    instructions = subset(instructions, args.limit, args.seed)
-    llava, adapter = training.build(args, ranks, keep_reference=False)
+    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
+    # report.
+    llava, adapter, weights = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
-    items = each(lambda entry: instruction_item(entry, llava, args.images, max_length), instructions, problems)
-    ranks.print(f"{summary}; {len(items)} trained, {sum(item.cut for item in items)} cut to {max_length} tokens")
+    problems = check.Problems(args.check)
+    infusion = Infusion(args.instructions, args.one_line, args.plain)
+    instructions, samples = training.prepare(
+        args, ranks, problems, read_kind(args.descriptions, "descriptions"), infusion,
+        lambda instruction: instruction_sample(instruction, llava, args.images, max_length),
+    )  # fmt: skip
+    cut = sum(sample.cut for sample in samples)
+    ranks.print(f"{infusion.summary()}; {len(samples)} used for training, {cut} cut to {max_length} tokens")
     consistency.stage2_adapter(args.adapter, ranks)
     if not args.plain:
         consistency.makers(args, args.descriptions, llava.config.template, ranks)
         consistency.one_text([entry.description for entry in instructions], "descriptions", ranks)
-    check.pictures(items, ranks, problems)
-
-    own = {name: training.sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
-    own |= {"plain": args.plain, "one_line": args.one_line}
-    settings = training.settings(args, llava, adapter, max_length, **own)
+    check.verify_images(samples, ranks, problems)
+    stage_settings = {name: sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
+    stage_settings |= {"plain": args.plain, "one_line": args.one_line}
+    settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
-        return check.training(args, llava, adapter, items, settings, problems, ranks, reference=False)
-    check.picture_matters(llava, items[0])
-    run = training.Run(args, llava, adapter, items, ranks, settings)
-    for step, micro_batches in run.steps():
-        tokens_in_batch = sum(items[i].scored for i in run.batches[step])  # the global batch
-        for indices, real in micro_batches:
-            batch = run.collate(indices)
-            nll, tokens = sft_loss(llava(batch), batch.labels)  # Algorithm 2
-            run.backward(nll / tokens_in_batch * real)
+        return check.report_training(
+            args, llava, adapter, samples, settings, problems, ranks, reference=False
+        )
 
-            run.add(real / tokens_in_batch, loss=nll)
-            run.add(real, answer_tokens=tokens)
-        run.update(step)
+    training.shard(llava, args, ranks)  # FSDP: every decoder block, then the rest
+    training.load(llava, weights, args, ranks)  # each rank reads its own rows
+    check.image_matters(llava, samples[0])
+
+    run = training.Run(args, llava, adapter, samples, ranks, settings)  # order of the data, log, checkpoints
+    for step in run.steps():
+        global_batch = run.batches[step]  # over all ranks
+        tokens_in_batch = sum(sample.scored for sample in global_batch)
+        for batch in run.micro_batches(step):  # this rank's share
+            nll, tokens = sft_loss(llava(batch), batch.labels)  # Algorithm 2: -log p(y | v, x), summed
+            run.backward(nll / tokens_in_batch)  # summed over micro-batches and ranks: the mean
+
+            run.log(tokens_in_batch, loss=nll)
+            run.log(1, answer_tokens=tokens)
+
+        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN ends the run here, before it reaches the weights
+        for group in run.optimizer.param_groups:  # LoRA, projector
+            group["lr"] = group["peak"] * training.rate(step, len(run.batches))  # warm-up, then cosine to 0
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.end_step(norm)  # log.jsonl, terminal, and a checkpoint if one is due
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""Sequences: many prompts, conversations and alternative responses side by side in one flat row of tokens."""
+"""Sequences: prompts, conversations and alternative responses, concatenated into one flat row of tokens."""
 
 from dataclasses import dataclass
 
 import torch
 
-from stic_min import InputError
 from stic_min.loss import IGNORE
 from stic_min.mistral import Packed, Span
 from stic_min.text import IMAGE
@@ -12,69 +11,82 @@ from stic_min.text import IMAGE
 
 @dataclass
 class Example:
-    """One prompt and what is scored after it. Ids hold one IMAGE for each picture.
+    """One prompt and what is scored after it. The ids hold one IMAGE per image.
 
-    `trunk` is a list of (ids, scored?) segments in order: a prompt, or a whole conversation. `branches` are
-    alternative responses to the trunk, all scored: [chosen, rejected] in stage 1. The trunk is computed once for all.
+    `trunk` is a prompt or a whole conversation, in segments. `branches` are alternative responses to the
+    trunk, all of them scored: [chosen, rejected] in stage 1. The trunk is computed only once for all its
+    branches.
     """
 
     name: str  # for messages
-    trunk: list
-    branches: list
-
-    def check(self, pictures):
-        """Raises InputError naming the example if its image slots and its number of pictures disagree."""
-        slots = sum(ids.count(IMAGE) for ids, _ in self.trunk)
-        if slots != pictures:
-            raise InputError(f"{self.name}: {slots} <image> in the text but {pictures} picture(s)")
+    trunk: list[tuple[list[int], bool]]  # (ids, are they scored?) of each segment
+    branches: list[list[int]]
 
 
 @dataclass
 class Batch:
-    """Examples side by side in one flat row of T tokens (see mistral.Packed); G groups of up to R are scored.
+    """Examples in one flat row of T tokens, without padding; G groups of up to R positions are scored.
 
-    A pair is laid out as  prompt | chosen | rejected , and its two groups are (prompt's last, chosen) and (prompt's
-    last, rejected). A conversation is  prompt | answer | prompt | answer , and one group.
+    A group is the answers of one conversation, or one branch. An example, a pair whose image takes 3 tokens:
+
+                    prompt (the trunk)                     chosen          rejected
+    flat index      0    1       2  3  4  5  6             7   8   9       10  11
+    ids             <s>  [INST]  v  v  v  x  [/INST]       w1  w2  </s>    l1  </s>
+    positions       0    1       2  3  4  5  6             7   8   9       7   8      both continue the prompt
+    attends to      prompt                                 prompt, chosen  prompt, rejected       (causally)
+
+    scored[0]                                6             7   8   9       logits are read here, and those at
+    labels[0]                                -100          w1  w2  </s>    [t] predict label [t + 1]
+    scored[1]                                6             10  11  0
+    labels[1]                                -100          l1  </s> -100   (padded with 0 and -100)
     """
 
-    ids: torch.Tensor  # (T,) int64, IMAGE at every position of a picture
-    positions: torch.Tensor  # (T,) int64, branches all start at the end of their trunk
-    attend: Packed
-    tiles: list  # the pictures (images.Tiles) in order
-    scored: torch.Tensor  # (G, R) int64, a row a scored trunk or branch: flat indices of its scored segments, each
-    # behind that of the token before it, whose logits predict its first
-    labels: torch.Tensor  # (G, R) int64, the ids at those indices; -100 at the tokens before, and where a row is padded
-    patches: torch.Tensor | None = None  # (N, S, Cv) of all tiles, once CLIP has seen them: theta_0 sees the same
+    ids: torch.Tensor  # (T,) int64, IMAGE at every position of an image
+    positions: torch.Tensor  # (T,) int64, for the rotary embedding
+    attend: Packed  # which token attends to which
+    tiles: list  # the images.Tiles of all images, in order
+    # (G, R) int64: the flat positions whose logits are read. Each scored segment is preceded by the position
+    # just before it, because the logits there predict its first token. Rows are padded with 0.
+    scored: torch.Tensor
+    # (G, R) int64: the ids at those positions; -100 at the position before each segment, and in the padding.
+    labels: torch.Tensor
+    # (N, S, Cv) of all tiles, kept after the first forward: CLIP is frozen, so theta and theta_0 share them.
+    patches: torch.Tensor | None = None
 
 
-def collate(examples, tiles, config, device="cpu"):
-    """Lays out `examples` flat. tiles[i]: the Tiles of examples[i], one for each IMAGE, in order."""
-    ids, positions, spans, rows, labels = [], [], [], [], []
-    for example, pictures in zip(examples, tiles):
-        start, pictures, row, row_labels = len(ids), iter(pictures), [], []
+def collate(examples: list[Example], tiles: list[list], config, device="cpu") -> Batch:
+    """Concatenates `examples`. tiles[i]: the Tiles of examples[i], one for each IMAGE, in order."""
+    ids, positions, spans = [], [], []  # of the flat row
+    scored, labels = [], []  # one list per group
+    for example, images in zip(examples, tiles):
+        images = iter(images)
+        start = len(ids)
+        answers, answer_labels = [], []
         for segment, is_scored in example.trunk:
             first = len(ids)
-            for i in segment:
-                ids += [IMAGE] * config.image_tokens(next(pictures).size) if i == IMAGE else [i]
+            for token in segment:
+                ids += [IMAGE] * config.image_tokens(next(images).size) if token == IMAGE else [token]
             if is_scored:
-                row += range(first - 1, len(ids))
-                row_labels += [IGNORE, *ids[first:]]
-        if row:
-            rows.append(row)
-            labels.append(row_labels)
+                answers += range(first - 1, len(ids))
+                answer_labels += [IGNORE, *ids[first:]]
         end = len(ids)
         positions += range(end - start)
         spans.append(Span(start, end))
+        if answers:
+            scored.append(answers)
+            labels.append(answer_labels)
+
         for branch in example.branches:
             first = len(ids)
             ids += branch
             positions += range(end - start, end - start + len(branch))
             spans.append(Span(first, len(ids), prefix=(start, end)))
-            rows.append([end - 1, *range(first, len(ids))])
+            scored.append([end - 1, *range(first, len(ids))])  # all branches start at the prompt's last token
             labels.append([IGNORE, *branch])
-    longest = max(map(len, rows), default=0)
-    labels = [row + [IGNORE] * (longest - len(row)) for row in labels]
-    rows = [row + [0] * (longest - len(row)) for row in rows]
-    tensor = lambda x: torch.tensor(x, dtype=torch.int64, device=device)
-    flat_tiles = [t for pictures in tiles for t in pictures]
-    return Batch(tensor(ids), tensor(positions), Packed(spans), flat_tiles, tensor(rows), tensor(labels))
+
+    longest = max(map(len, scored), default=0)
+    scored = [group + [0] * (longest - len(group)) for group in scored]
+    labels = [group + [IGNORE] * (longest - len(group)) for group in labels]
+    tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
+    all_tiles = [image for images in tiles for image in images]
+    return Batch(tensor(ids), tensor(positions), Packed(spans), all_tiles, tensor(scored), tensor(labels))

@@ -1,48 +1,85 @@
-"""Checkpoints of a training run. Each is a folder that is whole or not there: written beside and renamed.
+"""Checkpoints of a training run, so that it can be killed at any moment and resumed with the same result.
 
-checkpoint-N holds the adapter as after step N, in PEFT's format and usable as it is, Adam's two moments, and run.json:
-the step, the settings that the run's result depends on, and the run's record so far (provenance.py). Learning rate,
-order of the data and dropout follow from step and settings, so nothing else is needed. Tensors are whole, whatever the
-ranks that wrote them held, and are read by any number of ranks.
+checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json:
+the step, the settings that determine the result, and a record of the run so far (runtime/provenance.py).
+Learning rate, data order and dropout follow from step and settings, so nothing else is needed. A checkpoint
+is written to a temporary folder and renamed, so it is complete or not there. Its tensors are whole, and any
+number of ranks can read them.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
 
 from stic_min import InputError
-from stic_min.formats.adapters import read_written, write_adapter
+from stic_min.formats.adapters import PROJECTOR_FILE, read_written, write_adapter
 from stic_min.formats.tensors import read_tensors, write_tensors
-from stic_min.runtime.files import printable, read_json
+from stic_min.loader import own_rows
+from stic_min.runtime import provenance
+from stic_min.runtime.files import fingerprint, printable, read_json, write_text
+from stic_min.runtime.ranks import place
 
-DRAWS = "ranks", "micro_batch"  # settings that change nothing but which inputs dropout hits
-NAME, OPTIMIZER, BESIDE = "checkpoint-", "optimizer.safetensors", "checkpoint.new"
+DRAWS = "ranks", "micro_batch"  # settings that only change dropout's masks
+NAME, OPTIMIZER, TEMPORARY = "checkpoint-", "optimizer.safetensors", "checkpoint.new"
+
+
+def settings_of_run(args, llava, adapter, max_length, **stage_settings):
+    """What determines a run's result: written to run.json, and compared when the run is resumed.
+
+    Files and folders count by their contents, not by their paths. `stage_settings` are the stage's own flags
+    and files.
+    """
+    names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
+    values = {name: getattr(args, name) for name in names} | stage_settings
+    values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
+    values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
+    values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
+    folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
+    values |= {"fingerprint": fingerprint(*folders)}
+    if args.lora_dropout:  # its masks depend on the micro-batches; nothing else does
+        values |= {"micro_batch": args.micro_batch, "ranks": place()[1]}
+    return values
+
+
+def sha256(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------- folders
 
 
 def folders(out):
     """The checkpoints in a folder, oldest first."""
-    found = [p for p in out.glob(f"{NAME}*") if p.name.removeprefix(NAME).isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix(NAME)))
+    checkpoints = [p for p in out.glob(f"{NAME}*") if p.name.removeprefix(NAME).isdecimal()]
+    return sorted(checkpoints, key=lambda p: int(p.name.removeprefix(NAME)))
 
 
 def save(out, step, adapter, moments, settings, keep):
-    """Writes checkpoint-`step` and removes all but the newest `keep`. Where it can't be written (a full disk), raises
-    InputError; the older ones are whole then."""
-    beside = out / BESIDE
-    shutil.rmtree(beside, ignore_errors=True)
+    """Writes checkpoint-`step`, then removes all but the newest `keep`. If the disk is full, the older ones
+    survive."""
+    temporary = out / TEMPORARY
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        write_adapter(beside, adapter)
-        write_tensors(moments, beside / OPTIMIZER)
-        (beside / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n", encoding="utf-8")
-        for path in [*beside.iterdir(), beside]:
+        write_adapter(temporary, adapter)
+        write_tensors(moments, temporary / OPTIMIZER)
+        run_json = json.dumps(settings | {"step": step}, indent=2)
+        (temporary / "run.json").write_text(run_json + "\n", encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
             sync(path)
     except (OSError, InputError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         older = folders(out)
-        kept = f"{older[-1]} is whole, and the same command goes on from there" if older else "there is none before it"
-        raise InputError(f"can't write a checkpoint of step {step} to {out} ({error}); {kept}") from None
-    beside.rename(out / f"{NAME}{step}")
+        hint = "there is no earlier one"
+        if older:
+            hint = f"{older[-1]} is complete: run the same command to resume from it"
+        raise InputError(f"can't write a checkpoint of step {step} to {out} ({error}); {hint}") from None
+    temporary.rename(out / f"{NAME}{step}")
     sync(out)
     for old in folders(out)[:-keep]:
         shutil.rmtree(old)
@@ -54,48 +91,154 @@ def sync(path):
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that does this for files only
+        if error.errno != errno.EINVAL:  # some file systems can sync files but not folders
             raise
     finally:
         os.close(handle)
 
 
 def compare(folder, settings):
-    """The step of a checkpoint, and what of DRAWS differs. Raises InputError naming it if anything else does."""
+    """A checkpoint's step, and which of DRAWS have changed since. Any other difference in settings is an
+    error."""
     saved = read_json(folder / "run.json")
     names = [*settings, *(name for name in saved if name not in settings and name not in ("step", "record"))]
-    differ = [name for name in names if saved.get(name) != settings.get(name)]
-    for name in differ:
+    different = [name for name in names if saved.get(name) != settings.get(name)]
+    for name in different:
         if name not in DRAWS:
-            raise InputError(f"{folder} is of a run with {printable(name)} {saved.get(name)!r}, this one has "
-                             f"{settings.get(name)!r}; name another --out, or delete it")
+            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this run "
+                             f"has {settings.get(name)!r}; choose another --out, or delete the folder")
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
-        raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r}, but its folder is of step {step}")
-    return step, [f"{name} {saved.get(name)!r} before" for name in differ]
+        raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
+    return step, [f"{name} {saved.get(name)!r} before" for name in different]
 
 
-def recorded(folder):
-    """What a checkpoint's run.json says beside the settings, {} if nothing."""
+def read_record(folder):
+    """The record in a checkpoint's run.json; {} if it has none."""
     record = read_json(folder / "run.json").get("record")
     return record if isinstance(record, dict) else {}
 
 
-def newest(out, settings, say):
-    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None if there is none.
+def newest(out, settings, report):
+    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None without a
+    checkpoint.
 
-    Raises InputError if it is of a run with other settings, or damaged.
+    Raises InputError if it is damaged or belongs to a run with other settings.
     """
-    if not (found := folders(out)):
+    checkpoints = folders(out)
+    if not checkpoints:
         return None
-    step, differ = compare(found[-1], settings)
-    if differ:
-        say(f"with {' and '.join(differ)}: LoRA's dropout draws differently from here on")
-    tensors, moments = read_written(found[-1]), read_tensors(found[-1] / OPTIMIZER)
+    folder = checkpoints[-1]
+    step, different = compare(folder, settings)
+    if different:
+        report(f"with {' and '.join(different)}: dropout masks differ from here on")
+    tensors = read_written(folder)
+    moments = read_tensors(folder / OPTIMIZER)
     trained = {name for name in tensors if ".lora_" in name} | {name.partition(".")[2] for name in moments}
     for name in sorted(trained):
         values = tensors.get(name), moments.get(f"exp_avg.{name}"), moments.get(f"exp_avg_sq.{name}")
-        if len({value if value is None else value.shape for value in values}) > 1:
-            raise InputError(f"{found[-1]}: {name} is not the same in the adapter and in {OPTIMIZER}")
+        shapes = [None if value is None else value.shape for value in values]
+        if shapes != [shapes[0]] * 3:
+            raise InputError(f"{folder}: {name} differs between the adapter and {OPTIMIZER}")
     return step, tensors, moments
 
+
+# ---------------------------------------------------------------- of a run
+
+
+def full(tensor):
+    """The whole of a possibly sharded tensor, on the CPU. Every rank must call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def local(tensor):
+    """This rank's part of a possibly sharded tensor, to write into."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Checkpoints:
+    """The checkpoints of one run in the folder `out`. Every rank must call every method."""
+
+    def __init__(self, out, adapter, parameters, optimizer, settings, args, ranks):
+        self.out, self.adapter, self.parameters, self.optimizer = out, adapter, parameters, optimizer
+        self.settings, self.args, self.ranks = settings, args, ranks
+        self.saved_step = 0
+
+    def gather(self, tensors):
+        """Possibly sharded tensors -> whole ones, on the first rank."""
+        gathered = {}
+        for name, tensor in tensors.items():
+            value = full(tensor).contiguous()
+            if self.ranks.first:
+                gathered[name] = value
+        return gathered
+
+    def run_json(self, memory):
+        return self.settings | {
+            "record": provenance.current_record(self.record, self.previous_record, self.ranks, memory)
+        }
+
+    def save(self, step, memory):
+        """Saves the state after `step` steps, unless that is saved already. All ranks wait until it is
+        written: one that exited earlier would take the others down."""
+        if step == self.saved_step:
+            return
+        run_json = self.run_json(memory)
+        self.adapter.tensors |= self.gather(self.parameters)
+        moments = self.gather({
+            f"{kind}.{name}": self.optimizer.state[parameter][kind]
+            for name, parameter in self.parameters.items()
+            for kind in ("exp_avg", "exp_avg_sq")
+        })  # fmt: skip
+        if self.ranks.first:
+            save(self.out, step, self.adapter, moments, run_json, self.args.keep)
+        self.ranks.barrier()
+        self.saved_step = step
+
+    def resume(self):
+        """Restores parameters and optimizer from the newest checkpoint -> its step, 0 without one."""
+        self.record = provenance.start_record(self.args, self.ranks)
+        self.previous_record = {}
+        self.ranks.barrier()
+        checkpoint = newest(self.out, self.settings, self.ranks.print)
+        steps = self.ranks.gather(checkpoint[0] if checkpoint else 0)
+        if len(set(steps)) > 1:
+            raise InputError(f"not all ranks see the same checkpoints: {self.out} must be on a disk that all "
+                             "nodes share")  # fmt: skip
+        if checkpoint is None:
+            for leftover in ("log.jsonl", "adapter_model.safetensors", PROJECTOR_FILE):
+                (self.out / leftover).unlink(missing_ok=True)
+            return 0
+        self.saved_step, tensors, moments = checkpoint
+        folder = folders(self.out)[-1]
+        self.previous_record = read_record(folder)
+        for name, parameter in self.parameters.items():
+            state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            with torch.no_grad():
+                local(parameter).copy_(own_rows(tensors[name], parameter))
+                for kind, value in state.items():
+                    local(value).copy_(own_rows(moments[f"{kind}.{name}"], parameter))
+            self.optimizer.state[parameter] = state | {"step": torch.tensor(float(self.saved_step))}
+        if self.ranks.first:
+            log = self.out / "log.jsonl"
+            lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
+            write_text(log, "".join(lines[: self.saved_step]))
+        self.ranks.print(f"resuming after step {self.saved_step} from {folder}")
+        return self.saved_step
+
+    def finish(self, memory):
+        """Moves the last checkpoint's adapter to `out` and removes the checkpoints."""
+        run_json = self.run_json(memory)
+        if self.ranks.first:
+            *_, last = folders(self.out)
+            (self.out / "run.json").write_text(json.dumps(run_json, indent=2) + "\n", encoding="utf-8")
+            # adapter_config.json, which marks a finished run, comes last.
+            for name in ("adapter_model.safetensors", PROJECTOR_FILE, "adapter_config.json"):
+                if (last / name).is_file():
+                    shutil.copyfile(last / name, self.out / f"{name}.new")
+                    os.replace(self.out / f"{name}.new", self.out / name)
+            for old in (*folders(self.out), self.out / TEMPORARY):
+                shutil.rmtree(old, ignore_errors=True)
+            written = sorted(file.name for file in self.out.iterdir() if file.name != ".lock")
+            self.ranks.print(f"wrote {', '.join(written)} to {self.out}")
+        self.ranks.barrier()

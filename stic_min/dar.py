@@ -1,199 +1,180 @@
-"""Describe, then respond (DaR, section 4): how a model is asked about pictures at test time.
+"""Describe, then respond (DaR, section 4): how a model is asked about an image at test time.
 
-Two calls: the model describes the picture with a fixed captioning prompt, then it answers the question with that
-description in front. Direct answering is the second call alone. `args` has the sampling flags of the command line.
+Two calls: the model describes the image, given a fixed captioning prompt; then it answers the question, with
+its description in front. Direct answering is the second call alone.
 """
 
 from stic_min import InputError, sampler
+from stic_min.generate import Job, Query, generate
 from stic_min.runtime import console
 from stic_min.runtime.work import prefetch, row_seed
-from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, TEMPLATES, with_description, with_image
+from stic_min.text import DESCRIBE_PROMPT, IMAGE_MARK, with_description
 
 
-def length(llava, text, pictures):
-    """Tokens of a user text with its pictures."""
-    return llava.prompt_length(TEMPLATES[llava.config.template].prompt(with_image(text, len(pictures))), pictures)
+def prompt_length(llava, text, images):
+    """Tokens of a user text with its images."""
+    return llava.prompt_length(llava.chat_prompt(text, len(images)), images)
 
 
-def excess(llava, text, pictures, args):
-    """By how many tokens a user text with its pictures is too long, if an answer is to follow (of 128 at least)."""
-    room = llava.config.decoder.max_positions - min(args.max_new_tokens, 128)
-    return length(llava, text, pictures) - min(llava.config.max_length, room)
+def tokens_over_limit(llava, text, images, sampling):
+    """Number of tokens by which a user text with its images exceeds the model's limit, with room left for an
+    answer (at least 128 tokens)."""
+    room = llava.config.decoder.max_positions - min(sampling.max_new_tokens, 128)
+    return prompt_length(llava, text, images) - min(llava.config.max_length, room)
 
 
-def check_question(llava, text, pictures, args):
-    """Raises InputError if it can't be asked."""
+def check_question(llava, text, images, sampling):
+    """Raises InputError if the question can't be asked."""
     if IMAGE_MARK in text:
-        raise InputError(f"{IMAGE_MARK} in its text, which would ask for a second picture")
-    if (over := excess(llava, text, pictures, args)) > 0:
-        raise InputError(f"{over} tokens more than the model's sequence holds")
+        raise InputError(f"{IMAGE_MARK} in its text, which would stand for a second image")
+    if (excess := tokens_over_limit(llava, text, images, sampling)) > 0:
+        raise InputError(f"{excess} tokens longer than the model's limit")
 
 
-def fit(llava, description, text, pictures, args):
-    """`description`, shortened from its end if with `text` it is too long for the model; None if nothing of it fits.
+def truncate_description(llava, description, text, images, sampling):
+    """The description, cut at its end if it is too long for the model together with `text`; None if nothing
+    fits.
 
-    Decoding and encoding again may change the count, so it is cut until it fits.
+    Decoding and encoding again may change the number of tokens, so it is cut until it fits.
     """
-    ids, whole = llava.tokenizer.encode(description), description
-    while (over := excess(llava, with_description(description, text), pictures, args)) > 0 and ids:
-        ids = ids[:-over]
+    excess = lambda: tokens_over_limit(llava, with_description(description, text), images, sampling)
+    uncut = description
+    ids = llava.tokenizer.encode(description)
+    while excess() > 0 and ids:
+        ids = ids[: -excess()]
         description = llava.tokenizer.decode(ids)
-    if description != whole:
-        lengths = f"{len(whole)} to {len(description)} characters"
+    if description != uncut:
+        lengths = f"{len(uncut)} to {len(description)} characters"
         console.warn(f"a description is cut from {lengths} to fit the model's sequence")
-    return description if over <= 0 else None
+    return description if excess() <= 0 else None
 
 
-def user_text(llava, text, description, pictures, args):
-    """What the second call asks: the text, behind its pictures' marks and the description if there is one."""
+def user_text(llava, text, description, images, sampling):
+    """What the second call asks: the text, after the description if there is one."""
     if description is not None:
-        description = fit(llava, description, text, pictures, args)
-    return with_image(text if description is None else with_description(description, text), len(pictures))
+        description = truncate_description(llava, description, text, images, sampling)
+    return text if description is None else with_description(description, text)
 
 
-def say(llava, user, pictures, args, *name):
-    """The answer to one user text with its pictures' marks; the seed goes by `name`."""
-    prompt, seed = TEMPLATES[llava.config.template].prompt(user), row_seed(args.seed, *name)
-    how = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    [sample] = sampler.sample(llava, [prompt], [pictures], [seed], **how)
+def answer_one(llava, text, images, sampling, *seed_parts):
+    """The response to one user text about its images."""
+    [sample] = sampler.sample(
+        llava, [llava.chat_prompt(text, len(images))], [images], [row_seed(sampling.seed, *seed_parts)],
+        max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+    )  # fmt: skip
     return llava.tokenizer.decode(sample.ids)
 
 
 # ---------------------------------------------------------------- many questions, into files
 
 
-def run(llava, groups, prepare, ranks, what, args, max_new_tokens):
-    """Samples what prepare(group) asks for, over this rank's share of groups of keys -> yields (key, text, finish).
+def describe_images(llava, question_of, read, output, sampling, what):
+    """Writes one description per image to `output` -> {image: description} of all in the file, on every rank.
 
-    A group is about one picture and stays together: prepare(group) -> its requests, in a worker thread.
+    question_of: {image: question}; read(question) -> its images. An unreadable image is left to
+    `answer_questions` to report. PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its
+    model describes without seeing the image; so does this function for a question without images.
     """
-    groups = groups[ranks.rank :: ranks.world]
-    count = sum(map(len, groups))
-    progress = console.Progress(what, count, ranks)
+    ranks = output.ranks
+    remaining = [image for image in question_of if image not in output.done]
+    existing = len(question_of) - len(remaining)
+    ranks.print(f"{len(question_of)} images to describe, {existing} of them already in {output.path}")
 
-    def requests():
-        for group, made in zip(groups, prefetch(prepare, groups)):
-            progress.add(len(group) - len(made))  # what could not be prepared
-            yield from made
+    def prepare(group):
+        [name] = group
+        try:
+            images = read(question_of[name])
+        except InputError:
+            return []
+        if tokens_over_limit(llava, DESCRIBE_PROMPT, images, sampling) > 0:
+            console.warn(f"{name} is not described: with its prompt it is longer than the model's limit")
+            return []
+        return [Job(name, [Query(DESCRIBE_PROMPT, images, row_seed(sampling.seed, "describe", name))])]
 
-    how = {"max_new_tokens": max_new_tokens, "temperature": args.temperature, "top_p": args.top_p}
-    for key, sample in sampler.stream(llava, requests(), slots=min(args.batch_size, count), **how):
-        yield key, llava.tokenizer.decode(sample.ids), sample.finish
-        progress.add()
-
-
-def request(llava, key, user, tiles, seed):
-    prompt = TEMPLATES[llava.config.template].prompt(user)
-    return sampler.Request(key, llava.tokenizer.encode_prompt(prompt), tiles, seed)
+    groups = [[name] for name in remaining]
+    for job, [response] in generate(llava, groups, prepare, sampling, ranks, f"{what} descriptions"):
+        output.append({"image": job.key, "description": response.text, "finish": response.finish})
+    output.finish(list(question_of))
+    ranks.barrier()  # until the first rank has merged the part files
+    return read_descriptions(output.path, output.read(output.path))
 
 
 def read_descriptions(path, records):
-    """{picture: description}. Raises InputError if one is no text."""
+    """{image: description}"""
     for record in records:
         if not isinstance(record.get("description"), str):
             raise InputError(f"{path}: {record['image']!r} has no description")
     return {record["image"]: record["description"] for record in records}
 
 
-def describe_pictures(llava, shown, read, output, args, max_new_tokens):
-    """One description a picture, into `output` -> {name: description} of all that are there, on every rank.
-
-    shown: {name: question}; read(question) -> its pictures. What can't be read is left to `answer_questions` to report.
-    PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its model describes blind. That is what
-    a question without pictures gives.
-    """
-    ranks, todo = output.ranks, [name for name in shown if name not in output.done]
-    ranks.print(f"{len(shown)} pictures to describe, {len(shown) - len(todo)} of them already in {output.path}")
-
-    def prepare(group):
-        [name] = group
-        try:
-            pictures = read(shown[name])
-        except InputError:
-            return []
-        if excess(llava, DESCRIBE_PROMPT, pictures, args) > 0:
-            console.warn(f"{name} is not described: with its prompt it is longer than the model's sequence")
-            return []
-        seed, tiles = row_seed(args.seed, "describe", name), [llava.tiles(p) for p in pictures]
-        return [request(llava, name, with_image(DESCRIBE_PROMPT, len(pictures)), tiles, seed)]
-
-    groups = [[name] for name in todo]
-    what = f"{args.command} descriptions"
-    for name, text, finish in run(llava, groups, prepare, ranks, what, args, max_new_tokens):
-        output.append({"image": name, "description": text, "finish": finish})
-    output.finish(list(shown))
-    ranks.barrier()  # the first rank has put them together
-    return read_descriptions(output.path, output.read(output.path))
-
-
-def by_picture(questions):
-    """The keys of questions in groups about one picture, each of those without one on its own."""
+def group_by_image(questions):
+    """The keys of questions in groups about one image; each question without an image is its own group."""
     groups = {}
     for key, question in questions.items():
         groups.setdefault((key,) if question["image"] is None else question["image"], []).append(key)
     return list(groups.values())
 
 
-def answer_questions(llava, questions, descriptions, entries, read, output, args):
-    """Answers into `output`, behind `entries` -> its records in the questions' order, on the first rank only.
+def answer_questions(llava, questions, descriptions, entries, read, output, sampling, what):
+    """Writes answers to `output` -> its records in the order of the questions, on the first rank only.
 
-    questions, descriptions (None: asked directly) and entries (what the file says beside `text`) go by the same keys;
-    read(question) -> its pictures. A question whose picture can't be read, or that is too long, stays without answer.
+    questions, descriptions (None: asked directly) and entries (the record without its answer) have the same
+    keys; read(question) -> its images. A question that is too long, or whose image is unreadable, stays
+    without answer.
     """
     ranks = output.ranks
-    groups = by_picture({key: question for key, question in questions.items() if key not in output.done})
-    left = sum(map(len, groups))
-    ranks.print(f"{len(questions)} questions, {len(questions) - left} of them already in {output.path}")
+    groups = group_by_image({key: question for key, question in questions.items() if key not in output.done})
+    existing = len(questions) - sum(map(len, groups))
+    ranks.print(f"{len(questions)} questions, {existing} of them already in {output.path}")
 
     def prepare(group):
-        made, pictures, tiles = [], None, None
+        jobs, images = [], None
         for key in group:
             question = questions[key]
             try:
-                pictures = read(question) if pictures is None else pictures
-                check_question(llava, question["text"], pictures, args)
+                images = read(question) if images is None else images
+                check_question(llava, question["text"], images, sampling)
             except InputError as error:
                 console.warn(f"question {key} has no answer: {error}")
                 continue
-            tiles = tiles or [llava.tiles(picture) for picture in pictures]
-            user = user_text(llava, question["text"], descriptions[key], pictures, args)
-            made.append(request(llava, key, user, tiles, row_seed(args.seed, "answer", key)))
-        return made
+            text = user_text(llava, question["text"], descriptions[key], images, sampling)
+            jobs.append(Job(key, [Query(text, images, row_seed(sampling.seed, "answer", key))]))
+        return jobs
 
-    what, limit = f"{args.command} answers", args.max_new_tokens
-    for key, text, finish in run(llava, groups, prepare, ranks, what, args, limit):
-        output.append(entries[key] | {"text": text, "finish": finish})
+    for job, [response] in generate(llava, groups, prepare, sampling, ranks, f"{what} answers"):
+        output.append(entries[job.key] | {"text": response.text, "finish": response.finish})
     return output.finish(list(questions))
 
 
-def measure(llava, questions, read, args, ranks):
-    """What the model would be asked, for --check -> {key: tokens of the question with its picture}, {picture: tokens of
-    the describer's prompt with it}, {picture: why it can't be read}, {key: why it can't be asked about one that can}.
-    """
-    tokens, describing, broken, unasked = {}, {}, {}, {}
-    groups = by_picture(questions)
+def measure(llava, questions, read, sampling, ranks):
+    """What the model would be asked, for --check -> {key: tokens of the question with its image}, {image:
+    tokens of its description prompt}, {image: why it is unreadable}, {key: why it can't be asked about a
+    readable image}."""
+    tokens, describing, unreadable, unasked = {}, {}, {}, {}
+    groups = group_by_image(questions)
     progress = console.Progress("checking images", len(groups), ranks)
 
     def prepare(group):
-        image, found = questions[group[0]]["image"], []
+        image = questions[group[0]]["image"]
         try:
-            pictures = read(questions[group[0]])
+            images = read(questions[group[0]])
         except InputError as error:
-            return image, str(error), found
+            return image, str(error), None, []
+        results = []
         for key in group:
             try:
-                check_question(llava, questions[key]["text"], pictures, args)
-                found.append((key, length(llava, questions[key]["text"], pictures), None))
+                check_question(llava, questions[key]["text"], images, sampling)
+                results.append((key, prompt_length(llava, questions[key]["text"], images), None))
             except InputError as error:
-                found.append((key, None, str(error)))
-        return image, length(llava, DESCRIBE_PROMPT, pictures), found
+                results.append((key, None, str(error)))
+        return image, None, prompt_length(llava, DESCRIBE_PROMPT, images), results
 
-    for image, described, found in prefetch(prepare, groups):
-        if isinstance(described, str):
-            broken[image] = described
+    for image, problem, description_length, results in prefetch(prepare, groups):
+        if problem:
+            unreadable[image] = problem
         elif image is not None:
-            describing[image] = described
-        tokens |= {key: count for key, count, error in found if error is None}
-        unasked |= {key: error for key, _, error in found if error is not None}
+            describing[image] = description_length
+        tokens |= {key: length for key, length, error in results if error is None}
+        unasked |= {key: error for key, _, error in results if error is not None}
         progress.add()
-    return tokens, describing, broken, unasked
+    return tokens, describing, unreadable, unasked

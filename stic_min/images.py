@@ -38,7 +38,7 @@ BRIGHTNESS, HUE = 0.5, 0.3  # color jitter: brightness factor in [1 - 0.5, 1 + 0
 
 @functools.cache  # once: each change of the filters makes Python repeat warnings it has already shown
 def silence_bomb_warning():
-    """`check_header` raises an error instead. (`catch_warnings` is not thread-safe, and threads load images.)"""
+    """`check_header` raises an error instead. (`catch_warnings` is not thread-safe, threads load images.)"""
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 

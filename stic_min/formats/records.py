@@ -8,7 +8,7 @@ import json
 import re
 
 from stic_min import InputError
-from stic_min.runtime.files import read_records, read_text, text_field
+from stic_min.runtime.files import check_text, read_records, read_text, text_field
 from stic_min.text import IMAGE_MARK
 
 IMAGE_KEYS = "image", "images", "image_path"
@@ -129,3 +129,42 @@ def pair_sides(record: dict) -> dict[str, list]:
         has_question = turns and turns[0]["role"] == "user"
         sides[side] = turns if has_question else [*question_turns, *turns]
     return sides
+
+
+def image_records(path, skipped=None):
+    """LLaVA's instruction list -> [(where, key, record)] of the records with one image, and the number of all records.
+
+    Keys are the ids, made unique (`id#2` for the second record with an id): LLaVA's own data repeats some. A record
+    without an id has its image's name as key. With a dict `skipped`, records with several images go there by key,
+    with the reason; otherwise they are errors.
+    """
+    records = read_kind(path, "instructions")
+    with_images, taken, repeats = [], set(), {}
+    for where, record in records:
+        if not any(record.get(key) for key in IMAGE_KEYS):
+            continue
+        try:
+            image, problem = image_name(record, where), None
+        except InputError as error:
+            if skipped is None:
+                raise
+            image, problem = where, error
+        name = key = image if record.get("id") in (None, "") else str(record["id"])
+        check_text(name, f"{where}: id")
+        while key in taken:
+            repeats[name] = repeats.get(name, 1) + 1
+            key = f"{name}#{repeats[name]}"
+        taken.add(key)
+        if problem:
+            skipped[key] = str(problem)
+        else:
+            with_images.append((where, key, record | {"image": image}))
+    if not with_images:
+        hint = f" ({len(skipped)} were skipped, the first: {next(iter(skipped.values()))})" if skipped else ""
+        raise InputError(f"{path}: none of its {len(records)} records has an image{hint}")
+    return with_images, len(records)
+
+
+def skipped_line(skipped):
+    """One line about the records that `image_records` skipped."""
+    return f"{len(skipped)} records skipped, the first: {next(iter(skipped.values()))}"

@@ -62,28 +62,25 @@ def one_text(texts, what, ranks):
             console.warn(f"{count} of {len(texts)} {what} are identical: '{brief(text)}'")
 
 
-def repeats(items):
-    """The number of items that repeat an earlier one: same image, prompt and responses."""
-    distinct = {(item.image, str(item.example.trunk), str(item.example.branches)) for item in items}
-    return len(items) - len(distinct)
+def repeats(samples):
+    """The number of samples that repeat an earlier one: same image, prompt and responses."""
+    distinct = {(sample.image, str(sample.trunk), str(sample.branches)) for sample in samples}
+    return len(samples) - len(distinct)
 
 
-def preferences(pairs, items, path, ranks, problems=None):
-    """Warns about identical responses, which give no DPO gradient, and repeated pairs, which count twice.
-
-    If the responses are identical in all pairs, raises InputError, or adds the message to `problems`.
-    """
-    equal = sum(not item.differs for item in items)
-    if items and equal == len(items):
+def preferences(pairs, samples, path, ranks, problems):
+    """Warns about identical responses, which give no DPO gradient, and repeated pairs, which count twice. If
+    the responses are identical in all pairs, that is a problem."""
+    equal = sum(not sample.differs for sample in samples)
+    if samples and equal == len(samples):
         message = f"{path}: chosen and rejected are identical in all {equal} pairs, nothing to prefer"
-        if problems is None:
-            raise InputError(message)
-        problems.append(message)
+        problems.add(InputError(message))
     if not ranks.first:
         return
-    if problems is None:  # --check lists them
+    if not problems.check:  # --check lists them
         if equal:
-            console.warn(f"{equal} of {len(items)} pairs have identical chosen and rejected: nothing to learn")
-        if duplicates := repeats(items):
-            console.warn(f"{duplicates} of {len(items)} pairs repeat another one")
+            pairs_with = f"{equal} of {len(samples)} pairs have"
+            console.warn(f"{pairs_with} identical chosen and rejected: nothing to learn")
+        if duplicates := repeats(samples):
+            console.warn(f"{duplicates} of {len(samples)} pairs repeat another one")
     one_text([pair.chosen for pair in pairs], "chosen responses", ranks)

@@ -72,8 +72,8 @@ def read_records(path):
     return records
 
 
-def read_json(path):
-    """A JSON object. A repeated key is an error, too: its last value would silently win."""
+def read_json(path, kind=dict):
+    """A JSON value of type `kind`. A repeated key is an error, too: its last value would silently win."""
 
     def unique(pairs):
         if len(value := dict(pairs)) < len(pairs):
@@ -92,8 +92,8 @@ def read_json(path):
         raise InputError(f"can't read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: not a JSON object{'' if kind is dict else ' or list'}")
     return value
 
 

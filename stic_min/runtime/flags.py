@@ -92,6 +92,33 @@ def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024
                            help="number of responses sampled in parallel")
 
 
+def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
+    """The training flags of both stages. `max_length` is the default in pad mode; in anyres mode it is
+    4096."""
+    add_check_flag(parser)
+    add = parser.add_argument_group("training").add_argument
+    add("--lr", type=not_negative, default=lr, help="peak learning rate for LoRA")
+    add("--projector-lr", type=not_negative, default=2e-5,
+        help="peak learning rate for the projector; 0 freezes it")
+    add("--batch-size", type=positive, default=batch_size, help="samples per optimizer step, over all ranks")
+    add("--micro-batch", type=positive, default=1, help="samples per forward pass on each rank")
+    add("--max-length", type=positive, metavar="N",
+        help="maximum sequence length in tokens, image tokens included; longer responses are cut "
+             f"(default: {max_length}, in anyres mode 4096)")  # fmt: skip
+    add("--lora-r", type=positive, help="LoRA rank (default: 128, or that of --adapter)")
+    add("--lora-alpha", type=positive,
+        help="LoRA alpha; updates are scaled by alpha / rank (default: 2 * rank, or that of --adapter)")
+    add("--lora-dropout", type=probability, default=dropout, help="dropout probability on LoRA's input")
+    add("--shard", choices=["full", "none"], default="full",
+        help="under torchrun: full is FSDP; none replicates the weights on every rank and all-reduces the "
+             "gradients of LoRA and projector")  # fmt: skip
+    add("--checkpoint-activations", action="store_true",
+        help="recompute activations in the backward pass: less memory, about a third more time")
+    add("--save-every", type=positive, metavar="STEPS",
+        help="steps between checkpoints to resume from (default: a tenth of the run)")
+    add("--keep", type=positive, metavar="N", default=2, help="number of most recent checkpoints to keep")
+
+
 # ---------------------------------------------------------------- from flags to arguments and records
 
 

@@ -1,6 +1,7 @@
 """The record of a training run in run.json, next to its settings: command, code, machine, time and memory."""
 
 import platform
+import resource
 import shlex
 import socket
 import subprocess
@@ -34,6 +35,14 @@ def version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def peak_memory_gb(device):
+    """Peak memory of this rank so far, in GB: the GPU's, or the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1000  # bytes on macOS, KB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def start_record(args, ranks):

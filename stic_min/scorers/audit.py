@@ -1,5 +1,5 @@
-"""What evaluation has stored, looked at before it is scored: answers, descriptions and verdicts of a judge that are
-empty, cut off, all the same, unreadable, or another run's. No model code."""
+"""Checks of stored answers, descriptions and verdicts before scoring: empty, cut off, all the same,
+unreadable, or from another run. No model code."""
 
 import json
 from pathlib import Path
@@ -8,25 +8,31 @@ from stic_min import InputError
 from stic_min.runtime import console
 from stic_min.runtime.files import printable, read_records
 
-UNREAD = 0.02  # the largest share of verdicts without which there still is a score: it is off by two points at most
-# What an answers file, its descriptions and its scores have to agree in.
+# The largest fraction of unreadable verdicts at which there still is a score: it is then off by at most two
+# points.
+UNREAD = 0.02
+# The settings in which an answers file, its descriptions and its scores must agree.
 SAME_RUN = ("benchmark", "mode", "model", "adapter", "fingerprint", "template", "image_mode", "dtype")
 
 
 def check_unread(scores, allowed, asked):
-    """Warns of verdicts of the judge that could not be read. Raises InputError if they are too many for a score."""
+    """Warns of unreadable verdicts. Raises InputError if there are too many for a score.
+
+    allowed: --allow-unread. asked: whether we asked the judge, who could be given more room.
+    """
     if not scores.get("unread"):
         return
-    text = f"{scores['unread']} verdicts of the judge could not be read ({scores['unread_share']:.1%} of all)"
+    percent = f"{scores['unread_share']:.1%}"
+    text = f"{scores['unread']} of the judge's verdicts could not be read ({percent} of all)"
     if scores["unread_share"] > UNREAD and not allowed:
-        more = "give it more room (--judge-max-tokens) or use another one, or " if asked else ""
-        raise InputError(f"{text}: too many for a score; {more}accept this with --allow-unread")
+        advice = "raise --judge-max-tokens or use another judge, or " if asked else ""
+        raise InputError(f"{text}: too many for a score; {advice}accept this with --allow-unread")
     console.warn(text)
 
 
-def counts(records, field):
-    """How many records there are, how many have no text in `field`, and how many ended by --max-new-tokens: None if
-    they don't say, as those made elsewhere."""
+def count_endings(records, field):
+    """{"n": number of records, "empty": those with an empty `field`, "cut": those cut off by
+    --max-new-tokens, or None if the records were made elsewhere and do not say}."""
     finishes = [record.get("finish") for record in records]
     return {
         "n": len(records),
@@ -35,56 +41,62 @@ def counts(records, field):
     }
 
 
-def summary(name, found):
-    """`counts` as a line of text."""
+def summarize(name, counts):
+    """Formats the result of `count_endings` as a line of text."""
     parts = {"missing": "missing", "empty": "empty", "cut": "cut off by --max-new-tokens"}
-    known = [f"{found[part]} {text}" for part, text in parts.items() if found.get(part) is not None]
-    return f"{name}: {found['n']}, {', '.join(known)}"
+    known = [f"{counts[part]} {text}" for part, text in parts.items() if counts.get(part) is not None]
+    return f"{name}: {counts['n']}, {', '.join(known)}"
 
 
-def description_counts(questions, described):
-    """`counts` of the descriptions that the questions were asked with; "missing": images that have none."""
-    shown = {""} if "" in described else {q["image"] for q in questions if q["image"] is not None}
-    found = [record for image, record in described.items() if image in shown]
-    return counts(found, "description") | {"missing": len(shown) - len(found)}
+def count_descriptions(questions, descriptions):
+    """`count_endings` for the descriptions used for these questions, and "missing": the images without
+    one."""
+    images = {""} if "" in descriptions else {q["image"] for q in questions if q["image"] is not None}
+    used = [record for image, record in descriptions.items() if image in images]
+    return count_endings(used, "description") | {"missing": len(images) - len(used)}
 
 
 def warn_of_sameness(texts):
-    """A model that says the same whatever it is asked is broken, or asked in a wrong way."""
+    """A model that always gives the same answer is broken or was prompted incorrectly."""
     if len(texts) > 1 and len(set(texts)) == 1:
         what = f"the same: {printable(texts[0])[:60]!r}" if texts[0] else "empty"
         console.warn(f"all {len(texts)} answers are {what}")
 
 
-def differing(settings, record):
-    """The first setting in which two files are not of the same run; None if they are."""
+def find_difference(settings, record):
+    """The first setting that shows that two files are from different runs, or None."""
     return next((name for name in SAME_RUN if record.get(name) != settings.get(name)), None)
 
 
-def other_answers(path, run):
-    """The answers file beside a .scores.json, if it is not of the `run` that was scored; None if it is or is not there.
-    Its first line tells."""
+def find_other_answers(path, run):
+    """The answers file next to a .scores.json, if its first line shows that it is not from the scored `run`.
+
+    None if it is from that run or there is no such file.
+    """
     answers = Path(str(path).removesuffix(".scores.json") + ".jsonl")
     try:
         with open(answers, encoding="utf-8") as file:
             first = json.loads(file.readline())
     except (OSError, ValueError, RecursionError):
         return None
-    return answers if isinstance(first, dict) and "fingerprint" in first and differing(run, first) else None
+    is_ours = isinstance(first, dict) and "fingerprint" in first
+    return answers if is_ours and find_difference(run, first) else None
 
 
 def read_descriptions(stem, settings):
-    """{image: record} of the descriptions beside an answers file of ours; None for answers that were given directly.
+    """{image: record} of the descriptions next to our answers file; None for answers given directly.
 
-    Raises InputError if they are of another run."""
+    Raises InputError if they are from another run.
+    """
     path = Path(f"{stem}.descriptions.jsonl")
     if settings.get("mode", "direct") == "direct":
         return None
-    described = {}
+    descriptions = {}
     for where, record in read_records(path) if path.is_file() else []:
         if not all(isinstance(record.get(name), str) for name in ("image", "description")):
-            raise InputError(f"{where}: no image, or no description")
-        if name := differing(settings, record):
-            raise InputError(f"{where}: made with {name} {record.get(name)!r}, the answers with {settings.get(name)!r}")
-        described[record["image"]] = record
-    return described
+            raise InputError(f"{where}: needs the texts 'image' and 'description'")
+        if name := find_difference(settings, record):
+            values = f"{name} {record.get(name)!r}, the answers with {settings.get(name)!r}"
+            raise InputError(f"{where}: made with {values}")
+        descriptions[record["image"]] = record
+    return descriptions

@@ -1,8 +1,10 @@
-"""A judge model behind an OpenAI-compatible chat endpoint: asked by urllib, every raw reply kept on disk.
+"""A judge model behind an OpenAI-compatible chat endpoint, queried with urllib; every raw reply is kept on
+disk.
 
-What is asked and how a reply is read is in the benchmarks' files; here is only the way there and back. The endpoint's
-key is used for the request's header and nowhere else: it is struck out of every message and every stored reply
-(one of less than eight characters, as local servers take, is no secret, and would be found in any text).
+What is asked and how a reply is parsed is in the benchmarks' files; this file only handles transport. The
+endpoint's key is used for the request header and nothing else: it is removed from every message and every
+stored reply (except a key of less than eight characters, as used by local servers, which is not a secret and
+could occur in any text).
 """
 
 import hashlib
@@ -15,24 +17,26 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 from stic_min import InputError, first_line
 
 TRIES = 8
-WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the second try; it doubles from try to try
-WORKERS = 4  # requests under way at the same time
+WAIT = 1.0  # seconds before the second try; doubles with every try
+LONGEST_WAIT = 60.0
+WORKERS = 4  # concurrent requests
 
-# What the judge said, which model says it was, and whether it was cut off by the token limit
+# The text of a reply, the model that it names, and whether it was cut off by the token limit
 Reply = namedtuple("Reply", "content model cut", defaults=[False])
 
 
 class JudgeError(InputError):
-    """The endpoint's fault, not the answers file's."""
+    """An error caused by the endpoint, not by the answers file."""
 
 
 class Refused(Exception):
-    """A try that failed in a way that a later one may not. `wait`: seconds the endpoint asks for, or None."""
+    """A failed try that may succeed later. `wait`: the seconds that the endpoint asks for, or None."""
 
     def __init__(self, reason, wait=None):
         super().__init__(reason)
@@ -40,21 +44,23 @@ class Refused(Exception):
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another host."""
+    """A redirect would send the key to another host."""
 
     def redirect_request(self, *_):
         return None
 
 
-def printable(text):
+def flatten(text):
+    """The text on one line, its unprintable characters as spaces."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def without_reasoning(content):
-    """The verdict behind a reasoning model's thoughts; "" if it was cut off before it came to one.
+    """The verdict after a reasoning model's thoughts; "" if it was cut off before the verdict.
 
-    The official judges do not think aloud, so nothing changes for them. A server that does not split thoughts off puts
-    them in front of the verdict, for some models without the opening tag, which is part of their template.
+    The official judges do not reason, so nothing changes for them. A server that does not separate the
+    thoughts puts them before the verdict, for some models without the opening tag, which is part of their
+    template.
     """
     thoughts, tag, verdict = content.partition("</think>")
     if tag:
@@ -63,69 +69,90 @@ def without_reasoning(content):
 
 
 def read_reply(body):
-    """The body of a chat completion -> Reply. Raises ValueError if it is none; no content (a filter's doing) is ""."""
+    """The body of a chat completion -> Reply. Missing content (from a filter) is "". Raises ValueError
+    otherwise."""
     try:
-        answer = json.loads(body)
-        choice, model = answer["choices"][0], answer.get("model")
-        message, cut = choice["message"], choice.get("finish_reason") == "length"
+        completion = json.loads(body)
+        model = completion.get("model")
+        choice = completion["choices"][0]
+        message = choice["message"]
+        cut = choice.get("finish_reason") == "length"
         content = message.get("content")
         if isinstance(content, list):  # in parts
             content = "".join(part["text"] for part in content if part["type"] == "text")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ValueError("not a chat completion") from None
     if not isinstance(content, str | None):
-        raise ValueError("a chat completion whose content is no text")
-    whole = lambda text: text.encode("utf-8", "replace").decode()  # JSON can hold halves of surrogate pairs
-    content = without_reasoning(whole(content or ""))
-    if message.get("reasoning_content") or message.get("reasoning"):  # split off, but for the blank lines behind it
+        raise ValueError("a chat completion whose content is not text")
+    clean = lambda text: text.encode("utf-8", "replace").decode()  # JSON can contain unpaired surrogates
+    content = without_reasoning(clean(content or ""))
+    if message.get("reasoning_content") or message.get("reasoning"):  # separate but for line breaks after it
         content = content.lstrip()
-    return Reply(content, whole(model) if isinstance(model, str) else "unnamed", cut)
+    return Reply(content, clean(model) if isinstance(model, str) else "unnamed", cut)
 
 
 class Judge:
-    """One judge for one answers file.
+    """A judge for one answers file.
 
-    url: of the API, up to and without /chat/completions. path: where raw replies go, one JSON line each, before they
-    are read; a reply that is there already is not asked for again. texts, runs: for the benchmark's `judge` function.
-    progress: number of items -> object with `add()`. say: takes a line about a try that failed. max_tokens: in place of
-    the benchmark's own limit; token_field: what the endpoint calls it. temperature: whether one is sent.
-    Raises InputError: a URL or key that can't be one, a file that is not ours, and, when asked, a judge that refuses
-    or gives no usable reply in TRIES tries; what it said until then is kept.
+    url: the API's, up to but without /chat/completions. path: raw replies are stored here, one JSON line
+    each, before they are parsed; stored replies are not requested again. texts, runs: for the benchmark's
+    `judge` function.
+    timeout: seconds per request. progress: number of items -> object with `add()`. warn: called with a line
+    about each failed try. max_tokens: replaces the benchmark's own limit; token_field: the endpoint's name
+    for it. temperature: whether to send one.
+    Raises InputError: an invalid URL or key, a file that is not ours, and, when asked, a judge that refuses
+    or gives no usable reply in TRIES tries; earlier replies are kept.
     """
 
-    def __init__(self, url, key, model, path, *, texts, runs, timeout, progress, say, max_tokens=None,
-                 token_field="max_tokens", temperature=True):  # fmt: skip
+    def __init__(
+        self, url: str, key: str, model: str, path: str | Path, *, texts: dict, runs: int, timeout: float,
+        progress: Callable, warn: Callable, max_tokens: int | None = None, token_field: str = "max_tokens",
+        temperature: bool = True,
+    ):  # fmt: skip
         try:
             parts = urllib.parse.urlsplit(url)
-            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isascii()
+            is_http = parts.scheme in ("http", "https")
+            usable = is_http and parts.hostname and parts.port != 0 and url.isascii()
         except ValueError:
             usable = False
         if not usable or not url.isprintable() or " " in url:
             raise InputError(f"judge URL {url!r} is not of the form http(s)://host/path")
         if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise InputError("the judge's key is empty or has characters that no key has (set OPENAI_API_KEY)")
-        self.url, self.key, self.model, self.path = url.rstrip("/") + "/chat/completions", key, model, Path(path)
-        self.texts, self.runs, self.timeout, self.progress, self.say = texts, runs, timeout, progress, say
-        self.max_tokens, self.token_field, self.temperature = max_tokens, token_field, temperature
+            raise InputError("the judge's key is empty or has invalid characters (set OPENAI_API_KEY)")
+        self.url = url.rstrip("/") + "/chat/completions"
+        self.key = key
+        self.model = model
+        self.path = Path(path)
+        self.texts = texts
+        self.runs = runs
+        self.timeout = timeout
+        self.progress = progress
+        self.warn = warn
+        self.max_tokens = max_tokens
+        self.token_field = token_field
+        self.temperature = temperature
         self.opener = urllib.request.build_opener(NoRedirect)
-        self.lock, self.served = threading.Lock(), set()
+        self.lock = threading.Lock()
+        self.served = set()  # the models that the replies name
         self.stored = self.read()
 
     def read(self):
-        """Usable replies on disk: {(where, request): Reply}; a last line that a kill cut off is taken away."""
-        stored, lines = {}, self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
+        """The usable replies on disk as {(where, request): Reply}. Removes a last line cut off by a kill."""
+        stored = {}
+        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
-                place, body = (entry["where"], entry["request"]), entry["body"]
+                place = entry["where"], entry["request"]
+                body = entry["body"]
                 hash(place)
             except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f"{self.path}, line {number}: not a line that this command writes") from None
+                raise InputError(f"{self.path}, line {number}: not a line written by this command") from None
             try:
                 reply = read_reply(body)
             except ValueError:
-                continue  # a reply that was no use then; asked for again
-            if reply.content:  # likewise one without content
+                continue  # an unusable reply is requested again
+            if reply.content:  # and so is an empty one
                 stored[place] = reply
         if self.path.is_file():
             with open(self.path, "r+b") as file:
@@ -133,19 +160,20 @@ class Judge:
         return stored
 
     def clean(self, text):
-        """Without the key."""
-        forms = (self.key, self.key.replace("/", "\\/")) if len(self.key) >= 8 else ()  # the second: some JSON
-        for form in forms:
+        """Removes the key from a text."""
+        in_json = self.key.replace("/", "\\/")
+        for form in (self.key, in_json) if len(self.key) >= 8 else ():
             text = text.replace(form, "***")
         return text
 
     def ask(self, where, messages, *, temperature, max_tokens):
-        """messages: [{"role", "content"}]; `where`, unique, names the request on disk and in messages -> Reply."""
+        """messages: [{"role", "content"}] -> Reply. where: the request's unique name, on disk and in logs."""
         body = {"model": self.model, "messages": messages}
-        body |= {"temperature": temperature} if self.temperature else {}
+        if self.temperature:
+            body["temperature"] = temperature
         body[self.token_field] = self.max_tokens or max_tokens
         data = json.dumps(body).encode()
-        place = where, hashlib.sha256(self.url.encode() + data).hexdigest()[:16]
+        place = (where, hashlib.sha256(self.url.encode() + data).hexdigest()[:16])
         reply = self.stored.get(place)
         for trial in range(1, TRIES + 1):
             if reply is not None:
@@ -156,33 +184,36 @@ class Judge:
                 if trial == TRIES:
                     raise JudgeError(
                         f"judge {self.url}: no usable reply about {where} in {TRIES} tries ({refusal}); "
-                        "what it graded is kept, the same command goes on from there"
+                        "verdicts so far are kept; run the same command to resume"
                     ) from None
                 wait = min(max(WAIT * 2 ** (trial - 1), refusal.wait or 0), LONGEST_WAIT)
-                self.say(f"judge, {where}: {refusal}; try {trial + 1} of {TRIES} in {wait:.0f} s")
+                self.warn(f"judge, {where}: {refusal}; try {trial + 1} of {TRIES} in {wait:.0f} s")
                 time.sleep(wait)
         self.served.add(reply.model)
         return reply
 
     def post(self, place, data):
-        """One try. Raises Refused if another one may help, else InputError."""
+        """One try. Raises Refused if another try may help, else InputError."""
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         request = urllib.request.Request(self.url, data, headers, method="POST")
         try:
             try:
                 response = self.opener.open(request, timeout=self.timeout)
             except urllib.error.HTTPError as error:
-                response = error  # a reply all the same
+                response = error  # also a reply
             with response:
-                status, body = response.status, self.read_body(response).decode("utf-8", "replace")
+                status = response.status
+                body = self.read_body(response).decode("utf-8", "replace")
                 after = response.headers.get("Retry-After") or ""
-        except (OSError, http.client.HTTPException, ValueError) as error:  # no connection, a timeout, half an answer
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # no connection, a timeout, half a reply
             raise Refused(self.clean(first_line(error))) from None
         body = self.clean(body)
         if status != 200:
-            reason = f"HTTP {status} {printable(body)[:200]}".strip()
+            reason = f"HTTP {status} {flatten(body)[:200]}".strip()
             if 300 <= status < 400:
-                reason += f" (a redirect to {printable(response.headers.get('Location') or '?')}; see --judge-url)"
+                target = flatten(response.headers.get("Location") or "?")
+                reason += f" (a redirect to {target}; see --judge-url)"
             if status != 429 and status < 500:
                 raise JudgeError(f"judge {self.url}: {reason}")
             raise Refused(reason, float(after) if after.isdecimal() and after.isascii() else None)
@@ -192,12 +223,13 @@ class Judge:
         try:
             reply = read_reply(body)
         except ValueError as error:
-            raise Refused(f"{error}: {printable(body)[:80]!r}") from None
+            raise Refused(f"{error}: {flatten(body)[:80]!r}") from None
         return self.stored.setdefault(place, reply)
 
     def read_body(self, response):
-        """The whole body, in `timeout` seconds however slowly it drips, and of 10 MB at most."""
-        deadline, parts, size = time.monotonic() + self.timeout, [], 0
+        """The entire body, within `timeout` seconds however slowly it arrives, and at most 10 MB."""
+        deadline = time.monotonic() + self.timeout
+        parts, size = [], 0
         while part := response.read1(1 << 16):
             parts.append(part)
             size += len(part)
@@ -205,18 +237,21 @@ class Judge:
                 raise OSError("more than 10 MB")
             if time.monotonic() > deadline:
                 raise OSError("timed out")
-        if response.length:  # of what Content-Length announced
+        if response.length:  # bytes missing from Content-Length
             raise OSError(f"the connection ended {response.length} bytes too early")
         return b"".join(parts)
 
     def map(self, function, items):
-        """[function(item) for item in items], WORKERS at a time; the first error ends it.
+        """[function(item) for item in items], WORKERS at a time; the first error stops it.
 
-        Daemon threads: a process that is stopped does not wait for a judge that never answers.
+        The threads are daemons, so a stopped process does not wait for a judge that never answers.
         """
         items = list(items)
-        done, results, stop = queue.SimpleQueue(), [None] * len(items), threading.Event()
-        todo, lock = iter(enumerate(items)), threading.Lock()
+        results = [None] * len(items)
+        done = queue.SimpleQueue()
+        todo = iter(enumerate(items))
+        lock = threading.Lock()
+        stop = threading.Event()
 
         def work():
             while not stop.is_set():
@@ -240,5 +275,5 @@ class Judge:
                     raise error
                 progress.add()
         finally:
-            stop.set()  # the other workers end after what they are at
+            stop.set()  # the other workers end after their current item
         return results

@@ -1,10 +1,11 @@
 """MM-Vet (218 questions on 200 images): the prompt, the judge's request and the scores from its grades.
 
-Data: `mm-vet.json` and `images/`, the release of the MM-Vet repository. Answers are exchanged as there: one JSON object
-of id and text. Request, reading of the reply and scores follow that repository's evaluator notebook; the prompt, the
-bare question, is that of LLaVA's `llava-mm-vet.jsonl`. One difference: a judge that says `nan` is asked again, the
-official range check lets it through. Not here: any score without a judge's grades, and the official evaluator's sixth
-request after five unreadable replies, whose reply it stores unread beside the grade 0.
+Data: `mm-vet.json` and `images/`, the release of the MM-Vet repository. Answers are exchanged in its form,
+one JSON object {id: text}. The request, the parsing of the reply and the scores follow that repository's
+evaluator notebook; the prompt, the bare question, is that of LLaVA's `llava-mm-vet.jsonl`. One difference: a
+judge that replies `nan` is asked again; the official range check accepts it. Not here: any score without a
+judge's grades, and the official evaluator's sixth request after five unreadable replies, whose reply it
+stores unread next to the grade 0.
 """
 
 import json
@@ -15,10 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from stic_min import InputError
-from stic_min.runtime.files import read_records, text_field
-from stic_min.scorers.common import figure, match_answers, mean, read_json, unread
+from stic_min.runtime.files import read_json, read_records, text_field
+from stic_min.scorers.common import match_answers, mean, unread, with_interval
 
-COMPLETE, GROUPED_BY = True, "capabilities"
+DATA_FILES = """\
+mm-vet.json        in mm-vet.zip, linked from https://github.com/yuweihao/MM-Vet
+images/v1_ID.png   the same
+"""
+COMPLETE = True
+GROUPED_BY = "capabilities"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 OFFICIAL_JUDGE = "gpt-4-0613"
@@ -26,10 +32,14 @@ RUNS = 5
 PROMPTS = "mm_vet"
 OWN_PROMPTS = {
     "few_shot": (
-        "You grade short answers about pictures. Every row below holds a question, the true answer, what a model "
-        "answered and a grade from 0.0 (nothing right) to 1.0 (all of it right) in steps of 0.1. A true answer with "
-        "<AND> has several parts, and the grade is the portion of them that the model gives; one with <OR> lists "
-        "alternatives, any of which earns 1.0. Judge the meaning, not the wording, and write nothing but the grade "
+        "You grade short answers about pictures. Every row below holds a question, the true answer, what a "
+        "model "
+        "answered and a grade from 0.0 (nothing right) to 1.0 (all of it right) in steps of 0.1. A true "
+        "answer with "
+        "<AND> has several parts, and the grade is the portion of them that the model gives; one with <OR> "
+        "lists "
+        "alternatives, any of which earns 1.0. Judge the meaning, not the wording, and write nothing but "
+        "the grade "
         "that the last row lacks.\n\n"
         "Question | Ground truth | Prediction | Correctness\n"
         "--- | --- | --- | ---\n"
@@ -38,9 +48,11 @@ OWN_PROMPTS = {
         "Which fruits are in the bowl? | apple <AND> pear | A green pear and a red apple. | 1.0\n"
         "What does the ticket cost? | 4.50 <OR> 4.50 euros | It costs 4.50. | 1.0\n"
         "What does the ticket cost? | 4.50 <OR> 4.50 euros | 45 euros | 0.0\n"
-        "Why are the people running? | It has begun to rain heavily, and they have no umbrellas, so they run to the "
+        "Why are the people running? | It has begun to rain heavily, and they have no umbrellas, so they "
+        "run to the "
         "bus shelter. | They want to catch the bus at the shelter. | 0.2\n"
-        "Why are the people running? | It has begun to rain heavily, and they have no umbrellas, so they run to the "
+        "Why are the people running? | It has begun to rain heavily, and they have no umbrellas, so they "
+        "run to the "
         "bus shelter. | They are caught in the rain and hurry to a place with a roof. | 0.8\n"
     ),
     "retry_suffix": "\nThe grade as a number, with no other text: ",
@@ -51,23 +63,25 @@ TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5)  # of the five attempts; the first one 
 # ---------------------------------------------------------------- questions and answers
 
 
-def load(data):
+def load(data: str | Path) -> list[dict]:
     """The questions, in the order of the file.
 
-    data: the folder that holds `mm-vet.json`. Returns a dict a question: `question_id`, an int, 12 for the official
-    "v1_12" (as in LLaVA's question file); `image`; `text` and `prompt`, the bare question; `answer`, the truth;
-    `capabilities`, the names of what it needs. Raises InputError naming file and id.
+    data: the folder of `mm-vet.json`. Returns one dict per question: `question_id`, an int, 12 for the
+    official "v1_12" (as in LLaVA's question file); `image`; `text` and `prompt`, the bare question; `answer`,
+    the ground truth; `capabilities`, the names of the required ones. Raises InputError naming file and id.
     """
-    path, questions = Path(data) / "mm-vet.json", []
+    path = Path(data) / "mm-vet.json"
+    questions = []
     for key, entry in read_json(path).items():
-        number, where = _number(key), f"{path}: {key!r}"
+        number = _number(key)
+        where = f"{path}: {key!r}"
         if not isinstance(number, int):
-            raise InputError(f"{where} is no id of the form v1_12")
+            raise InputError(f"{where} is not an id of the form v1_12")
         if not isinstance(entry, dict):
             raise InputError(f"{where} is not a JSON object")
-        needs = entry.get("capability")
-        known = [name for name in CAPABILITIES if isinstance(needs, list) and name in needs]
-        if not known or len(known) != len(needs):  # an unknown one or one twice makes it longer
+        required = entry.get("capability")
+        known = [name for name in CAPABILITIES if isinstance(required, list) and name in required]
+        if not known or len(known) != len(required):  # an unknown or repeated one makes the list longer
             raise InputError(f"{where}: capability is not a list of some of {', '.join(CAPABILITIES)}")
         text = text_field(entry, "question", where)
         questions.append({
@@ -79,26 +93,28 @@ def load(data):
 
 
 def _number(key):
-    """12 for "v1_12", and anything else as it is."""
+    """12 for "v1_12", anything else unchanged."""
     return int(key[3:]) if isinstance(key, str) and re.fullmatch("v1_(0|[1-9][0-9]{0,8})", key) else key
 
 
 def read_answers(path):
-    """Answers in the official form {"v1_12": text}, or as JSON lines with question_id 12 or "v1_12".
+    """Reads answers in the official form {"v1_12": text}, or JSON lines with question_id 12 or "v1_12".
 
     Returns records {"question_id": 12, "text", ...}. Raises InputError naming the file.
     """
     try:
         results = read_json(path)
-    except InputError:  # several lines, or none at all: `read_records` says what is wrong with a broken file
+    except InputError:  # several lines, or not JSON at all: `read_records` reports what is wrong
         results = {"question_id": None}
     if "question_id" in results:
-        return [record | {"question_id": _number(record.get("question_id"))} for _, record in read_records(path)]
+        records = [record for _, record in read_records(path)]
+        return [record | {"question_id": _number(record.get("question_id"))} for record in records]
     return [{"question_id": _number(key), "text": text} for key, text in results.items()]
 
 
 def official(questions, records):
-    """(".json", the text of the official result file, {"v1_12": text}). Raises InputError as `match_answers`.
+    """(".json", the text of the official result file, {"v1_12": text}). Raises InputError like
+    `match_answers`.
 
     Source: LLaVA, `scripts/convert_mmvet_for_eval.py`.
     """
@@ -111,9 +127,9 @@ def official(questions, records):
 
 
 def parse(content):
-    """The grade that a reply gives: all before its first blank, as a number from 0 to 1; None if it is no such number.
+    """The grade in a reply: the text up to the first space as a number from 0 to 1; None if it is not one.
 
-    "nan" is not a number outside that range, so it gives NaN. Source: the MM-Vet evaluator.
+    "nan" is not outside that range, so it gives NaN. Source: the MM-Vet evaluator.
     """
     try:
         value = float(_first(content))
@@ -134,9 +150,10 @@ def _first(content):
 def judge(questions, answers, judge):
     """Asks the judge about every answer, `judge.runs` times -> the official grades, as `score` takes them.
 
-    A reply that cannot be read (or says NaN) is asked for again, with the suffix and a rising temperature; after the
-    fifth one the grade is 0. questions: as from `load`. answers: records {"question_id", "text"}, one for each.
-    judge: what asks, with `texts` of the form of OWN_PROMPTS. Raises InputError as `match_answers`.
+    If a reply cannot be parsed (or is NaN), the request is repeated with the suffix and a rising temperature;
+    after the fifth such reply the grade is 0. questions: from `load`. answers: records {"question_id",
+    "text"}, one for each question. judge: a Judge with `texts` in the form of OWN_PROMPTS. Raises InputError
+    like `match_answers`.
     Source: the MM-Vet evaluator.
     """
     records = match_answers("MM-Vet", questions, answers, complete=True)
@@ -156,7 +173,8 @@ def judge(questions, answers, judge):
                 value = parse(reply.content)
                 break
         else:
-            value, failed = 0.0, True
+            value = 0.0
+            failed = True
         return failed, {"content": _first(reply.content), "score": value, "model": reply.model}
 
     items = [(question, run) for question in questions for run in range(1, judge.runs + 1)]
@@ -164,7 +182,8 @@ def judge(questions, answers, judge):
     verdicts = judge.map(grade, items)
     if all(failed for failed, _ in verdicts):
         first = verdicts[0][1]["content"]
-        raise InputError(f"MM-Vet: no reply of the judge is a grade, the first says {first!r} (see --judge-max-tokens)")
+        hint = "(see --judge-max-tokens)"
+        raise InputError(f"MM-Vet: none of the judge's replies is a grade, the first is {first!r} {hint}")
     for (question, _), (_, verdict) in zip(items, verdicts):
         for name, values in judged[f"v1_{question['question_id']}"].items():
             values.append(verdict[name])
@@ -172,23 +191,27 @@ def judge(questions, answers, judge):
 
 
 def read_judged(paths):
-    """Official grades files -> {"v1_12": {"content": [...], "score": [...], "model": [...]}}, an item a run.
+    """Reads official grades files -> {"v1_12": {"content": [...], "score": [...], "model": [...]}}, one item
+    per run.
 
-    The runs of several files are put together. Raises InputError naming the file and the id: the three lists are not
-    there or of unequal lengths, a grade is no number from 0 to 1.
+    The runs of several files are concatenated. Raises InputError naming the file and the id: the three lists
+    are missing or of unequal lengths, a grade is not a number from 0 to 1.
     """
     judged = {}
     for path in paths:
         for key, entry in read_json(path).items():
-            lists = [entry.get(name) if isinstance(entry, dict) else None for name in ("content", "score", "model")]
-            if not all(isinstance(own, list) and len(own) == len(lists[0]) for own in lists):
-                raise InputError(f"{path}: {key!r} has no 'content', 'score' and 'model', lists of one length")
+            names = ("content", "score", "model")
+            lists = [entry.get(name) if isinstance(entry, dict) else None for name in names]
+            if not all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+                message = "needs lists 'content', 'score' and 'model' of the same length"
+                raise InputError(f"{path}: {key!r} {message}")
             for value in lists[1]:
-                if type(value) not in (int, float) or not 0 <= value <= 1:  # NaN is not either
-                    raise InputError(f"{path}: {key!r} has the grade {value!r}, which is not a number from 0 to 1")
+                if type(value) not in (int, float) or not 0 <= value <= 1:  # also rejects NaN
+                    message = "which is not a number from 0 to 1"
+                    raise InputError(f"{path}: {key!r} has the grade {value!r}, {message}")
             grades = judged.setdefault(key, {"content": [], "score": [], "model": []})
-            for own, new in zip(grades.values(), lists):
-                own += new
+            for values, new_values in zip(grades.values(), lists):
+                values += new_values
     return judged
 
 
@@ -200,18 +223,18 @@ def judged_files(judged):
 # ---------------------------------------------------------------- scores
 
 
-def score(questions, answers, judged):
+def score(questions: list[dict], answers: list[dict] | None, judged: dict | None) -> dict:
     """The mean grade in percent, over all questions, by capability and by exact set of capabilities.
 
-    questions: as from `load`. answers: None, or the records that were graded, checked to be complete. judged: as from
-    `judge` or `read_judged`.
-    Returns {"score", "interval", "n", "missing": 0, "unread", "unread_share": grades of 0 because the judge gave none,
-    "runs": [total of each run], "std": of these, as of a population, "groups": {capability: {"score", "interval",
-    "n"}}, "integrations": {"gen_know_rec": the same}}. Everything is a
-    mean over the runs; the intervals are over the choice of questions. A question counts in each of its capabilities
-    and in one integration; the integration with most questions comes first.
-    Raises InputError: no grades, grades of an unknown question, a question without grades, or with more or fewer than
-    the others, answers as `match_answers`.
+    questions: from `load`. answers: None, or the graded records, checked to be complete. judged: from `judge`
+    or `read_judged`.
+    Returns {"score", "interval", "n", "missing": 0, "unread", "unread_share": grades of 0 because the judge
+    gave none, "runs": [total of each run], "std": their population standard deviation, "groups": {capability:
+    {"score", "interval", "n"}}, "integrations": {"gen_know_rec": the same}}. All numbers are means over the
+    runs; the intervals reflect the choice of questions. A question counts in each of its capabilities and in
+    one integration; the integration with the most questions comes first.
+    Raises InputError: no grades, grades of an unknown question, a question without grades, or with a
+    different number of grades, answers like `match_answers`.
     Source: the MM-Vet evaluator, which rounds each number to one decimal.
     """
     if judged is None:
@@ -220,39 +243,41 @@ def score(questions, answers, judged):
         match_answers("MM-Vet", questions, answers, complete=True)
     ids = [f"v1_{q['question_id']}" for q in questions]
     if unknown := [key for key in judged if key not in ids]:
-        raise InputError(f"MM-Vet grades: {unknown[0]!r} is no question's id")
-    runs_of = {key: len(judged[key]["score"]) if key in judged else 0 for key in ids}
-    if without := [key for key in ids if not runs_of[key]]:
-        raise InputError(f"MM-Vet: {len(without)} of {len(ids)} questions have no grade, the first is {without[0]!r}")
-    if uneven := [key for key in ids if runs_of[key] != runs_of[ids[0]]]:
-        first, other = f"{ids[0]!r} has {runs_of[ids[0]]} grades", f"{uneven[0]!r} has {runs_of[uneven[0]]}"
-        raise InputError(f"MM-Vet: not the same number of runs for all questions: {first}, {other}")
+        raise InputError(f"MM-Vet grades: {unknown[0]!r} is not a question id")
+    runs = {key: len(judged[key]["score"]) if key in judged else 0 for key in ids}
+    if ungraded := [key for key in ids if not runs[key]]:
+        count = f"{len(ungraded)} of {len(ids)} questions have no grade"
+        raise InputError(f"MM-Vet: {count}, the first is {ungraded[0]!r}")
+    if uneven := [key for key in ids if runs[key] != runs[ids[0]]]:
+        counts = f"{ids[0]!r} has {runs[ids[0]]} grades, {uneven[0]!r} has {runs[uneven[0]]}"
+        raise InputError(f"MM-Vet: not the same number of runs for all questions: {counts}")
     grades = np.array([judged[key]["score"] for key in ids], dtype=np.float64)  # (questions, runs)
     verdicts = [pair for key in ids for pair in zip(judged[key]["content"], judged[key]["score"])]
     failed = sum(grade == 0 and not _is_grade(content) for content, grade in verdicts)
 
-    capabilities, integrations = {name: [] for name in CAPABILITIES}, {}
-    for question, own in zip(questions, grades.mean(1)):
+    capabilities = {name: [] for name in CAPABILITIES}
+    integrations = {}
+    for question, grade in zip(questions, grades.mean(1)):
         for name in question["capabilities"]:
-            capabilities[name].append(own)
-        integrations.setdefault("_".join(sorted(question["capabilities"])), []).append(own)
+            capabilities[name].append(grade)
+        integrations.setdefault("_".join(sorted(question["capabilities"])), []).append(grade)
     by_size = sorted(integrations.items(), key=lambda item: -len(item[1]))
-    runs = 100 * grades.mean(0)
+    totals = 100 * grades.mean(0)
     return {
         **mean(grades.mean(1)), "missing": 0, **unread(failed, grades.size),
-        "runs": runs.tolist(), "std": float(runs.std()),
-        "groups": {name: mean(own) for name, own in capabilities.items() if own},
-        "integrations": {name: mean(own) for name, own in by_size},
+        "runs": totals.tolist(), "std": float(totals.std()),
+        "groups": {name: mean(values) for name, values in capabilities.items() if values},
+        "integrations": {name: mean(values) for name, values in by_size},
     }  # fmt: skip
 
 
-def report(scores):
-    """The numbers as lines of text. scores: as from `score`."""
+def report(scores: dict) -> str:
+    """The numbers as lines of text. scores: from `score`."""
     runs = " ".join(f"{run:.1f}" for run in scores["runs"])
     rows = [("all", scores), *scores["groups"].items(), *scores["integrations"].items()]
-    lines = [f"{name:<20} {figure(own):<20} n={own['n']}" for name, own in rows]
+    lines = [f"{name:<20} {with_interval(group):<20} n={group['n']}" for name, group in rows]
     first = 1 + len(scores["groups"])
     return "\n".join([
-        f"MM-Vet: {scores['n']} questions; the judge's grades in %, [95 % interval over the questions]",
+        f"MM-Vet: {scores['n']} questions; the judge's grades in %, [95% interval over the questions]",
         f"{len(scores['runs'])} runs of the judge: {runs}, std {scores['std']:.1f}",
         *lines[:first], "by exact set of capabilities:", *lines[first:]])  # fmt: skip

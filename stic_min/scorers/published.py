@@ -1,8 +1,9 @@
-"""Published numbers to put beside one's own: the STIC paper's tables and LLaVA's own figures. Data alone.
+"""Published numbers for comparison: the STIC paper's tables and LLaVA's own results. Only data.
 
-Sources: the STIC paper (arXiv 2405.19716), Tables 1, 2, 3, 5 and 6; its LLaVA-1.6 is llava-v1.6-mistral-7b, its
-LLaVA-1.5 is llava-v1.5-7b. LLaVA's model zoo for v1.6; for v1.5 LLaVA's published figures, MM-Vet and LLaVA-Bench as
-recomputed from its graded files. All in percent. Not here: Table 4, which has no scores, and the paper's figures.
+Sources: the STIC paper (arXiv 2405.19716), Tables 1, 2, 3, 5 and 6; its LLaVA-1.6 is llava-v1.6-mistral-7b,
+its LLaVA-1.5 is llava-v1.5-7b. LLaVA's model zoo for v1.6; for v1.5 LLaVA's published results, with MM-Vet
+and LLaVA-Bench recomputed from its graded files. All in percent. Not here: Table 4, which has no scores, and
+the paper's plots.
 """
 
 BENCHMARKS = {  # in the order of the paper's columns
@@ -20,7 +21,7 @@ def _row(*values):
     return dict(zip(BENCHMARKS, values))
 
 
-# {row: {benchmark: percent, None for a dash}}. The rows with STIC answer with DaR, the others directly.
+# {row: {benchmark: percent, None for a dash}}. Rows with STIC use DaR, the others answer directly.
 TABLE1 = {
     "InstructBLIP 7B": _row(60.5, 50.1, None, 60.9, 36.0, 26.2, 25.3),
     "mPLUG-Owl2 7B": _row(64.5, 54.3, None, 59.9, 64.5, 36.2, 22.2),
@@ -40,15 +41,15 @@ TABLE2 = {
 }
 TABLE2_AVERAGES = {(False, False): 54.8, (False, True): 52.5, (True, False): 57.6, (True, True): 58.7}
 
-# {row: {benchmark: percent}}, LLaVA-1.6 7B; stage 1 with preferred responses alone in the middle.
+# {row: {benchmark: percent}}, LLaVA-1.6 7B. Second row: stage 1 on preferred responses only.
 TABLE3 = {
     "original": {"scienceqa": 68.9, "textvqa": 60.3, "llavabench": 77.3},
     "STIC, positives only": {"scienceqa": 71.8, "textvqa": 63.7, "llavabench": 76.7},
     "STIC": {"scienceqa": 75.3, "textvqa": 65.2, "llavabench": 79.2},
 }
 
-# {with STIC: {category: percent}}, LLaVA-1.6 7B on MMBench dev, without DaR; and how many questions a category has:
-# with these counts all twelve rates are whole numbers of right answers.
+# {with STIC: {category: percent}}, LLaVA-1.6 7B on MMBench dev, without DaR; and the number of questions per
+# category: with these counts all twelve rates are whole numbers of correct answers.
 TABLE5 = {
     False: {"LR": 35.6, "AR": 65.8, "RR": 61.7, "FP-S": 64.5, "FP-C": 49.0, "CP": 80.7},
     True: {"LR": 42.4, "AR": 69.3, "RR": 67.8, "FP-S": 68.6, "FP-C": 60.8, "CP": 83.1},
@@ -67,54 +68,70 @@ LLAVA = {
     "v1.5": _row(66.8, 58.2, None, 65.4, 64.3, 31.1, None),
 }
 
-# What a reader has to know before comparing: about all of the paper's numbers, and about single benchmarks.
+# What to know before comparing: about all of the paper's numbers, and about single benchmarks.
 GENERAL_NOTES = (
-    "The paper's release evaluates with LLaVA-1.5's scripts and the vicuna_v1 template, also the Mistral-based "
-    "LLaVA-1.6; its baseline lies below LLaVA's own figures for that model.",
-    "The LLaVA-1.5 row of Table 1 is taken over from the POVID paper.",
-    "The paper's text has averages that differ from its tables: 54.7 for the original LLaVA-1.6 (54.8 in Table 2) and "
+    "The paper's release evaluates with LLaVA-1.5's scripts and the vicuna_v1 template, even the "
+    "Mistral-based "
+    "LLaVA-1.6; its baseline is below LLaVA's own numbers for that model.",
+    "The LLaVA-1.5 row of Table 1 is copied from the POVID paper.",
+    "The paper's text has averages that differ from its tables: 54.7 for the original LLaVA-1.6 (54.8 in "
+    "Table 2) and "
     "47.0 for LLaVA-1.5 with STIC (47.4 by its row).",
 )
 NOTES = {
     "scienceqa": (
-        "The paper does not say which accuracy it reports; LLaVA's for v1.5, which the paper repeats (66.8), is over "
+        "The paper does not say which accuracy it reports; LLaVA's for v1.5, which the paper quotes (66.8), "
+        "is over "
         "the questions with an image.",
     ),
     "textvqa": (),
     "chartqa": (
-        "Prompt and metric behind the paper's numbers are not identifiable (LLaVA has no ChartQA script, and 6.32 for "
-        "LLaVA-1.5 is far below its relaxed accuracy elsewhere): they compare within the paper only.",
+        "The prompt and metric behind the paper's numbers are not identifiable (LLaVA has no ChartQA "
+        "script, and "
+        "6.32 for LLaVA-1.5 is far below its relaxed accuracy elsewhere): they are only comparable within "
+        "the paper.",
     ),
-    "llavabench": ("The paper averages three runs of the judge, gpt-4-0613 in its release; LLaVA's was gpt-4-0314.",),
+    "llavabench": (
+        "The paper averages three runs of the judge, gpt-4-0613 in its release; LLaVA's judge was "
+        "gpt-4-0314.",
+    ),
     "mmbench": (
-        "The paper's numbers are the official server's, and fit 1164 questions; the file has 1176.",
+        "The paper's numbers are from the official server and match 1,164 questions; the file has 1,176.",
         "Table 5's STIC row is the run without DaR (68.7), while Table 1 reports the one with DaR (67.8).",
-        "The release's DaR script for MMBench describes without seeing the picture; whether the base model's 50.7 with "
-        "DaR was made by it is not known.",
+        "The release's DaR script for MMBench describes without seeing the image; it is not known whether "
+        "the base "
+        "model's 50.7 with DaR was obtained with it.",
     ),
     "mmvet": ("STIC with DaR is 45.0 in Table 1 and 45.2 in Table 2.",),
     "mathvista": (
-        "The paper's 34.6 for the original LLaVA-1.6 equals what LLaVA published for its Vicuna-7B version; for "
-        "Mistral-7B that is 37.7.",
-        "Most totals published for MathVista follow the stricter rule for integers, strict_int.",
+        "The paper's 34.6 for the original LLaVA-1.6 equals the number that LLaVA published for its "
+        "Vicuna-7B version; "
+        "for Mistral-7B it is 37.7.",
+        "Most published totals for MathVista follow the stricter rule for integers, strict_int.",
     ),
 }
 
 
-def rows(benchmark, base):
-    """Every published figure of a benchmark for a base model -> [(label, percent)], the paper's first.
+def rows(benchmark: str, base: str) -> list[tuple[str, float]]:
+    """All published results on a benchmark for a base model: [(label, percent)], the paper's first.
 
-    benchmark: a key of BENCHMARKS. base: "v1.6" or "v1.5". A figure that Tables 1 and 2 give differently comes twice.
+    benchmark: a key of BENCHMARKS. base: "v1.6" or "v1.5". A result that differs between Tables 1 and 2
+    appears twice.
     """
     model = {"v1.6": "LLaVA-1.6 7B", "v1.5": "LLaVA-1.5 7B"}[base]
-    label = lambda stic, dar: f"paper, {model}" + " + STIC" * stic + " + DaR" * dar
+    label = lambda stic, dar: f"paper, {model}{' + STIC' if stic else ''}{' + DaR' if dar else ''}"
     if base == "v1.6":
-        found = [(label(*run), row[benchmark]) for run, row in TABLE2.items()]
+        results = [(label(*run), row[benchmark]) for run, row in TABLE2.items()]
         other = TABLE1["LLaVA-1.6 7B + STIC"][benchmark]
         if other != TABLE2[True, True][benchmark]:
-            found.append((f"{label(True, True)}, by Table 1", other))
+            results.append((f"{label(True, True)}, by Table 1", other))
     else:
         runs = {label(False, False): "LLaVA-1.5 7B", label(True, True): "LLaVA-1.5 7B + STIC"}
-        found = [(name, TABLE1[row][benchmark]) for name, row in runs.items()]
-    found.append((f"LLaVA's own, {model}", LLAVA[base][benchmark]))
-    return [(name, value) for name, value in found if value is not None]
+        results = [(name, TABLE1[row][benchmark]) for name, row in runs.items()]
+    results.append((f"LLaVA's own, {model}", LLAVA[base][benchmark]))
+    return [(name, value) for name, value in results if value is not None]
+
+
+def guess_base(models: list[str]) -> str:
+    """The paper's base model, "v1.6" or "v1.5", that the names of model folders suggest."""
+    return "v1.5" if models and all("1.5" in model for model in models) else "v1.6"

@@ -1,20 +1,25 @@
-"""ScienceQA (test split, 4241 questions, 2017 with an image): the prompt, the parser and the scores.
+"""ScienceQA (test split, 4,241 questions, 2,017 with an image): the prompt, the parser and the scores.
 
-Data: `problems.json`, `pid_splits.json` and `images/test/{id}/`, as https://scienceqa.github.io has them.
-The prompt is that of LLaVA's `llava_test_CQM-A.json`, the groups are those of ScienceQA's `tools/evaluate_acc.py`.
+Data: `problems.json`, `pid_splits.json` and `images/test/{id}/`, as published on https://scienceqa.github.io.
+The prompt is that of LLaVA's `llava_test_CQM-A.json`, the groups are those of ScienceQA's
+`tools/evaluate_acc.py`.
 
-RULES are two parsers: `llava` is that of LLaVA's `llava/eval/eval_science_qa.py`, `lmms_eval` that of lmms-eval's
-`tasks/scienceqa/utils.py`. An answer that cannot be read is wrong in both; the GPT-3 scorer of ScienceQA drew a random
-choice instead. Not here: the chain-of-thought format of the fine-tuned LLaVA-v0 models.
+RULES are two parsers: `llava` is that of LLaVA's `llava/eval/eval_science_qa.py`, `lmms_eval` that of
+lmms-eval's `tasks/scienceqa/utils.py`. An unreadable answer is wrong in both; the GPT-3 scorer of ScienceQA
+picked a random choice instead. Not here: the chain-of-thought format of the fine-tuned LLaVA-v0 models.
 """
 
 import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime.files import check_text
-from stic_min.scorers.common import match_answers, read_json, share
+from stic_min.runtime.files import check_text, read_json
+from stic_min.scorers.common import match_answers, proportion
 
+DATA_FILES = """\
+problems.json, pid_splits.json   https://scienceqa.github.io
+images/test/ID/image.png         the same
+"""
 SUFFIX = "Answer with the option's letter from the given choices directly."
 
 GROUPED_BY = "subject"
@@ -22,14 +27,18 @@ LETTERS = tuple("ABCDE")
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 GRADES = {f"grade{g}": "G1-6" if g <= 6 else "G7-12" for g in range(1, 13)}
 GROUPS = ("average", "IMG", "TXT", "NO", "NAT", "SOC", "LAN", "G1-6", "G7-12", "img_acc")
-NOTE = "IMG (with an image) is what LLaVA publishes for v1.5 (img_acc: by its script); the STIC paper does not say"
+NOTE = (
+    "IMG (with an image) is what LLaVA publishes for v1.5 (img_acc: by its script); the STIC paper does not "
+    "say"
+)
 
 
 def prompt(problem):
     """The text of one problem, without `<image>` and suffix: the context if any, the question, the options.
 
     problem: an entry of problems.json; `question`, `choices` and `hint` are read.
-    Returns the text; double spaces are replaced in one left-to-right pass (three become two), then it is stripped.
+    Returns the text; double spaces are replaced in one left-to-right pass (three become two), then it is
+    stripped.
     Source: LLaVA, `llava_test_CQM-A.json`.
     """
     context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
@@ -37,27 +46,32 @@ def prompt(problem):
     return f"{context}{problem['question']}\n{options}".replace("  ", " ").strip()
 
 
-def load(data):
+def load(data: str | Path) -> list[dict]:
     """The questions of the test split, in the order of pid_splits.json.
 
-    data: the folder that holds `problems.json` and `pid_splits.json`.
-    Returns a dict a question: `question_id`; `image`, a path relative to `data`, or None; `text`, with the suffix,
-    without `<image>`; `answer`, an index into `choices`; `choices`; `hint`, "" for none; `subject` and `grade`, None
-    where unknown. The prompt to record is `text`, behind "<image>\\n" if there is an image.
-    Raises InputError: a file is missing or not JSON, an id of the split is repeated or unknown, a question or its
-    choices are missing, an answer index is out of range, another field is no text or no Unicode, an image lies outside
-    the problem's folder.
+    data: the folder of `problems.json` and `pid_splits.json`.
+    Returns one dict per question: `question_id`; `image`, a path relative to `data`, or None; `text`, with
+    the suffix, without `<image>`; `answer`, an index into `choices`; `choices`; `hint`, "" for none;
+    `subject` and `grade`, None where unknown. The prompt to record is `text`, after "<image>\\n" if there is
+    an image.
+    Raises InputError: a file is missing or not JSON, an id of the split is repeated or unknown, a question or
+    its choices are missing, an answer index is out of range, another field is not text or not valid Unicode,
+    an image is outside the problem's folder.
     """
-    problems_file, splits_file = Path(data) / "problems.json", Path(data) / "pid_splits.json"
-    problems, ids = read_json(problems_file), read_json(splits_file).get("test")
+    problems_file = Path(data) / "problems.json"
+    splits_file = Path(data) / "pid_splits.json"
+    problems = read_json(problems_file)
+    ids = read_json(splits_file).get("test")
     if not isinstance(ids, list) or len(set(map(str, ids))) != len(ids):
         raise InputError(f"{splits_file}: 'test' is not a list of distinct ids")
     questions = []
     for qid in map(str, ids):
-        problem, where = problems.get(qid), f"{problems_file}: problem {qid!r}"
+        problem = problems.get(qid)
+        where = f"{problems_file}: problem {qid!r}"
         if not isinstance(problem, dict):
             raise InputError(f"{splits_file}: test id {qid!r} is not a problem in {problems_file.name}")
-        choices, answer = problem.get("choices"), problem.get("answer")
+        choices = problem.get("choices")
+        answer = problem.get("answer")
         if not isinstance(problem.get("question"), str) or not isinstance(choices, list):
             raise InputError(f"{where} needs a text 'question' and a list 'choices'")
         if type(answer) is not int or not 0 <= answer < len(choices):
@@ -65,7 +79,7 @@ def load(data):
         optional = {name: problem.get(name) for name in ("image", "hint", "subject", "grade")}
         for name, value in optional.items():
             if not isinstance(value, str | None):
-                raise InputError(f"{where}: {name} {value!r} is not a text")
+                raise InputError(f"{where}: {name} {value!r} is not text")
         image = optional["image"]
         parts = Path(f"{qid}/{image}").parts
         if image and (len(parts) != 2 or ".." in parts):
@@ -81,22 +95,22 @@ def load(data):
 
 
 def parse(text):
-    """The option letter that a prediction gives; case matters and the text is not stripped.
+    """The option letter in a response. Case matters, and the text is not stripped.
 
-    text: what the model said. Returns the letter or "FAILED"; the third rule also finds letters after E, and none of
-    the rules knows how many choices there are (`predicted_index` does).
+    Returns the letter or "FAILED". The third rule also accepts letters after E, and none of the rules knows
+    the number of choices (`predicted_index` does).
     Source: LLaVA, `llava/eval/eval_science_qa.py`.
     """
     if text in LETTERS:  # "B"
         return text
     if text[:1] in LETTERS and text[1:3] == ". ":  # "B. rock", but not "B." or "B) rock"
         return text[0]
-    found = re.findall(r"The answer is ([A-Z]).", text)  # one more character must follow, no newline
-    return found[0] if len(found) == 1 else "FAILED"
+    letters = re.findall(r"The answer is ([A-Z]).", text)  # one more character must follow, no newline
+    return letters[0] if len(letters) == 1 else "FAILED"
 
 
 def parse_lmms_eval(text):
-    """The same as lmms-eval has it: a letter in any case, or a capital and a full stop, whatever is behind them.
+    """lmms-eval's version: a letter in any case, or a capital and a period, whatever follows.
 
     Source: lmms-eval, `sqa_process_results` in `tasks/scienceqa/utils.py`.
     """
@@ -111,24 +125,25 @@ RULES = tuple(PARSERS)
 
 
 def predicted_index(text, num_choices, rule="llava"):
-    """The index of the choice that a prediction names, -1 (wrong) when it names none.
+    """The index of the choice that a response names, -1 (wrong) if it names none.
 
-    text: what the model said. num_choices: how many choices the question has; letters after E never count. rule: one of
-    RULES. Source: LLaVA, `llava/eval/eval_science_qa.py`.
+    num_choices: the number of choices of the question; letters after E never count. rule: one of RULES.
+    Source: LLaVA, `llava/eval/eval_science_qa.py`.
     """
     letter = PARSERS[rule](text)
     return LETTERS.index(letter) if letter in LETTERS[:num_choices] else -1
 
 
-def score(questions, answers, rule="llava"):
+def score(questions: list[dict], answers: list[dict], rule: str = "llava") -> dict:
     """Accuracy in percent, by group; a missing prediction is wrong.
 
-    questions: as from `load`. answers: records {"question_id", "prompt", "text"}. rule: one of RULES.
-    Returns {"score", "interval", "n", "correct", "missing", "rule", "groups": {name: the first four}}; what is not in a
-    group is its IMG, or the average where no question has an image. Groups: average; IMG, TXT, NO (the problem has an
-    image, a hint, neither; IMG and TXT overlap); NAT, SOC, LAN by subject; G1-6, G7-12 by grade; img_acc, LLaVA's IMG:
-    over the records whose prompt contains `<image>` (a missing record has no prompt, hence is not in it). Empty groups
-    are left out. Raises InputError as `match_answers`.
+    questions: from `load`. answers: records {"question_id", "prompt", "text"}. rule: one of RULES.
+    Returns {"score", "interval", "n", "correct", "missing", "rule", "groups": {name: the first four}}. The
+    top-level numbers are those of the group IMG, or of average if no question has an image. Groups: average;
+    IMG, TXT, NO (the problem has an image, a hint, neither; IMG and TXT overlap); NAT, SOC, LAN by subject;
+    G1-6, G7-12 by grade; img_acc, LLaVA's IMG, over the records whose prompt contains `<image>` (a missing
+    record has no prompt, so it is not included). Empty groups are omitted. Raises InputError like
+    `match_answers`.
     Sources: ScienceQA, `tools/evaluate_acc.py`; LLaVA, `llava/eval/eval_science_qa.py`.
     """
     records = match_answers("ScienceQA", questions, answers)
@@ -144,14 +159,15 @@ def score(questions, answers, rule="llava"):
         for group in GROUPS:
             if member.get(group):
                 hits[group].append(hit)
-    groups = {group: share(own) for group, own in hits.items() if own}
+    groups = {group: proportion(group_hits) for group, group_hits in hits.items() if group_hits}
     headline = groups.get("IMG", groups["average"])
     return headline | {"missing": len(questions) - len(records), "rule": rule, "groups": groups}
 
 
-def report(scores):
-    """The accuracies as lines of text. scores: as from `score`."""
-    head = f"ScienceQA test: {scores['groups']['average']['n']} questions, {scores['missing']} without a prediction; "
+def report(scores: dict) -> str:
+    """The accuracies as lines of text. scores: from `score`."""
+    total = scores["groups"]["average"]["n"]
+    head = f"ScienceQA test: {total} questions, {scores['missing']} without a prediction; "
     row = "{:<9}{score:>7.2f} [{interval[0]:.2f}, {interval[1]:.2f}]   n={n}"
-    table = [row.format(group, **own) for group, own in scores["groups"].items()]
+    table = [row.format(name, **group) for name, group in scores["groups"].items()]
     return "\n".join([f"{head}accuracy in %, rule {scores['rule']}", *table, NOTE])

@@ -19,7 +19,7 @@ import torch
 from official import SHARED
 from safetensors.torch import load_file, save_file
 
-from stic_min import InputError, lora
+from stic_min import InputError
 from stic_min.batch import Example, collate
 from stic_min.formats import adapters
 from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalize, open_image, unpadded
@@ -472,9 +472,9 @@ def merged_lengths(batch):
     return [trunk.end + branch.end - branch.start for branch in branches]
 
 
-def sums(llava, batch, **options):
+def sums(llava, batch):
     """(2, B): log-prob sums of the chosen and of the rejected answers."""
-    return token_logps(llava(batch, **options), batch.labels).sum(-1).view(-1, 2).T
+    return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).T
 
 
 def check_loss(policy, reference, expected):
@@ -518,10 +518,10 @@ def test_dpo(load, case):
                 check_loss(logps[policy], logps[reference], expected["paper"])
                 compared += 1
     assert (len(logps), compared) == (4, 3)
-    with lora.disabled(llava):  # theta_0 inside theta: LoRA off, and the frozen copy of the projector
+    with llava.as_reference():  # theta_0 inside theta: LoRA off, and the frozen copy of the projector
         close(sums(llava, batch), logps["base+nonlora"], LOGP_SUMS)
         llava.reference_projector = load(combo["checkpoint"], "pad").mm_projector
-        close(sums(llava, batch, reference=True), logps["base"], LOGP_SUMS)
+        close(sums(llava, batch), logps["base"], LOGP_SUMS)
         llava.reference_projector = None
 
 
@@ -531,7 +531,7 @@ def test_gradients(load, case):
     llava, expected = load(case["combo"]["checkpoint"], "pad", "lora"), case["grad"]["paper"]
     parameters = {name: p.requires_grad_() for name, p in llava.named_parameters() if ".lora_" in name}
     batch = pairs(llava, case)
-    with torch.no_grad(), lora.disabled(llava):
+    with torch.no_grad(), llava.as_reference():
         reference = sums(llava, batch)
     loss = stic_loss(*sums(llava, batch), *reference, BETA, ALPHA).mean()
     gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))

@@ -268,10 +268,10 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "another's file": ("pairs", None, "--out {w}/answers.jsonl", r"{w}/answers.jsonl, line 1: not a line written"),
     "merged before": ("merge", None, "--out {w}/model", r"{w}/model already exists"),
     # benchmarks
-    "no benchmark": ("scienceqa", None, "--data {w}/nowhere", r"{w}/nowhere/problems.json: cannot be read"),
-    "broken problems": ("scienceqa", cuts("scienceqa/problems.json"), "", r"{w}/scienceqa/problems.json: is not JSON"),
-    "broken splits": ("score", cuts("scienceqa/pid_splits.json"), "", r"{w}/scienceqa/pid_splits.json: is not JSON"),
-    "unknown answer": ("score", first(ANSWERS, question_id="999"), "", r"ScienceQA answers: '999' is no question's id"),
+    "no benchmark": ("scienceqa", None, "--data {w}/nowhere", r"no such file: {w}/nowhere/problems.json"),
+    "broken problems": ("scienceqa", cuts("scienceqa/problems.json"), "", r"{w}/scienceqa/problems.json: not JSON"),
+    "broken splits": ("score", cuts("scienceqa/pid_splits.json"), "", r"{w}/scienceqa/pid_splits.json: not JSON"),
+    "unknown answer": ("score", first(ANSWERS, question_id="999"), "", r"answers: '999' is not a question id"),
     "answered twice": ("score", edits(ANSWERS, lambda a: a.append(a[0])), "", r"ScienceQA answers: '4' is repeated"),
 }
 

@@ -8,34 +8,18 @@ import sys
 from unittest import mock
 
 import pytest
-from benchmark_data import write_benchmarks
 from commands import call, lines
 from judge_server import JudgeServer
-from tiny import write_json, write_scienceqa
+from tiny import write_json
 
 import evaluate
 from stic_min.runtime import process
 from stic_min.scorers import harness
 
+pytest_plugins = ["benchmark_world"]  # the fixtures world and own
+
 KEY = "sk-not-to-be-seen"
 JUDGED = ["llavabench", "mmbench", "mmvet", "mathvista"]
-
-
-@pytest.fixture(scope="session")
-def world(tiny, tmp_path_factory):
-    """A folder with the data of each benchmark and a checkpoint."""
-    folder = tmp_path_factory.mktemp("audit")
-    write_scienceqa(folder)
-    write_benchmarks(folder)
-    for name in ("llava-v1.6-tiny", "clip-tiny"):
-        (folder / name).symlink_to(tiny / name)
-    return folder
-
-
-@pytest.fixture
-def own(world, tmp_path):
-    """A copy of it to break."""
-    return shutil.copytree(world, tmp_path / "own", symlinks=True)
 
 
 @pytest.fixture
@@ -86,7 +70,7 @@ VERDICTS = {"llavabench": 3, "mmbench": 6, "mmvet": 3, "mathvista": 4}  # one ru
 
 def judged_by(server, world, name, tmp_path, *flags):
     """`score` of answers that only a judge can read."""
-    questions = harness.SCORERS[name].load(world / name)
+    questions = harness.get_benchmark(name).load(world / name)
     path = tmp_path / "answers.jsonl"
     write_lines(path, [{"question_id": q["question_id"], "text": f"so? {i}"} for i, q in enumerate(questions)])
     once = ["--judge-runs", 1] if name in ("llavabench", "mmvet") else []
@@ -107,14 +91,14 @@ def test_verdicts_that_can_not_be_read_give_no_score(world, tmp_path, capsys, fa
             return
         out, error = fails(*asked)
         count = VERDICTS[name] - 1
-        assert error.startswith(f"{tmp_path / 'answers.jsonl'}: {count} verdicts of the judge could not be read (")
+        assert error.startswith(f"{tmp_path / 'answers.jsonl'}: {count} of the judge's verdicts could not be read (")
         assert "--judge-max-tokens" in error and "--allow-unread" in error and out == ""
         numbers = json.loads(call("evaluate", *asked, "--allow-unread", "--json"))
         assert numbers["unread"] == count and numbers["unread_share"] == pytest.approx(count / VERDICTS[name])
         share = f"{count / VERDICTS[name]:.1%}"
-        assert warnings(capsys) == [f"{count} verdicts of the judge could not be read ({share} of all)"]
+        assert warnings(capsys) == [f"{count} of the judge's verdicts could not be read ({share} of all)"]
         text = call("evaluate", *asked, "--allow-unread")
-    assert f"verdicts of the judge that could not be read: {count} (" in text
+    assert f"unreadable verdicts of the judge: {count} (" in text
 
 
 @pytest.mark.parametrize("name", JUDGED)
@@ -134,15 +118,15 @@ def test_a_few_unread_verdicts_are_a_warning(own, tmp_path, capsys):
     said = lambda body: "" if "so? 63" in body["messages"][-1]["content"] else "0.5"
     with JudgeServer(verdict=said) as server:
         text = call("evaluate", *judged_by(server, own, "mmvet", tmp_path))
-    assert warnings(capsys) == ["1 verdicts of the judge could not be read (1.6% of all)"]
-    assert "verdicts of the judge that could not be read: 1 (1.6%)" in text
+    assert warnings(capsys) == ["1 of the judge's verdicts could not be read (1.6% of all)"]
+    assert "unreadable verdicts of the judge: 1 (1.6%)" in text
 
 
 def test_published_verdicts_are_looked_at_too(world, tmp_path, fails):
     grades = {f"v1_{i}": {"content": ["<think>"], "score": [0.0], "model": ["m"]} for i in range(3)}
     write_json(tmp_path / "grades.json", grades)
     asked = ["score", "mmvet", "--data", world / "mmvet", "--judged", tmp_path / "grades.json"]
-    assert "3 verdicts of the judge could not be read (100.0% of all)" in fails(*asked)[1]
+    assert "3 of the judge's verdicts could not be read (100.0% of all)" in fails(*asked)[1]
     assert json.loads(call("evaluate", *asked, "--allow-unread", "--json"))["score"] == 0
 
 
@@ -159,7 +143,7 @@ def test_flags_of_the_judges_request(world, tmp_path):
 def test_flags_that_need_a_judge(world, tmp_path, fails, flags):
     answers = write_lines(tmp_path / "a.jsonl", [{"question_id": 0, "text": "x"}])
     error = fails("score", "mmvet", "--answers", answers, "--data", world / "mmvet", *flags)[1]
-    assert error == f"{flags[0]} goes with --judge"
+    assert error == f"{flags[0]} requires --judge"
 
 
 # ---------------------------------------------------------------- answers and descriptions
@@ -200,7 +184,7 @@ def test_empty_ones_too_and_files_without_an_ending_go_on(world, tmp_path):
     (["", "", "", ""], ["all 4 answers are empty"]), (["B"] * 4, ["all 4 answers are the same: 'B'"]),
     (["B", "B", "B", "A"], []), (["", "", "", "A"], [])])
 def test_answers_that_are_all_the_same(world, tmp_path, capsys, texts, warning):
-    questions = harness.SCORERS["chartqa"].load(world / "chartqa")
+    questions = harness.get_benchmark("chartqa").load(world / "chartqa")
     records = [{"question_id": q["question_id"], "text": text} for q, text in zip(questions, texts)]
     answers = write_lines(tmp_path / "a.jsonl", records)
     call("evaluate", "score", "chartqa", "--answers", answers, "--data", world / "chartqa")
@@ -228,7 +212,7 @@ def test_scores_of_another_run_do_not_say_what_was_asked(two, capsys):
     change(out / "chartqa-base-dar.descriptions.jsonl", model="another")
     call("evaluate", *score)
     path = out / "chartqa-base-dar.scores.json"
-    assert warnings(capsys) == [f"{path} is of another run, with model 'llava-v1.6-tiny': it is replaced"]
+    assert warnings(capsys) == [f"{path} is from another run, with model 'llava-v1.6-tiny': it will be replaced"]
     run = saved(out, "chartqa-base-dar")["run"]
     assert (run["model"], run["limit"]) == ("another", None)
 
@@ -281,11 +265,11 @@ def test_check_reports_on_each_benchmark(world, tmp_path):
         path = tmp_path / "out" / f"{name}-base-direct.jsonl"
         assert said["questions"] == f"{questions}, {questions} of them not yet in {path}"
         assert said["images"] == f"{images}, 0 of them can't be read" and said.get("of them") == groups
-        assert said["tokens"].startswith("a question with its image: ") and said["last"].startswith("nothing stands")
-        assert said["memory"].startswith("about ") and f"{questions} answers of " in said["time"]
-        judge = {"llavabench": "none is given (--judge): no score", "mmvet": "none is given (--judge): no score"}
-        wrong = "none is given (--judge): what only it can read counts as wrong"
-        assert said["judge"] == judge.get(name, wrong if name in JUDGED else "none is needed")
+        assert said["tokens"].startswith("a question with its image: ") and said["last"] == "check passed: no problems found"
+        assert said["memory"].startswith("about ") and said["time"].startswith(f"{questions} responses of, say, ")
+        judge = {"llavabench": "not given (--judge): no score", "mmvet": "not given (--judge): no score"}
+        wrong = "not given (--judge): answers that only a judge can read count as wrong"
+        assert said["judge"] == judge.get(name, wrong if name in JUDGED else "not needed")
 
 
 def test_check_with_dar_counts_both_calls(world, tmp_path):
@@ -297,8 +281,8 @@ def test_check_with_dar_counts_both_calls(world, tmp_path):
         said = run(world, "chartqa", tmp_path / "out", *flags).splitlines()
         blind = run(world, "chartqa", tmp_path / "out", *flags, "--blind").splitlines()
     for report, descriptions in (said, 2), (blind, 1):
-        assert [line.split(", say")[0].split()[1:] for line in report if line.startswith("  time")] == [
-            [str(descriptions), "answers", "of", "8", "tokens"], ["4", "answers", "of", "5", "tokens"]]  # fmt: skip
+        assert [line.split(":")[0].split("time")[1].strip() for line in report if line.startswith("  time")] == [
+            f"{descriptions} responses of, say, 8 tokens", "4 responses of, say, 5 tokens"]  # fmt: skip
 
 
 def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(world, tmp_path, fails):
@@ -313,7 +297,7 @@ def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(w
 
 @pytest.mark.parametrize("name, fatal", [("mmvet", True), ("textvqa", True), ("chartqa", False), ("scienceqa", False)])
 def test_check_counts_images_that_can_not_be_read(own, tmp_path, fails, name, fatal):
-    picture = own / name / harness.SCORERS[name].load(own / name)[0]["image"]
+    picture = own / name / harness.get_benchmark(name).load(own / name)[0]["image"]
     picture.write_bytes(picture.read_bytes()[:100])
     if fatal:
         said, error = fails(*command(own, name, tmp_path / "out", "--check"))
@@ -335,12 +319,12 @@ def test_check_names_questions_that_are_too_long(own, tmp_path):
     entries = json.loads(path.read_text())
     write_json(path, [entries[0] | {"query": "what " * 5000}, entries[1]])
     said = run(own, "chartqa", tmp_path / "out", "--check")
-    assert "not asked    1 questions: human-0\n" in said and "tokens more than the model's sequence holds" in said
+    assert "not asked    1 questions: human-0\n" in said and "tokens longer than the model's limit" in said
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--adapter", "images"], "no adapter in "), (["--judge", "--judge-key", "a b"], "the judge's key is empty or has"),
-    (["--vision", "images"], "images"), (["--data", "images"], "mm-vet.json: cannot be read")])
+    (["--vision", "images"], "images"), (["--data", "images"], "mm-vet.json")])
 def test_check_fails_where_the_run_would(own, tmp_path, fails, flags, message):
     (own / "images").mkdir()
     flags = [own / flag if flag == "images" else flag for flag in flags]
@@ -353,7 +337,7 @@ def test_check_with_a_judge_leaves_its_replies_alone(world, tmp_path):
     store = tmp_path / "mmvet-base-direct.judge.jsonl"
     store.write_text('{"where": "v1_0, ru')  # of a run that is under way: not to be mended
     said = run(world, "mmvet", tmp_path, "--check", "--judge", "--judge-key", "k", "--judge-url", "http://127.0.0.1:9/v1")
-    assert "gpt-4-0613 at http://127.0.0.1:9/v1/chat/completions is asked for 15 verdicts" in said
+    assert "gpt-4-0613 at http://127.0.0.1:9/v1/chat/completions will be asked for 15 verdicts" in said
     assert store.read_text() == '{"where": "v1_0, ru'
 
 

@@ -16,18 +16,18 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from benchmark_data import write_benchmarks
 from commands import ENV, ROOT, call, call_two_ranks, lines, run
 from judge_server import FAULTS, MODEL, SILENCE, JudgeServer
-from tiny import write_scienceqa
 
 import evaluate
-from stic_min import InputError, dar, sampler
+from stic_min import InputError, generate, sampler
 from stic_min.runtime import process
 from stic_min.runtime.output import Output
 from stic_min.scorers import harness, judge, published
 from stic_min.scorers.judge import Judge, read_reply
 from stic_min.text import DESCRIBE_PROMPT, TEMPLATES
+
+pytest_plugins = ["benchmark_world"]  # the fixtures world and own
 
 NAMES = list(published.BENCHMARKS)
 JUDGED = ["llavabench", "mmbench", "mmvet", "mathvista"]
@@ -42,23 +42,6 @@ runs = pytest.mark.parametrize("name, mode", [(name, mode) for name in NAMES for
 def quick():
     with mock.patch.object(judge, "WAIT", 0.01):
         yield
-
-
-@pytest.fixture(scope="session")
-def world(tiny, tmp_path_factory):
-    """A folder with the data of each benchmark and a checkpoint."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    write_scienceqa(folder)
-    write_benchmarks(folder)
-    for name in ("llava-v1.6-tiny", "clip-tiny"):
-        (folder / name).symlink_to(tiny / name)
-    return folder
-
-
-@pytest.fixture
-def own(world, tmp_path):
-    """A copy of it to break."""
-    return shutil.copytree(world, tmp_path / "own", symlinks=True)
 
 
 def judged_at(url, timeout=1):
@@ -232,7 +215,7 @@ def scores(out, stem):
 def test_answers_and_descriptions(world, clean, name):
     direct, dar = (lines(clean.out / f"{name}-base-{mode}.jsonl") for mode in MODES)
     described = lines(clean.out / f"{name}-base-dar.descriptions.jsonl")
-    asked = harness.SCORERS[name].load(world / name)
+    asked = harness.get_benchmark(name).load(world / name)
     assert (direct[0]["question_id"], direct[0]["prompt"]) == FIRST[name]
     assert [r["question_id"] for r in direct] == [r["question_id"] for r in dar] == [q["question_id"] for q in asked]
     assert [r["prompt"] for r in dar] == [r["prompt"] for r in direct]  # free of the description: scorers read it
@@ -248,17 +231,20 @@ def test_answers_and_descriptions(world, clean, name):
 @contextlib.contextmanager
 def watched():
     """[(prompt, how many pictures)] of what is sampled meanwhile, in order."""
-    asked, made, request, stream = [], {}, dar.request, sampler.stream
+    asked, seen, prepare, stream = [], {}, generate.sampler_requests, sampler.stream
 
-    def noting(llava, key, user, tiles, seed):  # in worker threads, in any order
-        own = request(llava, key, user, tiles, seed)
-        made[id(own)] = own, (TEMPLATES[llava.config.template].prompt(user), len(tiles))
-        return own
+    def noting(llava, jobs):  # in worker threads, in any order
+        requests = prepare(llava, jobs)
+        queries = [query for job in jobs for query in job.queries]
+        for request, query in zip(requests, queries):
+            images = len(query.images)
+            seen[id(request)] = request, (llava.chat_prompt(query.prompt, images), images)
+        return requests
 
-    def watching(llava, requests, **how):
-        return stream(llava, (asked.append(made[id(own)][1]) or own for own in requests), **how)
+    def watching(llava, requests, **options):
+        return stream(llava, (asked.append(seen[id(request)][1]) or request for request in requests), **options)
 
-    with mock.patch.object(dar, "request", noting), mock.patch.object(sampler, "stream", watching):
+    with mock.patch.object(generate, "sampler_requests", noting), mock.patch.object(sampler, "stream", watching):
         yield asked
 
 
@@ -268,7 +254,7 @@ def test_what_the_model_is_asked(world, clean, tmp_path, name):
         call(*command(world, name, "dar", tmp_path))
     described = {d["image"]: d["description"] for d in lines(clean.out / f"{name}-base-dar.descriptions.jsonl")}
     expected = [("[INST] <image>\nDetail the composition and subjects within the frame. [/INST]", 1)] * len(described)
-    for q in harness.SCORERS[name].load(world / name):
+    for q in harness.get_benchmark(name).load(world / name):
         text = q["text"] if q["image"] is None else (
             f"<image>\nImage description:\n{described[q['image']]}\n\n{q['text']}")  # fmt: skip
         expected.append((f"[INST] {text} [/INST]", int(q["image"] is not None)))
@@ -321,7 +307,7 @@ def test_scores_name_their_run(clean, name, mode):
 def test_what_is_printed(clean, name, mode):
     said, saved = clean.said[name, mode], scores(clean.out, f"{name}-base-{mode}")
     assert str(clean.out / f"{name}-base-{mode}.jsonl") in said
-    assert harness.SCORERS[name].report(saved) in said
+    assert harness.get_benchmark(name).report(saved) in said
     if name in JUDGED:
         assert f"judged by {MODEL} (the official judge is gpt-" in said
         assert "not comparable with published numbers: the judge's prompt was our own wording" in said
@@ -374,7 +360,7 @@ def test_a_blind_describer_elsewhere(world, tmp_path):
     [described] = lines(tmp_path / "scienceqa-base-blind-dar.descriptions.jsonl")
     _, *answers = [prompt for prompt, _ in asked]
     infused = f"[INST] <image>\nImage description:\n{described['description']}\n\n"
-    pictured = [q["image"] is not None for q in harness.SCORERS["scienceqa"].load(world / "scienceqa")]
+    pictured = [q["image"] is not None for q in harness.get_benchmark("scienceqa").load(world / "scienceqa")]
     assert [prompt.startswith(infused) for prompt in answers] == pictured == [1, 0, 1, 1, 0, 1]
     assert ["Image description" in prompt for prompt in answers] == pictured
 
@@ -417,8 +403,8 @@ def test_how_often_the_judge_is_asked(world, server, tmp_path):
 
 @pytest.mark.parametrize("name", JUDGED)
 def test_the_official_wording_makes_it_comparable(world, server, tmp_path, name):
-    scorer = harness.SCORERS[name]
-    (tmp_path / "prompts.json").write_text(json.dumps({"another": 1, scorer.PROMPTS: scorer.OWN_PROMPTS}, indent=2))
+    scorer = harness.get_benchmark(name)
+    (tmp_path / "prompts.json").write_text(json.dumps({"another": 1, scorer.prompts: scorer.own_prompts}, indent=2))
     out, official = tmp_path / "out", ["--judge-prompts", tmp_path / "prompts.json"]
     said = call(*command(world, name, "direct", out, server.url), *official)
     assert scores(out, f"{name}-base-direct")["judge"]["comparable"] and not [*out.glob("*own-prompt*")]
@@ -433,7 +419,7 @@ def test_without_a_judge_it_says_how_to_get_a_score(world, server, tmp_path, mon
     said = call(*command(world, name, "dar", tmp_path), *limit)
     answers = tmp_path / f"{name}-base-dar.jsonl"
     head, hint = said.splitlines()[-2:]
-    assert head == f"no score yet: {name} is graded by a judge model. With a key for one in OPENAI_API_KEY:"
+    assert head == f"no score yet: {name} is graded by a judge model. With its key in OPENAI_API_KEY:"
     assert hint.startswith(f"  python evaluate.py score {name} --answers {answers} --data {world / name} --judge")
     assert not [*tmp_path.glob("*.scores.json")]
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -507,9 +493,9 @@ def test_official_answers_files_are_scored_too(world, done):
 @pytest.mark.parametrize("name", RULED)
 def test_rules(world, done, name):
     before = files(done)
-    for rule in harness.SCORERS[name].RULES:
+    for rule in harness.get_benchmark(name).rules:
         assert json.loads(score(world, done, name, "dar", "--rule", rule, "--json"))["rule"] == rule
-    with pytest.raises(InputError, match=f"--rule lenient: {name} has {harness.SCORERS[name].RULES[0]} and "):
+    with pytest.raises(InputError, match=f"--rule lenient: {name} has {harness.get_benchmark(name).rules[0]} and "):
         score(world, done, name, "dar", "--rule", "lenient")
     assert files(done) == before
 
@@ -525,14 +511,14 @@ def test_a_question_ending_of_ones_own(world, tmp_path):
 def test_scoring_imports_no_model_code(world, done):
     script = (
         "import sys, evaluate; evaluate.main()\n"
-        "own = [name for name in sys.modules if name.startswith('stic_min.')]\n"
+        "own = [name for name in sys.modules if name.startswith(('stic_min.', 'torchvision'))]\n"
         "print([name for name in own if not name.startswith(('stic_min.scorers', 'stic_min.runtime'))])"
     )
     args = ["score", "mmvet", "--answers", done / "mmvet-base-dar.jsonl", "--data", world / "mmvet"]
     said = run("-c", script, *args, "--judged", done / "mmvet-base-dar.own-prompt.grades.json").stdout
     assert "MM-Vet: 3 questions" in said
     loaded = {name.removeprefix("stic_min.") for name in re.findall("'(.*?)'", said.splitlines()[-1])}
-    assert loaded == {"images", "text", "toy", "toy.captions", "toy.vqa"}
+    assert loaded == {"text", "toy", "toy.captions", "toy.vqa"}
 
 
 def test_table(done):
@@ -614,7 +600,7 @@ def test_an_unknown_question_id(world, done, fails, name):
     if name == "textvqa":
         assert error == "TextVQA answers, record 2: 'is it day?' about '999' is not among the questions"
     else:
-        assert error == f"{published.BENCHMARKS[name]} answers: '999' is no question's id"
+        assert error == f"{published.BENCHMARKS[name]} answers: '999' is not a question id"
     assert files(done) == before
 
 
@@ -635,7 +621,7 @@ def test_answers_to_another_split_of_chartqa(own, done, fails):
     """Its questions have no ids, so theirs are their places: only the recorded prompt can tell."""
     file, answers = own / "chartqa" / "test_human.json", done / "chartqa-base-direct.jsonl"
     file.write_text(file.read_text().replace("Which is tallest?", "Which is lowest?"))
-    assert wrong_answers(fails, own, "chartqa", answers).startswith("'human-1' was another question then")
+    assert wrong_answers(fails, own, "chartqa", answers).startswith("the text of question 'human-1' has changed")
 
 
 @pytest.mark.parametrize("name, file, old, new", [
@@ -674,7 +660,7 @@ def test_a_missing_picture_costs_its_own_questions(own, clean, server, tmp_path,
     """Until it is there: then the same command makes what is missing."""
     picture, out, stem = own / name / PICTURES[name][0], tmp_path / "out", f"{name}-base-{mode}"
     picture.rename(own / "away")
-    lost = [q["question_id"] for q in harness.SCORERS[name].load(own / name) if q["image"] == PICTURES[name][0]]
+    lost = [q["question_id"] for q in harness.get_benchmark(name).load(own / name) if q["image"] == PICTURES[name][0]]
     again = command(own, name, mode, out, server.url if name in JUDGED else None)
     stop = name in ("textvqa", "llavabench", "mmvet")
     with pytest.raises(SystemExit) if stop else contextlib.nullcontext():
@@ -695,8 +681,8 @@ def test_a_missing_picture_costs_its_own_questions(own, clean, server, tmp_path,
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("picture, reason", [
-    ("/9j/!!!!", "mmbench_dev_20230712.tsv, row 260: its picture is not base64"),
-    ("AAAA", "can't read image of question 260: "), ("", "mmbench_dev_20230712.tsv, row 260: has no picture")])
+    ("/9j/!!!!", "mmbench_dev_20230712.tsv, row 260: its image is not base64"),
+    ("AAAA", "can't read image of question 260: "), ("", "mmbench_dev_20230712.tsv, row 260: has no image")])
 def test_a_broken_picture_in_mmbench(own, clean, tmp_path, capsys, mode, picture, reason):
     file, out, stem = own / "mmbench" / "mmbench_dev_20230712.tsv", tmp_path / "out", f"mmbench-base-{mode}"
     whole = file.read_text()
@@ -719,8 +705,8 @@ def test_a_judge_that_is_not_there(world, done, tmp_path, monkeypatch, fails, na
     monkeypatch.setattr(judge, "TRIES", 2)
     out = tmp_path / "out"
     warnings, error = fails(*command(world, name, "dar", out, NOBODY))
-    assert re.match(rf"judge {NOBODY}/chat/completions: no usable reply about .+ in 2 tries \(.*refused.*\); what it "
-                    "graded is kept, the same command goes on from there", error)  # fmt: skip
+    assert re.match(rf"judge {NOBODY}/chat/completions: no usable reply about .+ in 2 tries \(.*refused.*\); verdicts "
+                    "so far are kept; run the same command to resume", error)  # fmt: skip
     assert 0 < len(warnings) <= judge.WORKERS
     kept = files(out)
     assert kept.items() < files(done, f"{name}-base-dar.").items() and f"{name}-base-dar.jsonl" in kept
@@ -730,7 +716,7 @@ def test_a_judge_that_is_not_there(world, done, tmp_path, monkeypatch, fails, na
 
 
 @pytest.mark.parametrize("fault, message", [
-    (SILENCE, r"no usable reply about v1_\d, run \d, attempt 1 in 2 tries \(timed out\); what it graded is kept"),
+    (SILENCE, r"no usable reply about v1_\d, run \d, attempt 1 in 2 tries \(timed out\); verdicts so far are kept"),
     (401, r'HTTP 401 {"error": "not now"}$'), (404, r'HTTP 404 {"error": "not now"}$')])
 def test_a_judge_that_stops_answering(world, clean, server, tmp_path, monkeypatch, fails, fault, message):
     monkeypatch.setattr(judge, "TRIES", 2)
@@ -747,8 +733,8 @@ def test_a_judge_that_stops_answering(world, clean, server, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", JUDGED)
 @pytest.mark.parametrize("prompts, key, message", [
-    (None, "", "--judge needs the endpoint's key: set OPENAI_API_KEY, or give --judge-key"),
-    (None, "a b", "the judge's key is empty or has characters that no key has (set OPENAI_API_KEY)"),
+    (None, "", "--judge needs an API key: set OPENAI_API_KEY, or pass --judge-key"),
+    (None, "a b", "the judge's key is empty or has invalid characters (set OPENAI_API_KEY)"),
     ("{", KEY, "prompts.json: "), ('{"mm_vet": 1}', KEY, "prompts.json: has no text "), ("", KEY, "prompts.json: ")])
 def test_what_a_judge_needs_is_said_before_the_model_is_loaded(world, tmp_path, monkeypatch, fails, name, prompts, key,
                                                                message):  # fmt: skip
@@ -763,11 +749,11 @@ def test_what_a_judge_needs_is_said_before_the_model_is_loaded(world, tmp_path, 
 
 
 @pytest.mark.parametrize("name, flags, message", [
-    ("scienceqa", "--judge --judge-key k", "--judge: scienceqa is scored without one"),
-    ("scienceqa", "--judged x.json", "--judged: there are no published verdicts on scienceqa"),
-    ("mmbench", "--judged x.json", "--judged: there are no published verdicts on mmbench"),
-    ("mmvet", "--judged x.json --judge", "--judged has the verdicts, --judge asks for them: give one"),
-    ("mmvet", "--judge-model gpt-4", "--judge-model goes with --judge"),
+    ("scienceqa", "--judge --judge-key k", "--judge: scienceqa is scored without a judge"),
+    ("scienceqa", "--judged x.json", "--judged: there are no published verdicts for scienceqa"),
+    ("mmbench", "--judged x.json", "--judged: there are no published verdicts for mmbench"),
+    ("mmvet", "--judged x.json --judge", "--judged reads verdicts and --judge requests them: use one of them"),
+    ("mmvet", "--judge-model gpt-4", "--judge-model requires --judge"),
     ("mmbench", "--judge --judge-runs 2", "--judge-runs: mmbench has one run"),
     ("mmvet", "--rule strict_int", "--rule strict_int: mmvet has no second rule"),
     ("mathvista", "--rule llava", "--rule llava: mathvista has lenient_int and strict_int")])

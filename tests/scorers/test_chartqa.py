@@ -77,12 +77,12 @@ def test_load_with_another_suffix(tmp_path, suffix, text):
 
 
 @pytest.mark.parametrize("entries, named", [
-    ([], "is not a list with something in it"), ({}, "is not a list"), (5, "is not a list"),
-    ([entry(), []], "entry 1: 'imgname' is missing or no str"),
-    ([entry(image=None)], "entry 0: 'imgname' is missing or no str"),
-    ([entry(query=["x"])], "entry 0: 'query' is missing or no str"),
-    ([entry(), entry(label=10)], "entry 1: 'label' is missing or no str"),
-    ([{"imgname": "1.png", "query": "q"}], "entry 0: 'label' is missing or no str"),
+    ([], "not a non-empty list"), ({}, "not a non-empty list"), (5, "not a non-empty list"),
+    ([entry(), []], "entry 1: 'imgname' is missing or not a string"),
+    ([entry(image=None)], "entry 0: 'imgname' is missing or not a string"),
+    ([entry(query=["x"])], "entry 0: 'query' is missing or not a string"),
+    ([entry(), entry(label=10)], "entry 1: 'label' is missing or not a string"),
+    ([{"imgname": "1.png", "query": "q"}], "entry 0: 'label' is missing or not a string"),
     ([entry(query="\ud800")], "entry 0: query '\\ud800"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", ["test_human.json", "test_augmented.json"])
@@ -92,19 +92,6 @@ def test_load_rejects(tmp_path, name, entries, named):
     with pytest.raises(InputError) as error:
         chartqa.load(tmp_path)
     assert str(tmp_path / name) in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["test_human.json", "test_augmented.json"])
-@pytest.mark.parametrize("content, named", [
-    (None, "cannot be read"), (b'[{"query": ', "is not JSON"), (b"\xff", "is not JSON")])  # fmt: skip
-def test_load_names_a_missing_or_broken_file(tmp_path, name, content, named):
-    write(tmp_path, [entry()], [entry()])
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        chartqa.load(tmp_path)
-    assert f"{tmp_path / name}: {named}" in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- scores
@@ -170,24 +157,6 @@ def test_a_missing_answer_is_wrong_even_where_the_label_is_empty(tmp_path):
     questions = chartqa.load(tmp_path)
     scores = chartqa.score(questions, [{"question_id": "human-0", "text": ""}])
     assert (scores["correct"], scores["missing"]) == (1, 1)
-
-
-@pytest.mark.parametrize("answers, named", [
-    (ANSWERS + [{"question_id": "human-3", "text": "x"}], "'human-3' is no question's id"),
-    (ANSWERS + ANSWERS[:1], "'augmented-0' is repeated"),
-    ([{"prompt": "", "text": "A"}], "record 1 has no question_id"),
-    ([{"question_id": "human-0", "prompt": ""}], "'human-0' has no 'text'"),
-    ([{"question_id": "human-0", "text": 10}], "'human-0' has no 'text'"),
-])  # fmt: skip
-def test_score_rejects(questions, answers, named):
-    with pytest.raises(InputError) as error:
-        chartqa.score(questions, answers)
-    assert f"ChartQA answers: {named}" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_score_needs_questions():
-    with pytest.raises(InputError, match="no questions"):
-        chartqa.score([], [])
 
 
 def test_report(questions):

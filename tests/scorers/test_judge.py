@@ -33,7 +33,7 @@ def new(tmp_path):
     def new(to, key=KEY, model="gpt-4-0613", timeout=10, **more):
         progress = lambda total: SimpleNamespace(add=lambda: new.steps.append(total))
         return Judge(getattr(to, "url", to), key, model, tmp_path / "a.judge.jsonl", texts={}, runs=1, timeout=timeout,
-                     progress=progress, say=new.said.append, **more)  # fmt: skip
+                     progress=progress, warn=new.said.append, **more)  # fmt: skip
 
     new.said, new.steps, new.path = [], [], tmp_path / "a.judge.jsonl"
     return new
@@ -138,7 +138,7 @@ def test_it_gives_up_and_goes_on_later(new):
             ask(new(server))
         assert str(error.value) == (
             f'judge {server.url}/chat/completions: no usable reply about q1 in 8 tries (HTTP 500 {{"error": "not now"}}'
-            "); what it graded is kept, the same command goes on from there")  # fmt: skip
+            "); verdicts so far are kept; run the same command to resume")  # fmt: skip
         assert len(server.requests) == 8 and len(new.said) == 7 and not any("\n" in line for line in new.said)
         assert ask(new(server)).content and len(server.requests) == 9  # the garbage on disk is no reply
 
@@ -219,7 +219,7 @@ def test_a_line_that_is_not_ours(new, line):
         ask(new(server))
         before = new.path.read_bytes() + line.encode("latin-1") + b"\n"
         new.path.write_bytes(before)
-        with pytest.raises(InputError, match="a.judge.jsonl, line 2: not a line that this command writes"):
+        with pytest.raises(InputError, match="a.judge.jsonl, line 2: not a line written by this command"):
             new(server)
     assert new.path.read_bytes() == before
 
@@ -268,7 +268,7 @@ def test_a_short_key_is_no_secret(new):
 
 @pytest.mark.parametrize("key", ["", " ", "sk a", "sk\n", "sk\r\nX-Header: 1", "schlüssel", "sk\x00", None])
 def test_what_is_no_key(new, key):
-    with pytest.raises(InputError, match=r"^the judge's key is empty or has characters that no key has"):
+    with pytest.raises(InputError, match=r"^the judge's key is empty or has invalid characters"):
         new("http://127.0.0.1/v1", key=key)
 
 
@@ -385,7 +385,7 @@ def endless(connection):
 def test_a_reply_has_an_end(tmp_path, monkeypatch, write, reason):
     monkeypatch.setattr(judge, "TRIES", 1)
     listening, url = raw_server(write)
-    slow = Judge(url, KEY, MODEL, tmp_path / "j.jsonl", texts={}, runs=1, timeout=1, progress=None, say=print)
+    slow = Judge(url, KEY, MODEL, tmp_path / "j.jsonl", texts={}, runs=1, timeout=1, progress=None, warn=print)
     begin = time.monotonic()
     with pytest.raises(InputError, match=rf"no usable reply about q1 in 1 tries \({reason}\)"):
         slow.ask("q1", ASKED, temperature=0, max_tokens=3)

@@ -105,11 +105,6 @@ def test_judge_reviews_every_answer_in_every_run():
     assert "Answer 3." in judge.asked["3, run 2"][0][1]["content"]
 
 
-def test_judge_needs_all_answers():
-    with pytest.raises(InputError, match="LLaVA-Bench: 1 of 2 questions have no answer, the first is 3"):
-        llavabench.judge([question(7), question(3)], answers(7), Judge({}))
-
-
 def test_own_prompts_have_the_official_shape():
     official, own = shared("judge_prompts.json")[llavabench.PROMPTS], llavabench.OWN_PROMPTS
     assert own.keys() == official.keys() - {"source"} and own["role"] == official["role"]
@@ -156,11 +151,11 @@ def changed(records, number, **fields):
 @pytest.mark.parametrize("files, complaint", [
     *[({"questions": changed(QUESTIONS, 1, **{key: value})}, f"questions.jsonl, line 2: no {key}")
       for key in ("image", "text") for value in (None, "", 7, ["x"])],
-    *[({"questions": changed(QUESTIONS, 1, category=value)}, f"questions.jsonl, line 2: category {value!r} is none of")
+    *[({"questions": changed(QUESTIONS, 1, category=value)}, f".jsonl, line 2: category {value!r} is not one of")
       for value in (None, "other", "llava_bench_conv", ["conv"])],
     ({"questions": changed(QUESTIONS, 1, question_id=0)}, "questions.jsonl, line 2: question_id 0 is repeated"),
     ({"questions": changed(QUESTIONS, 1, question_id="0")}, "questions.jsonl, line 2: question_id '0' is repeated"),
-    *[({"questions": changed(QUESTIONS, 1, question_id=value)}, f"line 2: question_id {value!r} is no id")
+    *[({"questions": changed(QUESTIONS, 1, question_id=value)}, f"line 2: question_id {value!r} is not an id")
       for value in (None, [1], 1.0, True)],
     ({"questions": changed(QUESTIONS, 1, image="9.jpg")}, "line 2: image '9.jpg' is not in context.jsonl"),
     ({"questions": []}, "questions.jsonl: empty"),
@@ -171,7 +166,7 @@ def changed(records, number, **fields):
     ({"references": REFERENCES[:2]}, "answers_gpt4.jsonl: 2 answers to 3 questions"),
     ({"references": [*REFERENCES[:2], *REFERENCES]}, "answers_gpt4.jsonl: 5 answers to 3 questions"),
     ({"references": [REFERENCES[0], *REFERENCES[:0:-1]]},
-     "answers_gpt4.jsonl, line 2: question_id is 2, that of the same line's question 1"),
+     "answers_gpt4.jsonl, line 2: question_id is 2, but the question on the same line is 1"),
     ({"references": changed(REFERENCES, 1, question_id=None)}, "answers_gpt4.jsonl, line 2: question_id is None"),
     ({"references": changed(REFERENCES, 2, text=None)}, "answers_gpt4.jsonl, line 3: no text"),
 ])  # fmt: skip
@@ -180,19 +175,6 @@ def test_load_rejects(tmp_path, files, complaint):
     with pytest.raises(InputError) as error:
         llavabench.load(tmp_path)
     assert complaint in str(error.value) and str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"])
-@pytest.mark.parametrize("content, complaint", [
-    (None, "can't read"), (b"{", "line 1: not JSON"), (b"\xff", "not UTF-8")])  # fmt: skip
-def test_load_names_a_missing_or_broken_file(tmp_path, name, content, complaint):
-    write(tmp_path)
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        llavabench.load(tmp_path)
-    assert name in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
 
 
 def review(qid, *pair, category="conv"):
@@ -212,7 +194,7 @@ def test_read_judged(tmp_path):
 
 @pytest.mark.parametrize("record, complaint", [
     (None, "line 2: not a JSON object"),
-    *[(review(0) | {"tuple": value}, "line 2: needs a 'tuple' of two numbers or, without one, a text 'content'")
+    *[(review(0) | {"tuple": value}, "line 2: needs a 'tuple' of two numbers or, instead, the text 'content'")
       for value in (None, [], [8.0], [8.0, 9.0, 7.0], ["8", "9"], [8.0, None], [True, 9.0], {"0": 8, "1": 9}, "89")],
     ({"question_id": 0, "category": "llava_bench_conv"}, "line 2: needs a 'tuple'"),
     ({"question_id": 0, "content": ["8 9"]}, "line 2: needs a 'tuple'"),
@@ -224,11 +206,6 @@ def test_read_judged_rejects(tmp_path, record, complaint):
     with pytest.raises(InputError) as error:
         llavabench.read_judged([right, path])
     assert f"r.jsonl, {complaint}" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_read_judged_names_a_missing_file(tmp_path):
-    with pytest.raises(InputError, match="can't read .*none.jsonl"):
-        llavabench.read_judged([str(tmp_path / "none.jsonl")])
 
 
 # ---- scores
@@ -259,7 +236,7 @@ def test_score_of_one_run():
 def test_means_are_rounded_before_they_are_divided():
     # means 1/3 and 2/3 of three: 0.333 and 0.667 give 200.3, the exact ones 200.0
     run = [review(0, 1.0, 2.0), review(1, 0.0, 0.0), review(2, 0.0, 0.0, category="complex")]
-    with pytest.raises(InputError, match=r"ratings of the reference \(complex\) average to 0"):
+    with pytest.raises(InputError, match=r"reference's ratings \(complex\) average to 0"):
         llavabench.score(ASKED, None, [run])
     assert llavabench.score([question(0), question(1), question(2)], None, [
         [review(0, 1.0, 2.0), review(1, 0.0, 0.0), review(2, 0.0, 0.0)]])["score"] == 200.3  # fmt: skip
@@ -318,16 +295,14 @@ def test_interval_without_the_draws_that_have_no_ratio():
     (None, [], "LLaVA-Bench is graded by a judge model"),
     (None, [RUN1, RUN2[:1]], "LLaVA-Bench reviews, run 2: 2 of 3 questions have no review, the first is '1'"),
     (None, [RUN1, RUN2 + RUN2[:1]], "LLaVA-Bench reviews, run 2: '0' is repeated"),
-    (None, [RUN1 + [review(9, 8.0, 8.0)]], "LLaVA-Bench reviews, run 1: '9' is no question's id"),
+    (None, [RUN1 + [review(9, 8.0, 8.0)]], "LLaVA-Bench reviews, run 1: '9' is not a question id"),
     (None, [[review(0, 8.0, 8.0, category="detail"), *RUN2[1:]]],
      "run 1: '0' has category 'llava_bench_detail', the question's is 'llava_bench_conv'"),
     (None, [[review(0, 8.0, 8.0) | {"category": "conv"}, *RUN2[1:]]], "run 1: '0' has category 'conv'"),
     *[(None, [RUN1, [review(0, 8.0, value), *RUN2[1:]]], "run 2: '0' has the ratings (8.0, ")
       for value in (math.nan, math.inf, -math.inf, 10**400)],
     (None, [[{"question_id": 0, "content": "nan 8"}, *RUN2[1:]]], "run 1: '0' has the ratings (nan, 8.0)"),
-    (None, [[review(0, 1.0, 8.0), review(1, -1, -1), RUN2[2]]], "ratings of the reference (conv) average to 0"),
-    (answers(0, 1), [RUN1], "LLaVA-Bench: 1 of 3 questions have no answer, the first is 2"),
-    (answers(0, 1, 2, 3), [RUN1], "LLaVA-Bench answers: '3' is no question's id"),
+    (None, [[review(0, 1.0, 8.0), review(1, -1, -1), RUN2[2]]], "reference's ratings (conv) average to 0"),
 ])  # fmt: skip
 def test_score_rejects(given, judged, complaint):
     with pytest.raises(InputError) as error:
@@ -340,7 +315,7 @@ def test_report():
     assert lines[0] == "LLaVA-Bench (In-the-Wild): 3 questions, 1 of 6 reviews without two scores"
     assert lines[1] == "2 runs of the judge: 79.2 60.0"
     cells = [line.split() for line in lines[2:]]
-    assert cells[0] == ["score", "[95", "%", "interval]", "reference", "model", "n"]
+    assert cells[0] == ["score", "[95%", "interval]", "reference", "model", "n"]
     assert [row[:2] + row[4:] for row in cells[1:]] == [
         ["all", "69.6", "65.0", "46.6", "3"],
         ["conv", "63.6", "82.5", "52.5", "2"],

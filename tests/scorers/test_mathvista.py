@@ -161,9 +161,9 @@ def test_load_for_scoring_alone(tmp_path):
 
 
 @pytest.mark.parametrize("content, named", [
-    ("[", "is not JSON"), ("3", "is not a JSON"), ("{}", "no problems"), ("[]", "no problems"),
-    ("[3]", "entry 0: no JSON object"), ('{"1": []}', "entry 0: no JSON object"),
-    ('[{"question_type": "free_form"}]', "no 'pid'"),
+    ("[", "not JSON"), ("3", "not a JSON"), ("{}", "no problems"), ("[]", "no problems"),
+    ("[3]", "entry 0: not a JSON object"), ('{"1": []}', "entry 0: not a JSON object"),
+    ('[{"question_type": "free_form"}]', "not a JSON object with a 'pid'"),
     (json.dumps([problem(), problem()]), "pid '1' is repeated"),
     (json.dumps([problem(pid=1), problem()]), "pid '1' is repeated"),
     ('{"1": {"solution": null}}', "problem '1': 'question_type'"),
@@ -183,11 +183,6 @@ def test_load_rejects(tmp_path, content, named):
     with pytest.raises(InputError) as error:
         mathvista.load(tmp_path)
     assert named in str(error.value) and "testmini.json" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_load_without_a_file(tmp_path):
-    with pytest.raises(InputError, match="has neither testmini.json nor annot_testmini.json"):
-        mathvista.load(tmp_path)
 
 
 # ---- scores
@@ -254,13 +249,8 @@ JUDGED = dict.fromkeys("123456", "")
 
 
 @pytest.mark.parametrize("questions, answers, judged, named", [
-    (QUESTIONS, [*ANSWERS, {"question_id": "9", "text": ""}], None, "'9' is no question's id"),
-    (QUESTIONS, [*ANSWERS, ANSWERS[0]], None, "'6' is repeated"),
-    (QUESTIONS, [{"question_id": "1"}], None, "'1' has no 'text'"),
-    (QUESTIONS + QUESTIONS[:1], ANSWERS, None, "a question id is repeated"),
-    ([], [], None, "no questions"),
     (QUESTIONS, ANSWERS, {"1": ""}, "'2' is without an extraction (5 such"),
-    (QUESTIONS, None, {**JUDGED, "7": ""}, "'7' is no problem's pid (1 such"),
+    (QUESTIONS, None, {**JUDGED, "7": ""}, "'7' is not a problem's pid (1 such"),
     (QUESTIONS, None, {}, "'1' is without an extraction"),
 ])
 def test_score_rejects(questions, answers, judged, named):
@@ -318,7 +308,7 @@ def test_official(tmp_path):
     assert json.loads(text) == {"1": {**problem(unit="g"), "query": query, "response": "Four."}}
     (tmp_path / "results.json").write_text(text)
     assert mathvista.read_answers(tmp_path / "results.json") == [{"question_id": "1", "prompt": query, "text": "Four."}]
-    with pytest.raises(InputError, match="'9' is no question's id"):
+    with pytest.raises(InputError, match="'9' is not a question id"):
         mathvista.official(questions, [{"question_id": "9", "text": ""}])
 
 
@@ -338,7 +328,7 @@ def test_read_judged(tmp_path):
     ('{"7": {"response": "4"}}', "problem '7': no 'extraction'"),
     ('{"pid": "7"}\n', "line 1: no 'extraction'"),
     ('{"extraction": "4"}\n', "line 1: its 'pid' is missing"),
-    ('{"pid": [7], "extraction": "4"}\n', "line 1: its 'pid' is repeated or no pid"),
+    ('{"pid": [7], "extraction": "4"}\n', "line 1: its 'pid' is repeated or not a pid"),
     ('{"pid": "7", "extraction": "4"}\n{"pid": 7, "extraction": "4"}', "line 2: its 'pid' is repeated"),
     ("{}", "line 1: its 'pid' is missing"), ("[]", "empty"), (None, "can't read"),
 ])  # fmt: skip
@@ -349,7 +339,7 @@ def test_read_judged_rejects(tmp_path, content, named):
     with pytest.raises(InputError) as error:
         mathvista.read_judged([path])
     assert named in str(error.value) and "judged.jsonl" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(InputError, match="2 files of extractions, it takes one"):
+    with pytest.raises(InputError, match="2 files of extractions, expected one"):
         mathvista.read_judged([path, path])
 
 
@@ -408,7 +398,7 @@ def test_judge_rejects():
     fake = FakeJudge(mathvista.OWN_PROMPTS, [])
     with pytest.raises(InputError, match="problem '1' has no question"):
         mathvista.judge([question("1", text="")], [{"question_id": "1", "text": "so"}], fake)
-    with pytest.raises(InputError, match="'2' is no question's id"):
+    with pytest.raises(InputError, match="'2' is not a question id"):
         mathvista.judge([question("1")], [{"question_id": "2", "text": "so"}], fake)
 
 

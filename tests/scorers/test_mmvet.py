@@ -100,7 +100,7 @@ def test_grades_that_the_judge_did_not_give_are_counted():
 
 def test_a_judge_that_gives_no_grade_at_all_is_no_judge():
     judge = Judge({f"v1_7, run 1, attempt {i}": f"no {i}" for i in range(1, 9)})
-    with pytest.raises(InputError, match="MM-Vet: no reply of the judge is a grade, the first says 'no'"):
+    with pytest.raises(InputError, match="MM-Vet: none of the judge's replies is a grade, the first is 'no'"):
         mmvet.judge([question(7)], answers(v7="A cat."), judge)
 
 
@@ -113,11 +113,6 @@ def test_judge_grades_every_answer_in_every_run():
     assert list(judged) == ["v1_7", "v1_12"]
     assert " | A | " in judge.asked["v1_7, run 2, attempt 1"][0][0]["content"]
     assert " | B | " in judge.asked["v1_12, run 2, attempt 1"][0][0]["content"]
-
-
-def test_judge_needs_all_answers():
-    with pytest.raises(InputError, match="MM-Vet: 1 of 2 questions have no answer, the first is 12"):
-        mmvet.judge([question(7), question(12)], answers(v7="A"), Judge({}))
 
 
 def test_own_prompts_have_the_official_shape():
@@ -154,10 +149,10 @@ def test_load(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (None, "mm-vet.json: cannot be read"), ("{", "mm-vet.json: is not JSON"), ([], "mm-vet.json: is not a JSON object"),
     ({}, "mm-vet.json: no questions"),
-    ({"12": ENTRY}, "'12' is no id of the form v1_12"), ({"v1_": ENTRY}, "'v1_' is no id"),
-    ({"v1_01": ENTRY}, "'v1_01' is no id"), ({"v1_" + "9" * 5000: ENTRY}, "is no id"), ({"v1_1\n": ENTRY}, "is no id"),
+    ({"12": ENTRY}, "'12' is not an id of the form v1_12"), ({"v1_": ENTRY}, "'v1_' is not an id"),
+    ({"v1_01": ENTRY}, "'v1_01' is not an id"), ({"v1_" + "9" * 5000: ENTRY}, "is not an id"),
+    ({"v1_1\n": ENTRY}, "is not an id"),
     ({"v1_0": ENTRY, "v1_1": [ENTRY]}, "'v1_1' is not a JSON object"),
     *[({"v1_3": ENTRY | {key: value}}, f"'v1_3': no {key}")
       for key in ("question", "answer", "imagename") for value in (None, "", 7)],
@@ -165,8 +160,7 @@ def test_load(tmp_path):
       for value in (None, [], "rec", ["rec", "rec"], ["rec", "see"], [["rec"]], [None], {"rec": 1})],
 ])  # fmt: skip
 def test_load_rejects(tmp_path, content, complaint):
-    if content is not None:
-        write(tmp_path, content)
+    write(tmp_path, content)
     with pytest.raises(InputError) as error:
         mmvet.load(tmp_path)
     assert complaint in str(error.value) and "mm-vet.json" in str(error.value) and "\n" not in str(error.value)
@@ -199,7 +193,7 @@ def test_official_answers(tmp_path):
     assert suffix == ".json" and list(json.loads(text).items()) == [("v1_3", "A"), ("v1_12", "é\n")]
     assert mmvet.read_answers(write(tmp_path, text)) == [
         {"question_id": 3, "text": "A"}, {"question_id": 12, "text": "é\n"}]  # fmt: skip
-    with pytest.raises(InputError, match="MM-Vet answers: '5' is no question's id"):
+    with pytest.raises(InputError, match="MM-Vet answers: '5' is not a question id"):
         mmvet.official(questions, answers(v5="A"))
 
 
@@ -218,8 +212,8 @@ def test_read_judged(tmp_path):
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (None, "cannot be read"), ("[]", "is not a JSON object"), ("{", "is not JSON"),
-    *[(json.dumps({"v1_0": graded(0.5), "v1_1": entry}), "'v1_1' has no 'content', 'score' and 'model'")
+    ("[]", "not a JSON object"), ("{", "not JSON"),
+    *[(json.dumps({"v1_0": graded(0.5), "v1_1": entry}), "'v1_1' needs lists 'content', 'score' and 'model'")
       for entry in (0.5, None, {}, {"score": [0.5]}, graded(0.5) | {"score": 0.5}, graded(0.5) | {"model": ["a", "b"]},
                     graded(0.5) | {"content": []})],
     *[(json.dumps({"v1_0": graded(0.5), "v1_1": graded(0.5, value)}), f"'v1_1' has the grade {value!r}, which is not")
@@ -227,7 +221,7 @@ def test_read_judged(tmp_path):
 ])  # fmt: skip
 def test_read_judged_rejects(tmp_path, content, complaint):
     right = write(tmp_path, {"v1_0": graded(0.5)}, "right.json")
-    path = str(tmp_path / "g.json") if content is None else write(tmp_path, content, "g.json")
+    path = write(tmp_path, content, "g.json")
     with pytest.raises(InputError) as error:
         mmvet.read_judged([right, path])
     assert "g.json: " in str(error.value) and complaint in str(error.value) and "\n" not in str(error.value)
@@ -277,12 +271,10 @@ def test_intervals_are_over_questions():
 @pytest.mark.parametrize("given, judged, complaint", [
     (None, None, "MM-Vet is graded by a judge model: --judge, or --judged FILE with official grades"),
     (None, {}, "4 of 4 questions have no grade, the first is 'v1_0'"),
-    (None, JUDGED | {"v1_9": graded(0, 0)}, "MM-Vet grades: 'v1_9' is no question's id"),
+    (None, JUDGED | {"v1_9": graded(0, 0)}, "MM-Vet grades: 'v1_9' is not a question id"),
     (None, {"v1_1": graded(0), "v1_0": graded(0)}, "MM-Vet: 2 of 4 questions have no grade, the first is 'v1_2'"),
     (None, JUDGED | {"v1_1": graded()}, "MM-Vet: 1 of 4 questions have no grade, the first is 'v1_1'"),
     (None, JUDGED | {"v1_1": graded(0)}, "runs for all questions: 'v1_0' has 2 grades, 'v1_1' has 1"),
-    (answers(v0="", v1="", v2=""), JUDGED, "MM-Vet: 1 of 4 questions have no answer, the first is 3"),
-    (answers(v0="", v1="", v2="", v3="", v4=""), JUDGED, "MM-Vet answers: '4' is no question's id"),
 ])  # fmt: skip
 def test_score_rejects(given, judged, complaint):
     with pytest.raises(InputError) as error:

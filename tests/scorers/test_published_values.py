@@ -67,7 +67,7 @@ def test_mmbench_llava_v15_13b(load, tmp_path):
     said, numbers = scored("mmbench", tmp_path, "--answers", tmp_path / "sheet.tsv")
     assert "240 questions in 885 rows, 0 without an answer" in said and "0 answers match no option" in said
     assert line(said, "CircularEval") == "63.3 [57.1, 69.2]    n=240"
-    assert line(said, "vanilla (first order of options)").startswith("72.1 [")
+    assert line(said, "vanilla (unrotated options)").startswith("72.1 [")
     assert line(said, "rows").startswith("71.9 [")
     assert numbers["score"] == pytest.approx(100 * 152 / 240) and numbers["correct"] == 152
     assert (numbers["vanilla"]["correct"], numbers["rows"]["correct"]) == (173, 636)

@@ -161,8 +161,8 @@ def test_how_each_was_made(tmp_path):
          answers={"n": 218, "empty": 1, "cut": None})  # fmt: skip
     save(tmp_path, "llavabench", 70, judge={"files": ["some/where/reviews.jsonl"], "comparable": True})
     report.write(tmp_path)
-    header, *made = table(tmp_path, "How they were made")
-    assert header == ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "pictures", "dtype",
+    header, *made = table(tmp_path, "Settings of each run")
+    assert header == ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "image mode", "dtype",
                       "new tokens", "temperature", "suffix", "judge", "unread verdicts"]  # fmt: skip
     how = ["vicuna_v1", "anyres"]
     assert made == [
@@ -256,8 +256,8 @@ def test_notes_are_those_of_what_was_run(tmp_path):
     save(tmp_path, "chartqa", 30)
     report.write(tmp_path)
     text = (tmp_path / "tables.md").read_text()
-    assert "- Prompt and metric behind the paper's numbers are not identifiable" in text
-    assert "- Ours: percent with a 95 % interval" in text and "MM-Vet: " not in text and "official server" not in text
+    assert "- The prompt and metric behind the paper's numbers are not identifiable" in text
+    assert "- Ours: percent with a 95% interval" in text and "MM-Vet: " not in text and "official server" not in text
     assert text.startswith("Models: llava-v1.6-mistral-7b\n")
 
 
@@ -301,7 +301,7 @@ def test_bars_are_of_the_base_model(tmp_path, model, base, figures):
     first, *others = chart(tmp_path, "MM-Vet")
     assert first == ("ours, base", "40.0 35.0 to 45.0")
     assert {label.replace("&#x27;", "'"): figure for label, figure in others} == figures
-    assert f"both of {base}." in page(tmp_path)
+    assert f"both for {base}." in page(tmp_path)
 
 
 # ---- the page
@@ -339,7 +339,7 @@ def test_the_page_needs_nothing_else(both):
     assert not read.tags & {"script", "link", "img", "iframe", "object", "a", "form", "base"}
     assert read.attributes <= {"lang", "charset", "name", "content", "class", "style"}
     assert not re.search(r"https?://|url\(|@import", page(both))
-    assert "How they were made" in read.text and "Before you compare" in read.text
+    assert "Settings of each run" in read.text and "Before you compare" in read.text
 
 
 @pytest.mark.parametrize("field", ["model", "adapter", "mode", "template", "image_mode", "dtype", "prompt"])
@@ -372,7 +372,7 @@ def test_the_prompt_of_item_1(tmp_path):
 
 def test_toy_scores_are_not_the_papers(tmp_path):
     (tmp_path / "toyvqa-base-direct.scores.json").write_text('{"benchmark": "toyvqa", "score": 99.0, "n": 1}')
-    with pytest.raises(InputError, match=f"^{tmp_path}: no .scores.json of a benchmark in it$"):
+    with pytest.raises(InputError, match=f"^{tmp_path}: contains no .scores.json of a benchmark$"):
         report.write(tmp_path)
     save(tmp_path, "textvqa", 60)
     report.write(tmp_path)
@@ -383,7 +383,7 @@ def test_toy_scores_are_not_the_papers(tmp_path):
 def test_a_folder_without_scores(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("{}")
-    with pytest.raises(InputError, match=f"^{tmp_path / folder}: no .scores.json of a benchmark in it$"):
+    with pytest.raises(InputError, match=f"^{tmp_path / folder}: contains no .scores.json of a benchmark$"):
         report.write(tmp_path / folder)
     assert not [*tmp_path.rglob("tables.md")]
 

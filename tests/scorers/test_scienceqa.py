@@ -119,11 +119,11 @@ def test_load_takes_problems_without_the_optional_fields(tmp_path):
     ({"7": problem(image="../../secret.png")}, ["7"], "problems.json: problem '7': image '../../secret.png'"),
     ({"7": problem(image="..")}, ["7"], "problems.json: problem '7': image '..'"),
     ({"7": problem(image="sub/x.png")}, ["7"], "problems.json: problem '7': image 'sub/x.png'"),
-    ([], ["7"], "problems.json: is not a JSON object"),
-    ({"7": problem(image=5)}, ["7"], "problems.json: problem '7': image 5 is not a text"),
-    ({"7": problem(hint=["x"])}, ["7"], "problems.json: problem '7': hint ['x'] is not a text"),
-    ({"7": problem(subject={})}, ["7"], "problems.json: problem '7': subject {} is not a text"),
-    ({"7": problem(grade=[2])}, ["7"], "problems.json: problem '7': grade [2] is not a text"),
+    ([], ["7"], "problems.json: not a JSON object"),
+    ({"7": problem(image=5)}, ["7"], "problems.json: problem '7': image 5 is not text"),
+    ({"7": problem(hint=["x"])}, ["7"], "problems.json: problem '7': hint ['x'] is not text"),
+    ({"7": problem(subject={})}, ["7"], "problems.json: problem '7': subject {} is not text"),
+    ({"7": problem(grade=[2])}, ["7"], "problems.json: problem '7': grade [2] is not text"),
     ({"7": problem(question="\ud800")}, ["7"], "problems.json: problem '7': prompt \"\\ud800\\nA. milk"),
 ])
 def test_load_rejects(tmp_path, problems, ids, named):
@@ -131,19 +131,6 @@ def test_load_rejects(tmp_path, problems, ids, named):
     with pytest.raises(InputError) as error:
         scienceqa.load(tmp_path)
     assert named in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["problems.json", "pid_splits.json"])
-@pytest.mark.parametrize("content, named", [
-    (None, "cannot be read"), (b'{"7": ', "is not JSON"), (b"\xff", "is not JSON")])
-def test_load_names_a_missing_or_broken_file(tmp_path, name, content, named):
-    write(tmp_path, {"7": problem()}, ["7"])
-    (tmp_path / name).unlink()
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as error:
-        scienceqa.load(tmp_path)
-    assert f"{name}: {named}" in str(error.value) and "\n" not in str(error.value)
 
 
 # ---- scores
@@ -237,20 +224,6 @@ def test_score_leaves_empty_groups_out():
 def test_a_recorded_prompt_may_be_anything(recorded):
     scores = scienceqa.score([question("1")], [{"question_id": "1", "text": "A", "prompt": recorded}])
     assert "img_acc" not in scores["groups"]
-
-
-@pytest.mark.parametrize("questions, answers, named", [
-    (QUESTIONS, ANSWERS + [{"question_id": "8", "prompt": "", "text": "A"}], "'8' is no question's id"),
-    (QUESTIONS, ANSWERS + ANSWERS[:1], "'7' is repeated"),
-    (QUESTIONS, [{"prompt": "", "text": "A"}], "has no question_id"),
-    (QUESTIONS, [{"question_id": "1", "prompt": ""}], "'1' has no 'text'"),
-    (QUESTIONS + QUESTIONS[:1], ANSWERS, "a question id is repeated"),
-    ([], [], "no questions"),
-])
-def test_score_rejects(questions, answers, named):
-    with pytest.raises(InputError) as error:
-        scienceqa.score(questions, answers)
-    assert named in str(error.value) and "\n" not in str(error.value)
 
 
 def test_report():

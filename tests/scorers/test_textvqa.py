@@ -132,12 +132,12 @@ def test_load(tmp_path):
 
 
 @pytest.mark.parametrize("annotations, lines, named", [
-    ([], [line("a", "q")], "val.json: is not a list with something in it"),
-    ({}, [line("a", "q")], "val.json: is not a list"),
-    ([5], [line("a", "q")], "val.json, entry 0: 'image_id' is missing or no str"),
+    ([], [line("a", "q")], "val.json: not a non-empty list"),
+    ({}, [line("a", "q")], "val.json: not a non-empty list"),
+    ([5], [line("a", "q")], "val.json, entry 0: 'image_id' is missing or not a string"),
     ([annotation("a", "q"), annotation(7, "q")], [line("a", "q")], "val.json, entry 1: 'image_id'"),
-    ([annotation("a", None)], [line("a", "q")], "val.json, entry 0: 'question' is missing or no str"),
-    ([annotation("a", "q") | {"answers": "x" * 10}], [line("a", "q")], "val.json, entry 0: 'answers' is missing or no"),
+    ([annotation("a", None)], [line("a", "q")], "val.json, entry 0: 'question' is missing or not a string"),
+    ([annotation("a", "q") | {"answers": "x" * 10}], [line("a", "q")], "entry 0: 'answers' is missing or not a list"),
     ([annotation("a", "q", TEN[:9])], [line("a", "q")], "val.json, entry 0: 'answers' are not ten texts"),
     ([annotation("a", "q", TEN + ["x"])], [line("a", "q")], "val.json, entry 0: 'answers' are not ten texts"),
     ([annotation("a", "q", range(10))], [line("a", "q")], "val.json, entry 0: 'answers' are not ten texts"),
@@ -147,7 +147,7 @@ def test_load(tmp_path):
     ([annotation("a", "q")], [line("a", "q", question_id=5)], "ocr.jsonl, line 1: no question_id"),
     ([annotation("a", "q")], [line("a", "q", image=None)], "ocr.jsonl, line 1: no image"),
     ([annotation("a", "q")], [line("a", "q", text=["q"])], "ocr.jsonl, line 1: no text"),
-    ([annotation("a", "q")], [line("a", "q", text="q")], "ocr.jsonl, line 1: the prompt 'q' is in no known form"),
+    ([annotation("a", "q")], [line("a", "q", text="q")], "ocr.jsonl, line 1: the prompt 'q' has an unknown form"),
     ([annotation("a", "q")], [line("a", "q"), line("b", "Q")], "line 2: TextVQA_0.5.1_val.json has no question 'q'"),
     ([annotation("a", "q")], [line("a", "other")], "line 1: TextVQA_0.5.1_val.json has no question 'other' about 'a'"),
 ])  # fmt: skip
@@ -159,9 +159,7 @@ def test_load_rejects(tmp_path, annotations, lines, named):
 
 
 @pytest.mark.parametrize("name, content, named", [
-    ("TextVQA_0.5.1_val.json", None, "cannot be read"), ("TextVQA_0.5.1_val.json", b'{"data": ', "is not JSON"),
-    ("TextVQA_0.5.1_val.json", b"\xff", "is not JSON"), ("TextVQA_0.5.1_val.json", b"[]", "has no 'data'"),
-    ("llava_textvqa_val_v051_ocr.jsonl", None, "No such file"),
+    ("TextVQA_0.5.1_val.json", None, "no such file: "), ("TextVQA_0.5.1_val.json", b"[]", "has no 'data'"),
     ("llava_textvqa_val_v051_ocr.jsonl", b'{"text": ', "line 1: not JSON"),
     ("llava_textvqa_val_v051_ocr.jsonl", b"\xff", "not UTF-8"),
 ])  # fmt: skip
@@ -232,28 +230,19 @@ def test_a_question_asked_twice_is_answered_twice(tmp_path):
 
 
 @pytest.mark.parametrize("answers, named", [
-    (ANSWERS + [answer("c", "What?", "x")], "answers, record 4: 'what?' about 'c' is not among the questions"),
     (ANSWERS[1:] + [answer("b", "Who?", "x")], "answers, record 3: 'who?' about 'b' is not among the questions"),
-    (ANSWERS + ANSWERS[:1], "answers, record 4: 'what?' about 'b' is answered twice"),
     (ANSWERS[:2], "1 of 3 questions have no answer, the first is 'what?' about 'a'"),
     (ANSWERS[:1], "2 of 3 questions have no answer, the first is 'what?' about 'a'"),
     ([], "3 of 3 questions have no answer, the first is 'what?' about 'a'"),
-    ([ANSWERS[0] | {"prompt": "What?"}], "answers, record 1: the prompt 'What?' is in no known form"),
-    ([ANSWERS[0] | {"prompt": "Image description:\nA cup.\n\n" + prompt("What?")}], "nor may it hold a description"),
+    ([ANSWERS[0] | {"prompt": "What?"}], "answers, record 1: the prompt 'What?' has an unknown form"),
+    ([ANSWERS[0] | {"prompt": "Image description:\nA cup.\n\n" + prompt("What?")}], "or a description in it"),
     ([ANSWERS[0] | {"prompt": None}], "answers, record 1: no 'prompt'"),
-    ([ANSWERS[0], ANSWERS[1] | {"text": 5}], "answers, record 2: no 'text'"),
-    ([{"prompt": prompt("What?"), "text": "x"}], "record 1: 'what?' about 'None' is not among"),
     ([ANSWERS[0] | {"question_id": []}], "record 1: 'what?' about '[]' is not among"),
 ])  # fmt: skip
 def test_score_rejects(questions, answers, named):
     with pytest.raises(InputError) as error:
         textvqa.score(questions, answers)
     assert named in str(error.value) and "\n" not in str(error.value)
-
-
-def test_score_needs_questions():
-    with pytest.raises(InputError, match="no questions"):
-        textvqa.score([], [])
 
 
 def test_report(questions):

@@ -1,0 +1,106 @@
+"""The flags of evaluate.py, and whether they fit the benchmark and each other."""
+
+import os
+
+from stic_min import InputError
+from stic_min.runtime import flags
+from stic_min.scorers import audit, harness
+from stic_min.scorers.plan import DESCRIPTION_TOKENS
+
+
+def add_benchmark_flags(parser, benchmark):
+    add = parser.add_argument
+    add("--data", required=True, metavar="DIR", help="folder of the benchmark's files, as published")
+    add("--out", required=True, metavar="DIR", help="folder for answers and scores")
+    add("--dar", action="store_true",
+        help="describe the image first, then answer (section 4); the description has up to "
+        f"{DESCRIPTION_TOKENS} tokens, or --max-new-tokens if given")
+    add("--blind", action="store_true", help="with --dar: describe without the image (as released)")
+    add("--preset", choices=["released"],
+        help="released: --template vicuna_v1, and on MMBench with --dar also --blind")
+    flags.add_model_flags(parser)
+    flags.add_check_flag(parser)
+    flags.add_limit_flag(parser)
+    flags.add_sampling_flags(parser, temperature=0.0, batch_size=8, max_new_tokens=benchmark.max_new_tokens)
+    if benchmark.suffix is not None:
+        add("--suffix", default=benchmark.suffix, metavar="TEXT", help="last line of each prompt")
+    if benchmark.judge:
+        add_judge_flags(parser)
+
+
+def add_score_flags(parser, benchmarks):
+    add = parser.add_argument
+    add("benchmark", choices=sorted(harness.MODULES))
+    add("--answers", metavar="FILE",
+        help="answers: JSON lines of question_id, prompt and text, or the official format")
+    add("--data", required=True, metavar="DIR", help="folder of the benchmark's files, as published")
+    add("--judged", nargs="+", metavar="FILE",
+        help="published verdicts: grades (MM-Vet), reviews (LLaVA-Bench, one file per run) or extractions "
+        "(MathVista)")
+    rules = "; ".join(f"{b.name}: {', '.join(b.rules)}" for b in benchmarks if b.rules)
+    add("--rule", metavar="NAME",
+        help=f"scoring rule, where official scorers differ (default: the first). {rules}")
+    add("--json", action="store_true", help="print the scores as JSON")
+    flags.add_limit_flag(parser)
+    add("--seed", type=flags.seed_value, default=0, help="random seed for --limit")
+    add_judge_flags(parser)
+
+
+def add_judge_flags(parser):
+    group = parser.add_argument_group("judge")
+    add = group.add_argument
+    add("--judge", action="store_true", help="grade the answers with a judge model over the network")
+    add("--judge-model", metavar="NAME", help="judge model (default: the benchmark's official judge)")
+    add("--judge-url", metavar="URL",
+        help="base URL of an OpenAI-compatible API (default: OPENAI_BASE_URL, else "
+        "https://api.openai.com/v1)")
+    add("--judge-key", metavar="KEY",
+        help="API key (default: OPENAI_API_KEY, which other users of the machine cannot see)")
+    add("--judge-prompts", metavar="FILE",
+        help="JSON file with the official prompts (see stic_min/scorers/README.md); without it, scores are "
+        "not comparable with published ones")
+    add("--judge-runs", type=flags.positive, metavar="N",
+        help="number of times each answer is graded (default: the benchmark's: MM-Vet 5, LLaVA-Bench 3)")
+    add("--judge-max-tokens", type=flags.positive, metavar="N",
+        help="maximum tokens per reply (default: the benchmark's); a reasoning model needs more")
+    add("--judge-token-field", choices=["max_tokens", "max_completion_tokens"],
+        help="the endpoint's name for that limit (default: max_tokens); newer OpenAI models accept only the "
+        "second")
+    add("--judge-no-temperature", action="store_true",
+        help="send no temperature, which OpenAI's reasoning models reject")
+    seconds = flags.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
+    add("--judge-timeout", type=seconds, default=60, metavar="SECONDS", help="timeout per request")
+    percent = f"{audit.UNREAD:.0%}".replace("%", "%%")
+    add("--allow-unread", action="store_true",
+        help=f"score even if more than {percent} of the judge's verdicts cannot be read")
+
+
+def check_paths(args):
+    """Raises InputError for a file where a folder is expected, and vice versa."""
+    for name in ("model", "adapter", "vision", "data", "out", "dir"):
+        if (path := getattr(args, name, None)) and os.path.isfile(path):
+            raise InputError(f"{'' if name == 'dir' else f'--{name} '}{path} is a file, expected a folder")
+    for name in ("tokenizer", "answers", "judged", "judge_prompts", "image"):
+        paths = getattr(args, name, None) or []
+        for path in paths if isinstance(paths, list) else [paths]:
+            if os.path.isdir(path):
+                raise InputError(f"--{name.replace('_', '-')} {path} is a folder, expected a file")
+
+
+def check_flags(args, benchmark):
+    """Raises InputError for flags of `score` and of the judge that do not fit the benchmark or each other."""
+    names = ("model", "url", "key", "prompts", "runs", "max_tokens", "token_field", "no_temperature")
+    given = [name for name in names if getattr(args, f"judge_{name}", None)]
+    if args.rule and args.rule not in benchmark.rules:
+        rules = " and ".join(benchmark.rules) or "no second rule"
+        raise InputError(f"--rule {args.rule}: {benchmark.name} has {rules}")
+    if args.judge and not benchmark.judge:
+        raise InputError(f"--judge: {benchmark.name} is scored without a judge")
+    if args.judged and not benchmark.read_judged:
+        raise InputError(f"--judged: there are no published verdicts for {benchmark.name}")
+    if args.judged and args.judge:
+        raise InputError("--judged reads verdicts and --judge requests them: use one of them")
+    if given and not args.judge:
+        raise InputError(f"--judge-{given[0].replace('_', '-')} requires --judge")
+    if "runs" in given and not benchmark.runs:
+        raise InputError(f"--judge-runs: {benchmark.name} has one run")
