@@ -80,12 +80,12 @@ def test_published_forms_are_one_pair(tmp_path, form):
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"prompt": None}, r"chosen is not one user .* but \['assistant'\]; expected: {\"image\": ..., "),
-    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"but \['system', 'user', 'assistant'\]"),
+    ({"prompt": None}, r"chosen is \['assistant'\] instead of one user .*; expected: {\"image\": ..., "),
+    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"chosen is \['system', 'user', 'assistant'\] instead"),
     ({"prompt": [MESSAGE("user", "Q"), MESSAGE("assistant", "A")] * 60}, r"\.\.\."),
     ({"images": ["a.jpg", "b.jpg"]}, "2 images, but a sample has one"),
     ({"images": [5]}, "image is not a file name"), ({"images": []}, "no image"),
-    ({"chosen": [{"type": "image"}]}, r"chosen is not one user .* but \['user', None\]"),
+    ({"chosen": [{"type": "image"}]}, r"chosen is \['user', None\] instead of one user"),
     ({"chosen": " "}, "chosen, assistant: no content")])
 def test_other_forms_are_refused_with_the_one_expected(change, complaint):
     with pytest.raises(InputError, match=f"^x.*{complaint}") as error:
@@ -130,25 +130,23 @@ def test_long_names_are_shown_by_their_ends():
     assert files.brief("a" * 60 + "b" * 900 + "c.jpg") == "a" * 50 + "..." + "b" * 22 + "c.jpg"
 
 
-def test_instructions_with_other_than_one_image_are_left_out(tmp_path):
+def test_instructions_without_exactly_one_image_are_skipped(tmp_path):
     talk = LLAVA("Q", "A")
     named = ["a.jpg", "b.jpg"], ["a.jpg"]
     listed = [{"id": i, "image": image, "conversations": talk} for i, image in enumerate(named)]
     listed += [{"id": 2, "image": 5, "conversations": talk}, {"id": 3, "images": ["b.jpg"], "conversations": talk}]
     path = tmp_path / "x.json"
     path.write_text(json.dumps(listed))
-    entries, total = data.image_records(path, left_out := {})
-    assert [(id, record["image"]) for _, id, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")] and total == 4
-    assert left_out == {"0": f"{path}, record 0: 2 images, but a sample has one",
-                        "2": f"{path}, record 2: image is not a file name"}
-    told = [{"id": 1, "image": "a.jpg", "description": "D"}, {"image": ["b.jpg"], "description": "D"}]
-    (tmp_path / "d.json").write_text(json.dumps(told))
-    described, counts = data.read_infused(path, tmp_path / "d.json")
-    assert [i.id for i in described] == ["1", "3"]
-    assert counts.endswith(f"; 2 records left out, the first: {left_out['0']}")
-    (tmp_path / "d.json").write_text(json.dumps([{"id": 0, "image": "a.jpg", "description": "D"}]))
+    entries, total = records.image_records(path, skipped := {})
+    assert [(key, record["image"]) for _, key, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")] and total == 4
+    assert skipped == {"0": f"{path}, record 0: 2 images, but a sample has one",
+                       "2": f"{path}, record 2: image is not a file name"}
+    infusion = data.Infusion(path)
+    described = [{"id": 1, "image": "a.jpg", "description": "D"}, {"image": ["b.jpg"], "description": "D"}]
+    assert [infusion("d", record).key for record in described] == ["1", "3"]
+    assert infusion.summary().endswith(f"; 2 records skipped, the first: {skipped['0']}")
     with pytest.raises(InputError, match="record 0: 2 images"):
-        data.read_infused(path, tmp_path / "d.json")
+        infusion("d", {"id": 0, "image": "a.jpg", "description": "D"})
 
 
 def test_instructions_by_image_path(tmp_path):

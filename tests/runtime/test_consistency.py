@@ -156,7 +156,7 @@ def test_generation_counts_what_is_equal(world, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("stic_min.text.Tokenizer.decode", lambda self, ids: "~~~~")
     assert outcome(world, "pairs", "--images", tmp_path, "--out", tmp_path / "out.jsonl") == 0
     out, lines = said(capsys)
-    assert "in 10 of 10 pairs chosen and rejected are the same: no preference to learn from\n" in out
+    assert "10 of 10 pairs have identical chosen and rejected" in out
     assert lines == ["warning: 10 of 10 chosen responses are identical: '~~~~'"]
 
 
@@ -184,7 +184,7 @@ def test_phones_images_and_deep_pixels(world, capsys, tmp_path):
     (tmp_path / "1.heic").touch()
     assert outcome(world, "pairs", "--images", tmp_path, "--out", tmp_path / "out.jsonl") == 0
     out, lines = said(capsys)
-    assert f"1 .heic file in {tmp_path}: left out, convert them to JPEG or PNG\n" in out
+    assert f"1 .heic file in {tmp_path}: skipped, convert them to JPEG or PNG\n" in out
     assert f"1 pairs in {tmp_path / 'out.jsonl'}, 1 skipped" in out
     assert lines == [f"warning: skipped: can't read image {tmp_path}/float.tif: its pixels are 32-bit floats: "
                      "convert it to 8 or 16 bits"]
@@ -199,7 +199,7 @@ def test_instructions_with_two_images_are_left_out(world, capsys, tmp_path, name
         "--instructions", tmp_path / RECORDS, "--descriptions", tmp_path / TOLD]
     assert outcome(world, name, *flags, "--out", tmp_path / "out") == 0
     out, lines = said(capsys)
-    assert "1 records left out, the first: " in out and "record 1: 2 images, but a sample has one" in out and not lines
+    assert "1 records skipped, the first: " in out and "record 1: 2 images, but a sample has one" in out and not lines
 
 
 @pytest.mark.parametrize("out, message", [("images", "is a folder"), (f"{PAIRS}/new.jsonl", "can't write to")])
