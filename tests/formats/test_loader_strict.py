@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit are refused, in one line that names the file or the key."""
+"""Checkpoints that do not fit are an error, one line that names the file or the key."""
 
 import json
 
@@ -44,7 +44,8 @@ WRONG_CONFIGS = {
     "vocabulary of 599": dict(vocab_size=599),
     "config.json: image_grid_pinpoints": dict(image_grid_pinpoints=[[56, 112], [112, 60]]),
     "config.json: no hidden_size": dict(hidden_size=None),
-    # The tower's geometry is not in the checkpoint: that its folder was not found must be said, not what came of it.
+    # The tower's geometry is not in the checkpoint: the error must name the missing folder, not its
+    # consequence.
     "model.safetensors: the vision tower .*--vision": dict(mm_vision_tower="clip-missing"),
 }
 
@@ -81,10 +82,10 @@ def test_broken_folders(tiny, tmp_path):
     refuse("can't do anyres", tiny / V15, image_mode="anyres")
 
 
-# ---------------------------------------------------------------- files that contradict themselves
+# ---------------------------------------------------------------- contradicting files
 
 
-def test_an_index_that_lies(tiny, tmp_path):
+def test_a_wrong_index(tiny, tmp_path):
     folder = copy(tiny, V16, tmp_path / "a", form="model-0000%d-of-00003.safetensors")
     index = folder / "model.safetensors.index.json"
     right = json.loads(index.read_text())
@@ -98,7 +99,7 @@ def test_an_index_that_lies(tiny, tmp_path):
     refuse("two sets of weights, model.safetensors and model.safetensors.index.json", folder)
 
 
-def test_which_of_several_files_was_used(tiny, tmp_path):
+def test_notes_on_unused_files(tiny, tmp_path):
     folder = copy(tiny, V15, tmp_path / "both")
     copy(tiny, V15, folder, form="pytorch_model.bin")
     for name in ("generation_config.json", "mm_projector.bin", "tokenizer.json"):
@@ -120,7 +121,7 @@ def test_a_bin_file_from_before_torch_1_6(tiny, tmp_path):
     assert all(torch.equal(p, expected.get_parameter(name)) for name, p in llava.named_parameters())
 
 
-def test_a_projector_that_holds_no_numbers(tiny, tmp_path):
+def test_a_projector_with_nan(tiny, tmp_path):
     tensors = read_tensors(tiny / V15)
     tensors["model.mm_projector.2.bias"][3] = float("nan")
     refuse("model.safetensors: model.mm_projector.2.bias contains NaN", copy(tiny, V15, tmp_path, tensors))

@@ -1,5 +1,5 @@
-"""What the JSON files of published and of current models may say: each option is used, required, refused or harmless,
-and the chat template follows from what a model is."""
+"""Options in the JSON files of published and current models: each is used, required, refused or harmless; and
+the chat template follows from the model."""
 
 import json
 import shutil
@@ -71,7 +71,7 @@ def test_templates_of_published_models(tmp_path, name, config, expected):
     ("mpt", V15 | {"architectures": ["LlavaMptForCausalLM"]}, "is LlavaMptForCausalLM"),
     ("qwen-hf", HF15 | {"text_config": VICUNA_TEXT | {"architectures": [], "model_type": "qwen2"}}, "is qwen2"),
 ])  # fmt: skip
-def test_other_templates_are_refused_unless_one_is_chosen(tmp_path, name, config, reason):
+def test_other_templates_are_an_error_unless_one_is_chosen(tmp_path, name, config, reason):
     with pytest.raises(InputError, match=f"{reason}.*--template"):
         read(tmp_path / name, config)
     config, _, _, reason = read(tmp_path / name, config, template="vicuna_v1")
@@ -79,7 +79,7 @@ def test_other_templates_are_refused_unless_one_is_chosen(tmp_path, name, config
 
 
 @pytest.mark.parametrize("name", ["llava-v1.5-7b-merged-v0", "llava-philosophy", "stic-134b"])
-def test_a_folder_of_ones_own_may_have_any_name(tmp_path, name):
+def test_a_users_folder_may_have_any_name(tmp_path, name):
     assert read(tmp_path / name, V15)[0].template == "vicuna_v1"
 
 
@@ -90,7 +90,7 @@ def test_names_of_models():
 
 # ---------------------------------------------------------------- options
 
-FULL = dict(  # what transformers 4 wrote of every configuration where it did not leave defaults out
+FULL = dict(  # what transformers 4 wrote for every configuration when it did not omit defaults
     add_cross_attention=False, bad_words_ids=None, begin_suppress_tokens=None, chunk_size_feed_forward=0,
     cross_attention_hidden_size=None, decoder_start_token_id=None, diversity_penalty=0.0, do_sample=False,
     early_stopping=False, encoder_no_repeat_ngram_size=0, exponential_decay_length_penalty=None, finetuning_task=None,
@@ -121,7 +121,7 @@ def test_full_files_are_read(tmp_path):
     assert read_tower(tmp_path) == whole.vision
 
 
-def test_whatever_the_installed_transformers_writes_is_known(tmp_path):
+def test_options_of_the_installed_transformers_are_known(tmp_path):
     hf = pytest.importorskip("transformers")
     sliding = dict(sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
     for kind, text in ((hf.LlavaConfig, hf.LlamaConfig()), (hf.LlavaNextConfig, hf.MistralConfig(**sliding))):
@@ -130,7 +130,7 @@ def test_whatever_the_installed_transformers_writes_is_known(tmp_path):
         read(tmp_path, json.loads(config.to_json_string()))
 
 
-WRONG = {  # message: (base, what is changed in it)
+WRONG = {  # message: (base, changes)
     "quantization_config .*quantized weights can't be read": (V15, dict(quantization_config={"bits": 4})),
     "attention_bias True is not supported": (V15, dict(attention_bias=True)),
     "attention_dropout 0.1 .*only LoRA has dropout": (V16, dict(attention_dropout=0.1)),
@@ -173,7 +173,7 @@ WRONG = {  # message: (base, what is changed in it)
 
 
 @pytest.mark.parametrize("match", WRONG)
-def test_what_the_model_here_cannot_do_is_refused_by_name(tmp_path, match):
+def test_unsupported_options_are_named(tmp_path, match):
     config, changes = WRONG[match]
     with pytest.raises(InputError, match=f"config.json: {match}") as error:
         read(tmp_path, config | changes)
@@ -196,7 +196,7 @@ def test_a_tower_of_another_width(tiny, tmp_path):
     refuse("mm_hidden_size 1024, but the tower in .*clip-tiny has 32", copy(tiny, TINY, tmp_path, mm_hidden_size=1024))
 
 
-def test_pixels_normalized_in_another_way(tiny, tmp_path):
+def test_pixels_normalized_differently(tiny, tmp_path):
     file = Path(shutil.copy(tiny / "clip-tiny" / "preprocessor_config.json", tmp_path))
     right = json.loads(file.read_text())
     check_pixels(tmp_path)
@@ -251,7 +251,7 @@ def test_settings_that_change_ids_or_text(tokenizer, option, value):
         tokenizer(VICUNA | {option: value})
 
 
-def test_added_tokens_that_text_may_hold(tokenizer):
+def test_added_tokens_that_text_may_contain(tokenizer):
     for settings, added in ((VICUNA, {"<|im_start|>": 32000}), (VICUNA | {"added_tokens_decoder": {
             "32000": {"content": "<|im_start|>"}}}, {})):  # fmt: skip
         with pytest.raises(InputError, match="the token '<|im_start|>' was added"):

@@ -1,4 +1,5 @@
-"""The spellings of others: one image as a list, lists of names, and preference pairs in every published form."""
+"""Data files in the formats of other projects: images as lists, lists of names, preference pairs in every
+form."""
 
 import json
 
@@ -81,13 +82,13 @@ def test_published_forms_are_one_pair(tmp_path, form):
 
 @pytest.mark.parametrize("change, complaint", [
     ({"prompt": None}, r"chosen is \['assistant'\] instead of one user .*; expected: {\"image\": ..., "),
-    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"chosen is \['system', 'user', 'assistant'\] instead"),
+    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"\['system', 'user', 'assistant'\] instead"),
     ({"prompt": [MESSAGE("user", "Q"), MESSAGE("assistant", "A")] * 60}, r"\.\.\."),
     ({"images": ["a.jpg", "b.jpg"]}, "2 images, but a sample has one"),
     ({"images": [5]}, "image is not a file name"), ({"images": []}, "no image"),
     ({"chosen": [{"type": "image"}]}, r"chosen is \['user', None\] instead of one user"),
     ({"chosen": " "}, "chosen, assistant: no content")])
-def test_other_forms_are_refused_with_the_one_expected(change, complaint):
+def test_unknown_forms_are_an_error_that_gives_the_expected_one(change, complaint):
     with pytest.raises(InputError, match=f"^x.*{complaint}") as error:
         data.parse_pair("x", FORMS["TRL, texts"] | change)
     assert len(str(error.value)) <= 300
@@ -107,7 +108,7 @@ def test_lists_of_names(tmp_path, text):
     ('{"image": "a.jpg"}', "contains JSON objects, not names"),
     ('{"description": 1}', "contains descriptions .*, not names"),
     (json.dumps([FORMS["POVID"]]), "contains preference pairs .*, not names")])
-def test_what_is_no_list_of_names(tmp_path, text, complaint):
+def test_files_without_names_are_an_error(tmp_path, text, complaint):
     (tmp_path / "names").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^{tmp_path}/names.*{complaint}"):
         records.read_names(tmp_path / "names")
@@ -125,7 +126,7 @@ def test_byte_order_marks_and_crlf(tmp_path):
     assert files.read_json(tmp_path / "x.json") == {"a": 1}
 
 
-def test_long_names_are_shown_by_their_ends():
+def test_long_names_are_shortened_in_the_middle():
     assert files.brief("a" * 80) == "a" * 80 and files.brief("\n") == "\\n"
     assert files.brief("a" * 60 + "b" * 900 + "c.jpg") == "a" * 50 + "..." + "b" * 22 + "c.jpg"
 

@@ -1,5 +1,5 @@
-"""Inputs that can be read but hardly be meant, through the commands: each is a warning or a count, in a run and in
---check; what is as published or as generated passes without a word."""
+"""Inputs that are valid but probably unintended, through the commands: each gives a warning or a count, in a
+run and with --check. Published and generated files pass silently."""
 
 import json
 
@@ -34,14 +34,14 @@ def world(tiny, tmp_path_factory):
 
 
 def warnings(w, capsys, name, *flags):
-    """Those of a run's check."""
+    """The warnings that --check prints."""
     capsys.readouterr()
     assert outcome(w, name, "--check", *flags) == 0
     return [line.removeprefix("warning: ").replace(str(w), "W") for line in said(capsys)[1]]
 
 
 def edited(w, file, **values):
-    """A copy of a file with other values in all of its records."""
+    """A copy of a file with `values` in all records."""
     records = [json.loads(line) | values for line in (w / file).read_text().splitlines()]
     write(w / "edited.jsonl", records)
     return w / "edited.jsonl"
@@ -50,13 +50,13 @@ def edited(w, file, **values):
 # ---------------------------------------------------------------- records of another model
 
 
-def test_what_the_commands_generate_passes(world, capsys):
+def test_generated_files_pass(world, capsys):
     assert warnings(world, capsys, "stage1", "--pairs", world / "generated.jsonl") == []
     assert warnings(world, capsys, "stage2", "--descriptions", world / "told.jsonl") == []
     anyres = ["--model", world / "model16", "--image-mode", "anyres", "--out", world / "anyres.jsonl"]
     assert outcome(world, "pairs", *anyres) == 0  # generated in anyres, trained in pad
-    told = ["--model", world / "model16", "--pairs", world / "anyres.jsonl"]
-    assert warnings(world, capsys, "stage1", *told) == []
+    pairs = ["--model", world / "model16", "--pairs", world / "anyres.jsonl"]
+    assert warnings(world, capsys, "stage1", *pairs) == []
 
 
 def test_pairs_of_another_model(world, capsys):
@@ -107,12 +107,12 @@ def test_stage_2_from_an_adapter_of_stage_2(world, capsys):
 
 
 @pytest.mark.parametrize("name", ["pairs", "describe", "stage1", "stage2"])
-def test_a_limit_above_what_is_there(world, capsys, name):
+def test_a_limit_above_the_number_of_records(world, capsys, name):
     assert warnings(world, capsys, name, "--limit", 3) == ["--limit 3: only 2 available"]
     assert warnings(world, capsys, name, "--limit", 2) == []
 
 
-# ---------------------------------------------------------------- pairs that teach nothing
+# ---------------------------------------------------------------- pairs without a preference
 
 
 def test_equal_pairs_are_counted(world, capsys, tmp_path):
@@ -124,7 +124,7 @@ def test_equal_pairs_are_counted(world, capsys, tmp_path):
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
     assert said(capsys)[1] == [
         "warning: 1 of 3 pairs have identical chosen and rejected: nothing to learn"]
-    # as they are trained: 98 tokens cut the third pair's difference off
+    # as trained: at 98 tokens, the difference in the third pair is cut off
     assert outcome(world, "stage1", "--pairs", file, "--check", "--max-length", 98) == 0
     assert "  equal        2 pairs, " in said(capsys)[0]
 
@@ -138,7 +138,7 @@ def test_repeated_pairs_are_counted(world, capsys, tmp_path):
     assert said(capsys)[1] == ["warning: 2 of 4 pairs repeat another one"]
 
 
-def test_texts_that_are_all_the_same(world, capsys, tmp_path):
+def test_identical_texts(world, capsys, tmp_path):
     pairs, records, told = tmp_path / "pairs.jsonl", tmp_path / "records.json", tmp_path / "told.jsonl"
     write(pairs, [pair(A, "So.", f"Not {i}.") for i in range(10)])
     assert warnings(world, capsys, "stage1", "--pairs", pairs) == ["10 of 10 chosen responses are identical: 'So.'"]
@@ -150,7 +150,7 @@ def test_texts_that_are_all_the_same(world, capsys, tmp_path):
     assert warnings(world, capsys, "stage2", *flags) == ["10 of 10 descriptions are identical: 'Red.'"]
 
 
-def test_generation_counts_what_is_equal(world, capsys, tmp_path, monkeypatch):
+def test_generation_counts_identical_responses(world, capsys, tmp_path, monkeypatch):
     for i in range(10):
         Image.new("RGB", (20, 20), (25 * i, 0, 0)).save(tmp_path / f"{i}.png")
     monkeypatch.setattr("stic_min.text.Tokenizer.decode", lambda self, ids: "~~~~")
@@ -177,7 +177,7 @@ def test_a_message_never_repeats_a_whole_file(world, capsys, tmp_path):
     assert warning.startswith("warning: skipped: no such image: ") and len(warning) <= 300
 
 
-def test_phones_images_and_deep_pixels(world, capsys, tmp_path):
+def test_images_from_phones_and_deep_pixels(world, capsys, tmp_path):
     gray = np.arange(1024).reshape(32, 32) * 64
     Image.fromarray(gray.astype(np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(gray.astype(np.float32)).save(tmp_path / "float.tif")
@@ -191,7 +191,7 @@ def test_phones_images_and_deep_pixels(world, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["describe", "stage2"])
-def test_instructions_with_two_images_are_left_out(world, capsys, tmp_path, name):
+def test_instructions_with_two_images_are_skipped(world, capsys, tmp_path, name):
     records = [instruction("a", [A]), instruction("b", [A, B])]
     write(tmp_path / RECORDS, records)
     write(tmp_path / TOLD, [{"id": "a", "image": [A], "description": "Red."}])

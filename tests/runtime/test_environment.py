@@ -1,5 +1,5 @@
-"""What a run finds around it: variables left over from other programs, a locale without Unicode, disks and machines
-that fail, another operating system. One line says so; and run.json records what there was."""
+"""The environment of a run: leftover variables, a locale without Unicode, failing disks and machines, other
+operating systems. Each problem is reported in one line, and run.json records the environment."""
 
 import errno
 import json
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from chain import stop_after
 from commands import ENV, ROOT, call, ended, free_port
 
-from stic_min import InputError, checkpoint, training
+from stic_min import InputError, checkpoint
 from stic_min.runtime import console, process, provenance
 from stic_min.runtime.ranks import gpu_index, place, start_device, start_ranks
 
@@ -29,7 +29,7 @@ def python(*args, env=None, **how):
 
 
 def outcome(main, capsys):
-    """Runs a function as a script does -> (exit status, the last line on stderr)."""
+    """Runs a function like a script -> (exit status, the last line on stderr)."""
     status = 0
     try:
         process.run(main)
@@ -58,7 +58,7 @@ def launched(monkeypatch, *values):
 @pytest.mark.parametrize("values, expected", [
     ((None, None, None, None), (0, 1)), ((None, None, "host", "29500"), (0, 1)), (("0", "1", None, None), (0, 1)),
     (("0", None, None, None), (0, 1)), ((None, "1", None, None), (0, 1)), (("3", "8", "host", "29500"), (3, 8))])
-def test_a_place_among_the_ranks(monkeypatch, values, expected):
+def test_rank_and_world(monkeypatch, values, expected):
     launched(monkeypatch, *values)
     assert place() == expected
 
@@ -71,7 +71,7 @@ LEFT_OVER = [
 
 
 @pytest.mark.parametrize("values", LEFT_OVER)
-def test_variables_that_were_left_over_are_refused(monkeypatch, values):
+def test_leftover_variables_are_an_error(monkeypatch, values):
     launched(monkeypatch, *values)
     with pytest.raises(InputError, match="was not started by torchrun: unset them, or use torchrun") as error:
         place()
@@ -84,9 +84,9 @@ def test_variables_that_were_left_over_are_refused(monkeypatch, values):
     "evaluate scienceqa --model m --data d --out o", "stic_min.merge --model m --adapter a --out o",
     "generate_pairs --model m --images i --out o", "train_stage1 --model m --pairs p --images i --out o",
     "train_stage2 --model m --instructions i --descriptions d --images i --out o", "stic_min.toy.__main__"])
-def test_no_command_takes_itself_for_one_of_many(monkeypatch, tmp_path, command):
-    """merge, score, table and ask leave the work to the first rank: with RANK=1 left over they did nothing, and ended
-    as if they had done it."""
+def test_no_command_mistakes_itself_for_one_of_many(monkeypatch, tmp_path, command):
+    """merge, score, table and ask run on the first rank only: with a leftover RANK=1 they used to do nothing
+    and exit with status 0."""
     launched(monkeypatch, "1", None, None, None)
     monkeypatch.chdir(tmp_path)
     status, said = ended(*command.split())
@@ -98,7 +98,7 @@ def test_which_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     launched(monkeypatch, "6", "8", "host", "29500")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert gpu_index() == 2  # mpirun: the second node's third
+    assert gpu_index() == 2  # mpirun: the third GPU of the second node
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert gpu_index() == 3
     monkeypatch.setenv("LOCAL_RANK", "x")
@@ -106,7 +106,7 @@ def test_which_gpu(monkeypatch):
         gpu_index()
 
 
-def test_a_gpu_that_can_not_be_used_is_said(monkeypatch, capsys):
+def test_an_unusable_gpu_is_reported(monkeypatch, capsys):
     def too_old():
         import warnings
 
@@ -135,12 +135,12 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
     assert ("EADDRINUSE" in str(error.value)) is taken and not dist.is_initialized()
 
 
-# ---------------------------------------------------------------- how errors are said
+# ---------------------------------------------------------------- error messages
 
 
 @pytest.mark.parametrize("error, says", [
     (InputError("a.jsonl, line 2: no image"), "error: a.jsonl, line 2: no image"),
-    (InputError("two\nlines, and a \x1b[31m colour"), r"error: two\nlines, and a \x1b[31m colour"),
+    (InputError("two\nlines, and a \x1b[31m color"), r"error: two\nlines, and a \x1b[31m color"),
     (FileNotFoundError(2, "No such file or directory", "a"), "error: a: No such file or directory"),
     (OSError(errno.ENOSPC, "No space left on device"), "error: writing: No space left on device"),
     (OSError(errno.EIO, "Input/output error"), "error: reading or writing: Input/output error"),
@@ -155,7 +155,7 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
      f"error: '{'x' * 40}\\udce9.jpg' can't be written in utf-8: rename the file or folder"),
     (UnicodeEncodeError("ascii", "caf\xe9", 3, 4, "ordinal not in range(128)"),
      "error: 'caf\\xe9' can't be written in ascii: set PYTHONUTF8=1")])  # fmt: skip
-def test_what_a_user_or_a_machine_causes_is_one_line(monkeypatch, capsys, error, says):
+def test_errors_caused_by_user_or_machine_are_one_line(monkeypatch, capsys, error, says):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     status, said = outcome(fails(error), capsys)
     assert status == 1 and said.startswith(says) and len(said) <= 300
@@ -187,7 +187,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "PYTHONC
 
 
 def test_a_locale_without_unicode(tiny, tmp_path):
-    """All that is read and written is UTF-8, whatever the locale; names that it can't hold are skipped."""
+    """Files are read and written in UTF-8 in any locale; file names that it can't represent are skipped."""
     images = tmp_path / "images"
     images.mkdir()
     for name in ("a.jpg", "caf\xe9.jpg"):
@@ -224,20 +224,20 @@ process.run(main)
     assert (tmp_path / "merged" / "config.json").is_file() and (tmp_path / "results" / "tables.md").is_file()
 
 
-def test_words_that_are_not_text():
+def test_arguments_that_are_not_text():
     status, said = ended("evaluate", "ask", b"caf\xe9".decode(errors="surrogateescape"), "--model", "m")
     assert (status, said) == (1, "error: the command line: 'caf\\udce9' is not valid Unicode")
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_stream_that_is_closed(monkeypatch, stream):
+def test_a_closed_stream(monkeypatch, stream):
     monkeypatch.setattr(sys, "argv", ["x.py"])
     monkeypatch.setattr(sys, stream, None)  # as by >&-
     process.run(lambda: [print(1), console.warn("w")])
 
 
-def test_a_terminal_that_is_closed(monkeypatch):
-    """A run goes on without it."""
+def test_a_closed_terminal(monkeypatch):
+    """A run continues without it."""
     gone = mock.Mock()
     gone.write.side_effect = OSError(errno.EIO, "Input/output error")
     monkeypatch.setattr(sys, "stdout", gone)
@@ -246,7 +246,7 @@ def test_a_terminal_that_is_closed(monkeypatch):
     assert sys.stdout is not gone
 
 
-def test_windows_is_told_so():
+def test_windows_is_not_supported():
     code = "import sys; sys.modules['fcntl'] = None; import stic_min.runtime.process"
     done = python("-c", code)
     says = "error: stic_min needs Linux or macOS (Python's fcntl); on Windows use WSL\n"
@@ -257,11 +257,11 @@ def test_memory_is_in_gigabytes_on_every_system(monkeypatch):
     used = {"linux": 3_000_000, "darwin": 3_000_000_000}  # KB, bytes
     for system, maximum in used.items():
         monkeypatch.setattr(sys, "platform", system)
-        monkeypatch.setattr(training.resource, "getrusage", lambda _, m=maximum: mock.Mock(ru_maxrss=m))
-        assert training.memory_gb(torch.device("cpu")) == 3.0
+        monkeypatch.setattr(provenance.resource, "getrusage", lambda _, m=maximum: mock.Mock(ru_maxrss=m))
+        assert provenance.peak_memory_gb(torch.device("cpu")) == 3.0
 
 
-def test_folders_that_can_not_be_synced(monkeypatch, tmp_path):
+def test_folders_that_cannot_be_synced(monkeypatch, tmp_path):
     for number, raised in ((errno.EINVAL, False), (errno.EIO, True)):
         monkeypatch.setattr(checkpoint.os, "fsync", mock.Mock(side_effect=OSError(number, "no")))
         if raised:
@@ -278,7 +278,7 @@ def run_json(folder):
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def test_run_json_says_what_made_it(made, tmp_path):
+def test_run_json_records_the_environment(made, tmp_path):
     call(*made.command, "--batch-size", 20, "--out", tmp_path)
     saved = run_json(tmp_path)["record"]
     assert saved["command"].startswith("train_stage1 --model ") and saved["command"].endswith(f"--out {tmp_path}")
