@@ -37,7 +37,8 @@ LAYOUTS = {
     ),
     "hf-memory": dict(  # module names of 4.52 to 4.57, in state dicts written directly
         decoder="model.language_model.", lm_head="lm_head", newline="model.image_newline",
-        tower="model.vision_tower.vision_model.", projector={i: "model." + p for i, p in HF_PROJECTOR.items()},
+        tower="model.vision_tower.vision_model.",
+        projector={i: "model." + p for i, p in HF_PROJECTOR.items()},
     ),
 }  # fmt: skip
 LAYOUTS["hf-fresh-5"] = LAYOUTS["hf"] | {"tower": "vision_tower."}  # 5.x, saved without having been loaded
@@ -90,7 +91,9 @@ def published(version, layout):
 
 
 # Our names of the 18 tensors that the model does not use.
-UNUSED = {name for name in tower_keys("vision_tower.") if "encoder.layers.23." in name or "post_layernorm" in name}
+UNUSED = {
+    name for name in tower_keys("vision_tower.") if "encoder.layers.23." in name or "post_layernorm" in name
+}
 
 
 def count(shapes):
@@ -183,9 +186,14 @@ def test_open_llava_opens_full_checkpoints(name, tiny, tmp_path, monkeypatch):
     version, layout = name[:4], "hf" if name.endswith("hf") else "original"
     contents = {folder: published(version, layout)}
     if name == "v1.5":
-        contents[folder] |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(32)}  # 4.31
+        contents[folder] |= {
+            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(32)
+        }  # 4.31
         contents[tower] = tower_keys("vision_model.") | {"vision_model.embeddings.position_ids": (1, 577)}
-        contents[tower] |= {"text_model.final_layer_norm.weight": (768,), "visual_projection.weight": (768, 1024)}
+        contents[tower] |= {
+            "text_model.final_layer_norm.weight": (768,),
+            "visual_projection.weight": (768, 1024),
+        }
     for place in contents:
         place.mkdir(parents=True)
         (place / "model.safetensors").touch()

@@ -28,7 +28,9 @@ def checkpoint(request, tiny, tmp_path_factory):
         model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**both))
     else:
         pinpoints = [[56, 112], [112, 56], [112, 112]]
-        model = hf.LlavaNextForConditionalGeneration(hf.LlavaNextConfig(**both, image_grid_pinpoints=pinpoints))
+        model = hf.LlavaNextForConditionalGeneration(
+            hf.LlavaNextConfig(**both, image_grid_pinpoints=pinpoints)
+        )
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     model.save_pretrained(folder / "base")
@@ -50,7 +52,9 @@ def test_peft_on_transformers_gives_our_logits(checkpoint):
     assert not result.unexpected_keys
     theirs = peft.PeftModel.from_pretrained(theirs, folder / "adapter")
     adapted = [name for name, module in theirs.named_modules() if hasattr(module, "lora_A")]
-    assert len(adapted) == 14 and all("language_model.layers" in name for name in adapted)  # none on the tower
+    assert len(adapted) == 14 and all(
+        "language_model.layers" in name for name in adapted
+    )  # none on the tower
 
     image = Image.effect_noise((300, 200), 80).convert("RGB")
     tiles = make_tiles(image, ours.config.image_mode, 56, ours.config.pinpoints)
@@ -73,7 +77,9 @@ def test_names_are_those_of_transformers(checkpoint):
     assert "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight" in keys
     assert "model.multi_modal_projector.linear_1.weight" in keys
     back = adapters.read_written(folder / "adapter")
-    assert back.keys() == adapter.tensors.keys() and all(torch.equal(t, adapter.tensors[n]) for n, t in back.items())
+    assert back.keys() == adapter.tensors.keys() and all(
+        torch.equal(t, adapter.tensors[n]) for n, t in back.items()
+    )
 
 
 def test_notes_do_not_mention_preprocessor_config(checkpoint):

@@ -16,14 +16,18 @@ def drop(key):
 
 WRONG_TENSORS = {
     "unknown key model.layers.0.extra.weight": lambda t: t | {"model.layers.0.extra.weight": torch.ones(2)},
-    "unknown key model.layers.2.mlp.up_proj.weight": lambda t: t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)},
+    "unknown key model.layers.2.mlp.up_proj.weight": lambda t: (
+        t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)}
+    ),
     "unknown key extra": lambda t: t | {"extra": torch.ones(2)},
     "no tensor for model.norm.weight": drop("model.norm.weight"),
     "no tensor for image_newline": drop("model.image_newline"),
     "no tensor for vision_tower.pre_layrnorm.bias": drop(TOWER + "pre_layrnorm.bias"),
     r"lm_head.weight is \(599, 32\), .* \(600, 32\)": lambda t: t | {"lm_head.weight": torch.ones(599, 32)},
     r"mm_projector.2.bias is \(1, 32\)": lambda t: t | {"model.mm_projector.2.bias": torch.ones(1, 32)},
-    "language_model.lm_head.weight.* same": lambda t: t | {"language_model.lm_head.weight": torch.ones(600, 32)},
+    "language_model.lm_head.weight.* same": lambda t: (
+        t | {"language_model.lm_head.weight": torch.ones(600, 32)}
+    ),
 }
 
 
@@ -35,7 +39,9 @@ def test_wrong_tensors(tiny, tmp_path, match):
 WRONG_CONFIGS = {
     "config.json: no mm_vision_tower": dict(without=["mm_vision_tower"]),
     "config.json: no num_attention_heads": dict(without=["num_attention_heads"]),
-    "config.json: rope_scaling: type 'linear' is not supported": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "config.json: rope_scaling: type 'linear' is not supported": dict(
+        rope_scaling={"type": "linear", "factor": 2.0}
+    ),
     "config.json: hidden_act 'gelu' is not supported, only 'silu'": dict(hidden_act="gelu"),
     "config.json: mm_projector_type": dict(mm_projector_type="linear"),
     "config.json: mm_vision_select_layer -1": dict(mm_vision_select_layer=-1),
@@ -105,11 +111,16 @@ def test_notes_on_unused_files(tiny, tmp_path):
     for name in ("generation_config.json", "mm_projector.bin", "tokenizer.json"):
         (folder / name).write_text("{}")
     used, rest = load_llava(folder).notes
-    assert used.startswith(f"{folder}: model.safetensors; vision tower: {tiny}/clip-tiny; tokenizer: {folder}/tok")
+    assert used.startswith(
+        f"{folder}: model.safetensors; vision tower: {tiny}/clip-tiny; tokenizer: {folder}/tok"
+    )
     assert "template: vicuna_v1 (a Llama decoder); images: pad" in used
-    assert rest.endswith("not read: generation_config.json, mm_projector.bin, pytorch_model.bin, tokenizer.json")
+    assert rest.endswith(
+        "not read: generation_config.json, mm_projector.bin, pytorch_model.bin, tokenizer.json"
+    )
     assert load_llava(tiny / V16).notes == [
-        f"{tiny}/{V16}: model-00001-of-00002.safetensors and 1 more; vision tower: the checkpoint's; tokenizer: "
+        f"{tiny}/{V16}: model-00001-of-00002.safetensors and 1 more; vision tower: the checkpoint's; "
+        "tokenizer: "
         f"{tiny}/{V16}/tokenizer.model; template: mistral_instruct (a Mistral decoder); images: anyres"
     ]
 

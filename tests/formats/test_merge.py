@@ -41,7 +41,8 @@ def test_merged_equals_unmerged(tiny, tmp_path, name, form):
     image = Image.open(tiny / "images" / "scene_01.jpg")
     merged, unmerged = load_llava(tmp_path / "merged"), load_llava(base, adapter=adapter)
     torch.testing.assert_close(
-        merged.logits(PROMPT, [image]), unmerged.logits(PROMPT, [image]), atol=1e-4, rtol=0)
+        merged.logits(PROMPT, [image]), unmerged.logits(PROMPT, [image]), atol=1e-4, rtol=0
+    )
     assert (merged.logits(PROMPT, [image]) - load_llava(base).logits(PROMPT, [image])).abs().max() > 0.1
     assert read_tensors(tmp_path / "merged").keys() == read_tensors(tiny / name).keys()
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["torch_dtype"] == "float32"
@@ -121,15 +122,20 @@ def test_transformers_loads_a_merged_checkpoint_of_its_own(tiny, tmp_path):
     merge(tmp_path / "base", adapter, tmp_path / "merged")
 
     ours = load_llava(tmp_path / "base", adapter=adapter)
-    theirs, report = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    theirs, report = hf.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
-        logits = theirs.eval()(input_ids=torch.tensor([ours.tokenizer.encode_prompt(TEXT)])).logits[0, :, :600]
+        logits = theirs.eval()(input_ids=torch.tensor([ours.tokenizer.encode_prompt(TEXT)])).logits[
+            0, :, :600
+        ]
     torch.testing.assert_close(ours.logits(TEXT, []), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("size, flags, warns", [(1e-6, [], "--dtype float16"), (1e-6, ["--dtype", "float32"], None),
-                                                (1e-9, ["--dtype", "float16"], "--dtype float32")])  # fmt: skip
+@pytest.mark.parametrize("size, flags, warns", [
+    (1e-6, [], "--dtype float16"), (1e-6, ["--dtype", "float32"], None),
+    (1e-9, ["--dtype", "float16"], "--dtype float32")])  # fmt: skip
 def test_a_lost_change_is_a_warning(tiny, tmp_path, capsys, size, flags, warns):
     base = copy(tiny, V16, tmp_path / "base")
     adapter, out = make_adapter(load_llava(base), tmp_path / "adapter", size), tmp_path / "out"

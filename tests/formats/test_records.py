@@ -76,13 +76,15 @@ FORMS = {
 def test_published_forms_are_one_pair(tmp_path, form):
     (tmp_path / "pairs.json").write_text(json.dumps([FORMS[form]]))
     [pair] = data.read_pairs(tmp_path / "pairs.json")
-    assert (pair.image, pair.prompt, pair.chosen, pair.rejected) == ("a.jpg", f"<image>\n{QUESTION}", GOOD, BAD)
+    assert (pair.image, pair.prompt) == ("a.jpg", f"<image>\n{QUESTION}")
+    assert (pair.chosen, pair.rejected) == (GOOD, BAD)
     assert pair.chosen_stopped and pair.rejected_stopped and records.record_kind(FORMS[form]) == "pairs"
 
 
 @pytest.mark.parametrize("change, complaint", [
     ({"prompt": None}, r"chosen is \['assistant'\] instead of one user .*; expected: {\"image\": ..., "),
-    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"\['system', 'user', 'assistant'\] instead"),
+    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]},
+     r"\['system', 'user', 'assistant'\] instead"),
     ({"prompt": [MESSAGE("user", "Q"), MESSAGE("assistant", "A")] * 60}, r"\.\.\."),
     ({"images": ["a.jpg", "b.jpg"]}, "2 images, but a sample has one"),
     ({"images": [5]}, "image is not a file name"), ({"images": []}, "no image"),
@@ -97,7 +99,8 @@ def test_unknown_forms_are_an_error_that_gives_the_expected_one(change, complain
 
 
 @pytest.mark.parametrize("text", [
-    '["a.jpg", "b.jpg"]', '\ufeff[\r\n "a.jpg",\r\n "b.jpg"]', "\ufeffa.jpg\r\n\r\n b.jpg\r\n", "a.jpg\nb.jpg"])
+    '["a.jpg", "b.jpg"]', '\ufeff[\r\n "a.jpg",\r\n "b.jpg"]', "\ufeffa.jpg\r\n\r\n b.jpg\r\n",
+    "a.jpg\nb.jpg"])
 def test_lists_of_names(tmp_path, text):
     (tmp_path / "names").write_bytes(text.encode())
     assert records.read_names(tmp_path / "names") == ["a.jpg", "b.jpg"]
@@ -135,11 +138,13 @@ def test_instructions_without_exactly_one_image_are_skipped(tmp_path):
     talk = LLAVA("Q", "A")
     named = ["a.jpg", "b.jpg"], ["a.jpg"]
     listed = [{"id": i, "image": image, "conversations": talk} for i, image in enumerate(named)]
-    listed += [{"id": 2, "image": 5, "conversations": talk}, {"id": 3, "images": ["b.jpg"], "conversations": talk}]
+    listed.append({"id": 2, "image": 5, "conversations": talk})
+    listed.append({"id": 3, "images": ["b.jpg"], "conversations": talk})
     path = tmp_path / "x.json"
     path.write_text(json.dumps(listed))
     entries, total = records.image_records(path, skipped := {})
-    assert [(key, record["image"]) for _, key, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")] and total == 4
+    assert [(key, record["image"]) for _, key, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")]
+    assert total == 4
     assert skipped == {"0": f"{path}, record 0: 2 images, but a sample has one",
                        "2": f"{path}, record 2: image is not a file name"}
     infusion = data.Infusion(path)
@@ -154,4 +159,5 @@ def test_instructions_by_image_path(tmp_path):
     talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}]
     records = [{"id": str(i), key: "a.jpg", "conversations": talk} for i, key in enumerate(IMAGE_KEYS)]
     (tmp_path / "i.json").write_text(json.dumps(records))
-    assert [record["image"] for _, _, record in data.image_records(tmp_path / "i.json")[0]] == ["a.jpg"] * len(records)
+    entries, _ = data.image_records(tmp_path / "i.json")
+    assert [record["image"] for _, _, record in entries] == ["a.jpg"] * len(records)

@@ -52,13 +52,17 @@ def rename(key, rules):
 
 
 @pytest.mark.parametrize("name", [V16, V15])
-@pytest.mark.parametrize("rules", [HF, FRESH_5, MEMORY, MEMORY_5], ids=["hf", "fresh-5", "memory", "memory-5"])
+@pytest.mark.parametrize(
+    "rules", [HF, FRESH_5, MEMORY, MEMORY_5], ids=["hf", "fresh-5", "memory", "memory-5"]
+)
 def test_layouts_of_transformers_equal_the_original(tiny, base, image, tmp_path, name, rules):
     """Renamed, with 64 more rows of vocabulary as transformers pads it, and the tower inside."""
     tensors = read_tensors(tiny / name)
     if name == V15:
         tower = read_tensors(tiny / "clip-tiny").items()
-        tensors |= {key.replace("vision_model.", TOWER): t for key, t in tower if key.startswith("vision_model.")}
+        tensors |= {
+            key.replace("vision_model.", TOWER): t for key, t in tower if key.startswith("vision_model.")
+        }
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[key] = torch.cat([tensors[key], torch.ones(64, 32, dtype=tensors[key].dtype)])
     old = json.loads((tiny / name / "config.json").read_text())
@@ -91,10 +95,14 @@ def test_same_logits_as_transformers(tiny, tmp_path, kind, size):
     else:
         text = hf.MistralConfig(**numbers, vocab_size=664, num_key_value_heads=2, rope_theta=1e6)
         pinpoints = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
-        config = dict(vision_config=vision, text_config=text, image_token_index=660, image_grid_pinpoints=pinpoints)
+        config = dict(
+            vision_config=vision, text_config=text, image_token_index=660, image_grid_pinpoints=pinpoints
+        )
         config = hf.LlavaNextConfig(**config)
     torch.manual_seed(0)
-    kind_of_model = hf.LlavaForConditionalGeneration if kind == "v1.5" else hf.LlavaNextForConditionalGeneration
+    kind_of_model = (
+        hf.LlavaForConditionalGeneration if kind == "v1.5" else hf.LlavaNextForConditionalGeneration
+    )
     theirs = kind_of_model(config).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -104,7 +112,9 @@ def test_same_logits_as_transformers(tiny, tmp_path, kind, size):
     image = Image.effect_noise(size, 80).convert("RGB")
 
     tiles = make_tiles(image, ours.config.image_mode, 56, ours.config.pinpoints)
-    ids = [[660] * ours.config.image_tokens(size) if i < 0 else [i] for i in ours.tokenizer.encode_prompt(PROMPT)]
+    ids = [
+        [660] * ours.config.image_tokens(size) if i < 0 else [i] for i in ours.tokenizer.encode_prompt(PROMPT)
+    ]
     inputs = {"input_ids": torch.tensor([sum(ids, [])]), "pixel_values": tiles.pixels}
     if kind == "v1.6":
         inputs |= {"pixel_values": tiles.pixels[None], "image_sizes": torch.tensor([size[::-1]])}
@@ -117,8 +127,8 @@ def test_same_logits_as_transformers(tiny, tmp_path, kind, size):
 # ---------------------------------------------------------------- file formats
 
 
-@pytest.mark.parametrize("form", ["model.safetensors", "model-0000%d-of-00003.safetensors", "pytorch_model.bin",
-                                  "pytorch_model-0000%d-of-00003.bin"])  # fmt: skip
+@pytest.mark.parametrize("form", ["model.safetensors", "model-0000%d-of-00003.safetensors",
+                                  "pytorch_model.bin", "pytorch_model-0000%d-of-00003.bin"])  # fmt: skip
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 def test_every_file_format_and_dtype(tiny, base, image, tmp_path, form, stored):
     tensors = {key: t.to(stored) for key, t in read_tensors(tiny / V16).items()}
@@ -132,7 +142,9 @@ def test_every_file_format_and_dtype(tiny, base, image, tmp_path, form, stored):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtype(tiny, base, image, dtype):
     llava, (_, expected) = load_llava(tiny / V15, dtype=dtype), base[V15]
-    assert {p.dtype for p in llava.parameters()} == {dtype} and not any(p.requires_grad for p in llava.parameters())
+    assert {p.dtype for p in llava.parameters()} == {dtype} and not any(
+        p.requires_grad for p in llava.parameters()
+    )
     logits = llava.logits(PROMPT, [image])
     difference = (logits - expected).abs().max()
     assert logits.dtype == torch.float32 and 0 < difference < 0.3
@@ -149,7 +161,13 @@ def test_places_where_the_tower_is_found(tiny, base, image, tmp_path):
     (tmp_path / "bin").mkdir()
     shutil.copy(clip / "config.json", tmp_path / "bin")
     torch.save(read_tensors(clip), tmp_path / "bin" / "pytorch_model.bin")
-    for path, vision in (absolute, None), (inside, None), (next_to, None), (named, clip), (named, tmp_path / "bin"):
+    for path, vision in (
+        (absolute, None),
+        (inside, None),
+        (next_to, None),
+        (named, clip),
+        (named, tmp_path / "bin"),
+    ):
         assert torch.equal(load_llava(path, vision=vision).logits(PROMPT, [image]), base[V15][1]), path
     refuse(f"{hub}.*--vision", named)
     refuse("nowhere", named, vision=tmp_path / "nowhere")
@@ -161,7 +179,9 @@ def test_an_embedded_tower_takes_precedence(tiny, tmp_path, name):
     embedded = {k: t for k, t in read_tensors(tiny / V16).items() if k.startswith(TOWER)}
     llava = load_llava(copy(tiny, name, tmp_path, tensors | embedded), vision=tiny / "clip-tiny")
     loaded, clips = llava.vision_tower.embeddings.class_embedding, read_tensors(tiny / "clip-tiny")
-    assert torch.equal(loaded, embedded[TOWER + key].float()) and not torch.equal(loaded, clips["vision_model." + key])
+    assert torch.equal(loaded, embedded[TOWER + key].float()) and not torch.equal(
+        loaded, clips["vision_model." + key]
+    )
 
 
 def test_a_newline_that_pad_mode_never_reads_is_ignored(tiny, base, image, tmp_path):
@@ -205,7 +225,9 @@ def test_memory(tiny, tmp_path):
     """The process's peak anonymous memory, relative to the size of the loaded model: almost none for tensors
     mapped directly from the file, and never a second copy of converted ones."""
     bigger = {32: 1024, 64: 4096}
-    wide = {key: torch.ones([bigger.get(n, n) for n in t.shape]) for key, t in read_tensors(tiny / V15).items()}
+    wide = {
+        key: torch.ones([bigger.get(n, n) for n in t.shape]) for key, t in read_tensors(tiny / V15).items()
+    }
     wide["model.mm_projector.0.weight"] = torch.ones(1024, 32)
     copy(tiny, V15, tmp_path, wide, hidden_size=1024, intermediate_size=4096)  # 140 MB
     root = Path(__file__).resolve().parents[2]

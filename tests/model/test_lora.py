@@ -77,7 +77,9 @@ def test_dropout_only_affects_the_update():
     torch.manual_seed(1)
     z = F.dropout(x, 0.5)
     torch.testing.assert_close(ours, F.linear(x, linear.weight) + 2 * z @ linear.lora_A.T @ linear.lora_B.T)
-    torch.testing.assert_close(linear.eval()(x), F.linear(x, linear.weight) + 2 * x @ linear.lora_A.T @ linear.lora_B.T)
+    torch.testing.assert_close(
+        linear.eval()(x), F.linear(x, linear.weight) + 2 * x @ linear.lora_A.T @ linear.lora_B.T
+    )
 
 
 @pytest.mark.parametrize("size", SIZES[:3])
@@ -128,7 +130,8 @@ def main():
     signs = torch.randn_like(linear.lora_B).sign()
     Bs += [(f"after {k} Adam steps at lr 1e-7, one sign", 1e-7 * k * signs) for k in STEPS]
     for name, B in Bs:
-        print(f"{name:<42}{slope(linear, x, B, separate):>10.2f}{slope(linear, x, B, lora.LoRALinear.forward):>15.2f}")
+        two_roundings, one_rounding = (slope(linear, x, B, f) for f in (separate, lora.LoRALinear.forward))
+        print(f"{name:<42}{two_roundings:>10.2f}{one_rounding:>15.2f}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from stic_min.runtime import console, files, flags
 from stic_min.runtime.ranks import Ranks, start_device
 
 
-@pytest.mark.parametrize("name, rank, index", [(None, None, 0), (None, 3, 3), ("cuda", 2, 2), ("cuda:1", 3, 1)])
+@pytest.mark.parametrize(
+    "name, rank, index", [(None, None, 0), (None, 3, 3), ("cuda", 2, 2), ("cuda:1", 3, 1)]
+)
 def test_a_gpu_always_has_an_index(monkeypatch, name, rank, index):
     """torch.cuda.set_device rejects a plain "cuda". No GPU is needed: calls that would reach one are
     recorded."""

@@ -28,8 +28,9 @@ from stic_min.runtime.ranks import Ranks
 
 def two_nodes(*command, folders=(ROOT, ROOT)):
     """README.md's command for two nodes, each in its folder -> [(exit status, output), ...]."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=tests",
-                "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                "--rdzv-id=tests", "--rdzv-backend=c10d",
+                f"--rdzv-endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
     how = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     nodes = [subprocess.Popen([*torchrun, *map(str, command)], cwd=folder, **how) for folder in folders]
     try:
@@ -62,8 +63,9 @@ def test_two_nodes_train_the_same(runs, stage):
     assert json.loads((runs.two / stage / "run.json").read_text(encoding="utf-8"))["record"]["ranks"] == 2
 
 
-@pytest.mark.parametrize("file", ["pairs.jsonl", "descriptions.jsonl", "results/scienceqa-stage2-direct.jsonl",
-                                  "results/scienceqa-stage2-dar.jsonl", "results/scienceqa-stage2-dar.scores.json"])
+@pytest.mark.parametrize("file", [
+    "pairs.jsonl", "descriptions.jsonl", "results/scienceqa-stage2-direct.jsonl",
+    "results/scienceqa-stage2-dar.jsonl", "results/scienceqa-stage2-dar.scores.json"])
 def test_two_nodes_write_the_same_file(runs, file):
     one, two = ((folder / file).read_text(encoding="utf-8") for folder in (runs.one, runs.two))
     if file != "pairs.jsonl":  # except the hash of the adapter, which differs in the last bits on two ranks
@@ -73,6 +75,8 @@ def test_two_nodes_write_the_same_file(runs, file):
 
 
 # ---------------------------------------------------------------- separate disks
+
+NOT_SHARED = "--out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to "
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +103,20 @@ def apart(runs, tiny):
 @pytest.mark.parametrize("name, out", [
     ("stage1", "stage1"), ("dar", "results/scienceqa-stage2-dar.descriptions.jsonl")])
 def test_separate_disks_are_detected_at_the_start(apart, name, out):
-    says = f"--out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to {out}"
-    assert [said[name] for said in apart.said] == [says, says]
+    error = f"{NOT_SHARED}{out}"
+    assert [said[name] for said in apart.said] == [error, error]
 
 
 def test_every_node_exits_with_that_error(apart):
-    says = "error: --out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to pairs"
     for _, text in apart.ended:
-        assert text.count(says) == 1 and "Traceback" not in text[: text.find("torch/distributed/elastic")]
+        assert text.count(f"error: {NOT_SHARED}pairs") == 1
+        assert "Traceback" not in text[: text.find("torch/distributed/elastic")]
     assert not [*apart.folders[0].glob("pairs.jsonl*")][1:]  # nothing but the lock
 
 
 def test_nodes_with_different_input_are_detected_at_the_start(apart):
-    says = "rank 1 has seed 1, but rank 0 has 0: all nodes must run the same command on the same input"
-    assert [said["other"] for said in apart.said] == [says, says]
+    error = "rank 1 has seed 1, but rank 0 has 0: all nodes must run the same command on the same input"
+    assert [said["other"] for said in apart.said] == [error, error]
 
 
 def test_completed_records_on_separate_disks_are_not_lost(apart, runs, tmp_path):

@@ -19,14 +19,19 @@ from stic_min import InputError
 from stic_min.runtime import console, process
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPPED, KEPT = "stopped after step 3; the same command goes on from there", "stopped; completed output is kept"
+STOPPED, KEPT = (
+    "stopped after step 3; the same command goes on from there",
+    "stopped; completed output is kept",
+)
 WRONG = "error: sample 7 is off"
 
 
 def run(what):
     """Runs this file as a script; returns the lines that it prints."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # threads would not survive a fork
-    done = subprocess.run([sys.executable, __file__, what], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, __file__, what], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     return done.stdout.splitlines()
 
