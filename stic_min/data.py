@@ -12,9 +12,9 @@ from stic_min.formats.records import (
     EXPECTED,
     image_name,
     image_records,
-    kind,
     pair_sides,
     read_kind,
+    record_kind,
     skipped_line,
 )
 from stic_min.runtime.files import brief, text_field
@@ -39,7 +39,7 @@ class Pair:
 def image_first(text, where):
     """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing.
 
-    PAPER vs RELEASED (D, see README.md): the release has no <image> in its pairs, and so trains without the
+    PAPER vs RELEASED (3, see README.md): the release has no <image> in its pairs, and so trains without the
     images.
     """
     if text.count(IMAGE_MARK) > 1:
@@ -49,7 +49,7 @@ def image_first(text, where):
 
 def parse_pair(where: str, record: dict) -> Pair:
     """One record, in any of the published forms (formats/records.py)."""
-    if kind(record) != "pairs":
+    if record_kind(record) != "pairs":
         raise InputError(f"{where}: not a preference pair; {EXPECTED}")
     image = image_name(record, where)
     where = f"{where} ({brief(image)})"

@@ -199,7 +199,7 @@ def test_instructions_with_two_images_are_left_out(world, capsys, tmp_path, name
         "--instructions", tmp_path / RECORDS, "--descriptions", tmp_path / TOLD]
     assert outcome(world, name, *flags, "--out", tmp_path / "out") == 0
     out, lines = said(capsys)
-    assert "1 records left out, the first: " in out and "record 1: 2 images, a sample has one" in out and not lines
+    assert "1 records left out, the first: " in out and "record 1: 2 images, but a sample has one" in out and not lines
 
 
 @pytest.mark.parametrize("out, message", [("images", "is a folder"), (f"{PAIRS}/new.jsonl", "can't write to")])
