@@ -72,7 +72,7 @@ def describe_images(llava, question_of, read, output, sampling, what):
     """Writes one description per image to `output` -> {image: description} of all in the file, on every rank.
 
     question_of: {image: question}; read(question) -> its images. An unreadable image is left to
-    `answer_questions` to report. PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its
+    `answer_questions` to report. PAPER vs RELEASED (4, see README.md): the release leaves <image> out, so its
     model describes without seeing the image; so does this function for a question without images.
     """
     ranks = output.ranks

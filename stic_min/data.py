@@ -39,7 +39,7 @@ class Pair:
 def image_first(text, where):
     """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing.
 
-    PAPER vs RELEASED (D, see README.md): the release has no <image> in its pairs, and so trains without the
+    PAPER vs RELEASED (3, see README.md): the release has no <image> in its pairs, and so trains without the
     images.
     """
     if text.count(IMAGE_MARK) > 1:

@@ -1,7 +1,7 @@
 """The decoder: Mistral-7B and Llama/Vicuna-7B are the same blocks with different sizes.
 
 Its modules have the names of `model.*` in LLaVA checkpoints. All sequences are concatenated in one flat
-(T, C) tensor, without padding. Which token attends to which is decided by the `attend` object that is passed in:
+(T, C) tensor, without padding. The `attend` object that is passed in decides which token attends to which:
 `Packed` below for training and scoring, `Prefill` and `Decode` in cache.py for sampling. Not here: attention
 windows (a checkpoint that has one is limited to sequences that fit it), rope scaling, biases.
 
@@ -39,7 +39,7 @@ class DecoderConfig:
 
 
 def rope_angles(positions, config, dtype=torch.float32):
-    """positions (T,) -> cos, sin (T, 1, D). Channels i and i + D/2 are rotated together, as in the checkpoints."""
+    """positions (T,) -> cos, sin (T, 1, D). Channels i and i + D/2 form a pair, as in the checkpoints."""
     D = config.head_dim
     exponents = torch.arange(0, D, 2, device=positions.device).float() / D  # (D / 2,)
     frequencies = config.rope_theta**-exponents

@@ -9,14 +9,16 @@ import pytest
 
 from stic_min import InputError, data
 from stic_min.batch import collate
+from stic_min.formats.records import read_kind
 from stic_min.loader import load_llava
 from stic_min.runtime import files
 from stic_min.runtime import output as output_module
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import Ranks
 from stic_min.runtime.work import subset
+from stic_min.samples import global_batches, instruction_sample, load_tiles, micro_batches, pair_sample
 from stic_min.text import IMAGE
-from stic_min.training import micro_batches, rate
+from stic_min.training import rate
 
 names = lambda path: [record["image"] for _, record in files.read_records(path)]
 talk = lambda *turns: [{"from": ("human", "gpt")[i % 2], "value": turn} for i, turn in enumerate(turns)]
@@ -52,8 +54,8 @@ def test_bad_pairs_are_named(tmp_path):
     for record, complaint in (
         *[(pair_record(image=""), "no image"), (pair_record(user="<image> or <image>?"), "2 <image>")],
         *[(pair_record(answer=" "), "chosen, assistant: no con"), (pair_record(other="Tell."), "different prompts")],
-        *[(pair_record(chosen=turns * 2), "chosen is not"), (pair_record(rejected=turns[::-1]), "rejected is not")],
-        *[(pair_record(chosen=5), "chosen is not"), ([1], "not a JSON object")],
+        *[(pair_record(chosen=turns * 2), "chosen is \\["), (pair_record(rejected=turns[::-1]), "rejected is \\[")],
+        *[(pair_record(chosen=5), "chosen is"), ([1], "not a JSON object")],
     ):
         path = write(tmp_path / "pairs.jsonl", [pair_record(), pair_record("b.jpg"), record], lines=True)
         with pytest.raises(InputError, match=f"^{path}, line 3.*{complaint}"):
@@ -70,37 +72,40 @@ RECORDS = [
 ]
 
 
-def read_infused(folder, *described, records=RECORDS, **options):  # described: (image, what else there is)
+def read_infused(folder, *described, records=RECORDS, **options):
+    """described: (image, other fields) of each description -> the infused instructions, the line of counts."""
     described = [{"image": image, "prompt": "P", "description": f" D {image} "} | rest for image, rest in described]
-    return data.read_infused(write(folder / "x.json", records), write(folder / "d.jsonl", described, True), **options)
+    infusion = data.Infusion(write(folder / "x.json", records), **options)
+    descriptions = read_kind(write(folder / "d.jsonl", described, lines=True), "descriptions")
+    return [infusion(where, record) for where, record in descriptions], infusion.summary()
 
 
 def test_descriptions_join(tmp_path):
     ids = ("a.jpg", {"id": "1#2"}), ("c.jpg", {"id": "c.jpg"}), ("a.jpg", {"id": 1}), ("d.jpg", {"id": 0})
     instructions, counts = read_infused(tmp_path, *ids)  # the second of an id is #2; without one it is the picture
     assert counts == "4 described of 5 records with an image, 6 in all"
-    assert [i.id for i in instructions] == ["1#2", "c.jpg", "1", "0"]
+    assert [i.key for i in instructions] == ["1#2", "c.jpg", "1", "0"]
     first, second, third = (i.turns for i in instructions[:3])
     assert first == [("<image>\nImage description:\nD a.jpg\n\nQ4", "A4")]
     assert second == [("<image>\nImage description:\nD c.jpg\n\nQ5", "A5")]  # without the leading gpt turn
     assert third == [("<image>\nImage description:\nD a.jpg\n\nQ1", "A1"), ("Q2", "A2")]  # in the first turn only
     pictures = ("a.jpg", {}), ("b.jpg", {}), ("a.jpg", {"description": "second"})
     instructions, counts = read_infused(tmp_path, *pictures, one_line=True)
-    assert counts.startswith("3 described of 5") and [i.id for i in instructions] == ["1", "3", "1#2"]
+    assert counts.startswith("3 described of 5") and [i.key for i in instructions] == ["1", "3", "1#2"]
     for instruction, text in zip(instructions, ("D a.jpg\nQ1", "D b.jpg\nQ3", "second\nQ4")):
         assert instruction.turns[0][0] == f"<image>\nImage description: {text}"
     instructions, counts = read_infused(tmp_path, *ids, plain=True)  # the same records, nothing put in front
-    assert counts.startswith("4 described of 5") and [i.id for i in instructions] == ["1#2", "c.jpg", "1", "0"]
+    assert counts.startswith("4 described of 5") and [i.key for i in instructions] == ["1#2", "c.jpg", "1", "0"]
     assert [i.turns[0] for i in instructions[:3]] == [
         ("<image>\nQ4", "A4"), ("<image>\nQ5", "A5"), ("<image>\nQ1", "A1")]  # fmt: skip
 
 
 def test_descriptions_that_do_not_fit(tmp_path):
     for complaint, *described in (
-        ("describes 'z.jpg', which .*x.json does not have", ("z.jpg", {})),
-        ("describes '7', which .*x.json does not have", ("a.jpg", {"id": "7"})),
-        ("describes b.jpg, but .*record 0 .* shows a.jpg", ("a.jpg", {"id": "1#2"}), ("b.jpg", {"id": "1"})),
-        ("describes 'b.jpg', which .* does not have", ("b.jpg", {}), ("b.jpg", {})),  # more than it has
+        ("describes 'z.jpg', which is not in .*x.json", ("z.jpg", {})),
+        ("describes '7', which is not in .*x.json", ("a.jpg", {"id": "7"})),
+        ("describes b.jpg, but .*record 0 .* has the image a.jpg", ("a.jpg", {"id": "1#2"}), ("b.jpg", {"id": "1"})),
+        ("describes 'b.jpg', which is not in", ("b.jpg", {}), ("b.jpg", {})),  # more than it has
         ("3 is described twice", ("b.jpg", {"id": "3"}), ("b.jpg", {"id": "3"})),
         ("no description", ("b.jpg", {"description": ""})),
     ):
@@ -127,11 +132,11 @@ def llava(tiny):
     return load_llava(tiny / "llava-v1.6-tiny", image_mode="pad")  # 16 positions for any picture
 
 
-def layout(item, llava):
+def layout(sample, llava):
     """Flat ids, labels of each scored segment and the place before it, as the model gets them."""
-    batch = collate([item.example], [data.load_tiles(item, llava)], llava.config)
+    batch = collate([sample], [load_tiles(sample, llava)], llava.config)
     scored = batch.labels != -100
-    assert (len(batch.ids), scored.sum()) == (item.length, item.scored)
+    assert (len(batch.ids), scored.sum()) == (sample.length, sample.scored)
     assert (batch.labels == batch.ids[batch.scored])[scored].all() and not scored[:, 0].any()
     segments, before = [], []  # a label of -100 stands before each segment, and where a row is padded
     for row, labels in zip(batch.scored.tolist(), batch.labels.tolist()):
@@ -144,27 +149,27 @@ def layout(item, llava):
     return batch.ids.tolist(), segments, before
 
 
-def test_pair_item(llava, tiny):
+def test_pair_sample(llava, tiny):
     pieces, pair = llava.tokenizer.pieces.encode, ["x", "scene_01.jpg", "<image>\nWho?", "A red house.", "A boat"]
-    build = lambda n: data.pair_item(data.Pair(*pair, True, False), llava, tiny / "images", n)
+    build = lambda n: pair_sample(data.Pair(*pair, True, False), llava, tiny / "images", n)
     prompt = [1, *pieces("[INST] "), *[IMAGE] * 16, *pieces("\nWho? [/INST]")]
     chosen, rejected = [*pieces("A red house."), 2], pieces("A boat")  # it ended by length, so no end token
-    item = build(1024)  # both follow the prompt's last token
-    assert layout(item, llava) == (prompt + chosen + rejected, [chosen, rejected], [len(prompt) - 1] * 2)
-    assert not item.cut and item.image == tiny / "images" / "scene_01.jpg"
+    sample = build(1024)  # both follow the prompt's last token
+    assert layout(sample, llava) == (prompt + chosen + rejected, [chosen, rejected], [len(prompt) - 1] * 2)
+    assert not sample.cut and sample.image == tiny / "images" / "scene_01.jpg"
     for room in (len(chosen), len(chosen) - 1, 1):  # exactly max_length tokens; the end token goes first
-        item = build(len(prompt) + room)
-        assert layout(item, llava)[1] == [chosen[:room], rejected[:room]] and item.cut == (room < len(chosen))
-    other = data.pair_item(data.Pair(*pair, False, True), llava, tiny / "images", 1024)
-    assert other.example.branches == [chosen[:-1], [*rejected, 2]]
+        sample = build(len(prompt) + room)
+        assert layout(sample, llava)[1] == [chosen[:room], rejected[:room]] and sample.cut == (room < len(chosen))
+    other = pair_sample(data.Pair(*pair, False, True), llava, tiny / "images", 1024)
+    assert other.branches == [chosen[:-1], [*rejected, 2]]
     with pytest.raises(InputError, match=f"x: .* {len(prompt)} tokens"):
         build(len(prompt))
 
 
-def test_instruction_item(llava, tiny):
+def test_instruction_sample(llava, tiny):
     pieces, turns = llava.tokenizer.pieces.encode, [("<image>\nWho?", "A house."), ("Why?", "It is."), ("When?", "Now")]
     instruction = data.Instruction("x", "1", "scene_01.jpg", turns)
-    build = lambda n: data.instruction_item(instruction, llava, tiny / "images", n)
+    build = lambda n: instruction_sample(instruction, llava, tiny / "images", n)
     prompts = [[1, *pieces("[INST] "), *[IMAGE] * 16, *pieces("\nWho? [/INST]")]]
     prompts += [pieces("[INST] Why? [/INST]"), pieces("[INST] When? [/INST]")]
     answers = [[*pieces(answer), 2] for _, answer in turns]
@@ -179,17 +184,17 @@ def test_instruction_item(llava, tiny):
     with pytest.raises(InputError, match=f"x: the first prompt .* {a} tokens"):
         build(a)
     turns[:2] = [("Who?", "A house."), ("<image>\nWhy?", "It is.")]
-    with pytest.raises(InputError, match="x: <image> comes only after 20 tokens"):
+    with pytest.raises(InputError, match="x: its <image> appears only after 20 tokens"):
         build(20)
 
 
 def test_global_batches():
     lengths = [(37 * i) % 101 for i in range(30)]
-    batches = data.global_batches(lengths, 8, seed=3)
+    batches = global_batches(lengths, 8, seed=3)
     assert [len(b) for b in batches] == [8, 8, 8, 6] and sorted(sum(batches, [])) == list(range(30))
     assert all(batch == sorted(batch, key=lambda i: -lengths[i]) for batch in batches)  # no two of a length here
-    assert data.global_batches(lengths, 8, seed=3) == batches != data.global_batches(lengths, 8, seed=4)
-    assert set(batches[0]) != set(range(8)) and data.global_batches([1], 4, 0) == [[0]]
+    assert global_batches(lengths, 8, seed=3) == batches != global_batches(lengths, 8, seed=4)
+    assert set(batches[0]) != set(range(8)) and global_batches([1], 4, 0) == [[0]]
 
 
 def test_micro_batches():
@@ -198,8 +203,8 @@ def test_micro_batches():
         shares = [micro_batches(batch, Ranks(rank, world, "cpu"), size) for rank in range(world)]
         assert {len(share) for share in shares} == {-(-n // (world * size))}  # all ranks compute in step
         chunks = [chunk for share in shares for chunk in share]
-        assert Counter(i for indices, counts in chunks if counts for i in indices) == Counter(batch)
-        assert all(0 < len(indices) <= size and set(indices) <= set(batch) for indices, _ in chunks)
+        assert Counter(sample for samples, real in chunks if real for sample in samples) == Counter(batch)
+        assert all(0 < len(samples) <= size and set(samples) <= set(batch) for samples, _ in chunks)
 
 
 def test_rate():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from stic_min import data, lora
 from stic_min.formats.adapters import PREFIX
 from stic_min.loader import load_llava
+from stic_min.samples import global_batches, pair_sample
 
 
 def test_stage1_by_hand(runs, tmp_path):
@@ -35,15 +36,15 @@ def test_stage1_by_hand(runs, tmp_path):
     for name, value in adapter.tensors.items():
         policy.get_parameter(name).data.copy_(value)
     pairs = data.read_pairs(tmp_path / "pairs.jsonl")
-    items = [data.pair_item(pair, policy, runs.tiny / "images", 1024) for pair in pairs]
+    samples = [pair_sample(pair, policy, runs.tiny / "images", 1024) for pair in pairs]
     expected = []  # log.jsonl, step by step
 
     def loss(indices):
         """The mean of Eq. 4.1 over the pairs of one global batch."""
         terms, margins = [], []
         for i in indices:
-            logp_w, logp_l = logps_by_hand(policy, items[i])
-            ref_logp_w, ref_logp_l = logps_by_hand(theta_0, items[i])
+            logp_w, logp_l = logps_by_hand(policy, samples[i])
+            ref_logp_w, ref_logp_l = logps_by_hand(theta_0, samples[i])
             reward_w = beta * (logp_w - ref_logp_w)
             reward_l = beta * (logp_l - ref_logp_l)
             dpo = -F.logsigmoid(reward_w - reward_l)
@@ -59,7 +60,7 @@ def test_stage1_by_hand(runs, tmp_path):
         expected[-1]["equal"] = indices.count(equal)
         return means["loss"]
 
-    batches = data.global_batches([item.length for item in items], 3, seed=0)
+    batches = global_batches([sample.length for sample in samples], 3, seed=0)
     losses = [lambda batch=batch: loss(batch) for batch in batches]
     norms = train_by_hand(policy, losses, lr=1e-3, projector_lr=5e-4)
     assert max(norms) > 1.2 * min(norms) > 1.2  # clipping is active, and differs from step to step

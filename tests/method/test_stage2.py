@@ -6,7 +6,9 @@ from chain import distance, log, with_images
 from commands import call
 
 from stic_min import data
+from stic_min.formats.records import read_kind
 from stic_min.loader import load_llava
+from stic_min.samples import global_batches, instruction_sample
 
 
 @pytest.mark.parametrize("form", ["", "one_line", "plain"])
@@ -16,18 +18,18 @@ def test_stage2_by_hand(runs, tmp_path, form):
     if form:
         call(*runs.commands["stage2"], f"--{form.replace('_', '-')}", "--out", out)
     llava = load_llava(runs.model, adapter=runs.out / "stage1", image_mode="pad")
-    files = runs.tiny / "instructions.json", runs.out / "descriptions.jsonl"
-    described, _ = data.read_infused(*files, **{form: True} if form else {})
-    items = [data.instruction_item(i, llava, runs.tiny / "images", 2048) for i in described]
+    infusion = data.Infusion(runs.tiny / "instructions.json", **{form: True} if form else {})
+    instructions = [infusion(*record) for record in read_kind(runs.out / "descriptions.jsonl", "descriptions")]
+    samples = [instruction_sample(i, llava, runs.tiny / "images", 2048) for i in instructions]
     expected = []
 
     def loss(indices):
-        logp = sum(logps_by_hand(llava, items[i]).sum() for i in indices)
-        nll = -logp / sum(items[i].scored for i in indices)
+        logp = sum(logps_by_hand(llava, samples[i]).sum() for i in indices)
+        nll = -logp / sum(samples[i].scored for i in indices)
         expected.append(nll.item())
         return nll
 
-    batches = data.global_batches([item.length for item in items], 3, seed=0)
+    batches = global_batches([sample.length for sample in samples], 3, seed=0)
     losses = [lambda batch=batch: loss(batch) for batch in batches]
     norms = train_by_hand(llava, losses, lr=1e-3, projector_lr=2e-5)
     records = log(out)
@@ -42,7 +44,7 @@ def test_stage2_trains_on_every_answer_of_the_described_records_only(runs):
     records = log(runs.out / "stage2")
     assert sum(r["answer_tokens"] for r in records) == sum(len(encode(answer)) for answer in answers)
     assert all(set(r) == {"step", "loss", "answer_tokens", "grad_norm", "lr"} for r in records)
-    counts = "8 described of 8 records with an image, 10 in all; 8 trained, 0 cut to 2048 tokens"
+    counts = "8 described of 8 records with an image, 10 in all; 8 used for training, 0 cut to 2048 tokens"
     assert counts in runs.printed["stage2"]
 
 

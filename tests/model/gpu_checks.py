@@ -128,7 +128,8 @@ CHECKS = {check.__name__: check
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
     parser.add_argument("check", nargs="*", help=f"any of {', '.join(CHECKS)} (default: all)")
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     args = parser.parse_args()

@@ -84,7 +84,7 @@ IMPORTS = ["import os, signal, sys, time", "from stic_min import checkpoint, tra
 
 def test_a_run_that_hangs_is_ended(made, tmp_path):
     """As one whose other rank has died on a GPU: it never comes to look at the signal."""
-    hang = ["Stop.patience = 1", "training.Run.collate = lambda *_: time.sleep(60)"]
+    hang = ["Stop.patience = 1", "training.collate = lambda *_: time.sleep(60)"]
     process = start(*made.command, "--out", tmp_path, code=[*IMPORTS, *hang])
     wait_for((tmp_path / ".lock").exists)
     time.sleep(0.5)
@@ -115,7 +115,7 @@ def test_ctrl_c_also_ends_the_tee_behind_a_pipe(made, tmp_path):
 @pytest.mark.parametrize("when", ["save", "finish"])
 def test_a_signal_while_it_writes_waits(made, tmp_path, when):
     """Saving may take minutes: neither patience nor a second signal end it."""
-    name = "checkpoint.save" if when == "save" else "training.shutil.copyfile"
+    name = "checkpoint.save" if when == "save" else "checkpoint.shutil.copyfile"
     slow = ["Stop.patience = 0.1", f"write = {name}", "def slowly(*args):",
             *["    os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.3)"] * 2, f"    {name} = write",
             "    return write(*args)", f"{name} = slowly"]  # fmt: skip
@@ -228,13 +228,13 @@ def test_two_runs_do_not_share_a_folder(made, tmp_path):
 def test_a_run_that_ended_meanwhile_is_not_touched(made, tmp_path):
     """The second looked at the folder when the first was under way, and comes to write when it is done."""
     command = [*made.command, "--batch-size", 4, "--out", tmp_path]
-    pictures = check.pictures
+    verify_images = check.verify_images
 
     def meanwhile(*args):
-        check.pictures = pictures
+        check.verify_images = verify_images
         call(*command)
 
-    with mock.patch.object(check, "pictures", meanwhile):
+    with mock.patch.object(check, "verify_images", meanwhile):
         status, said = ended(*command)
     assert (status, said) == (1, f"error: {tmp_path} holds a finished run; name another --out, or delete it")
     assert identical(tmp_path, made.fours) and not (tmp_path / ".lock").exists()
@@ -321,12 +321,12 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_own_message(made, tmp_
     wrapper.write_text(f"""
 import runpy, sys, stic_min
 from stic_min import training
-collate = training.Run.collate
-def fail(run, indices):
-    if run.ranks.rank == 1 and run.tokens == 0 and run.sums == {{}} and (run.out / "log.jsonl").is_file():
+micro_batches = training.Run.micro_batches
+def fail(run, step):
+    if run.ranks.rank == 1 and step == 1:
         raise {fails}
-    return collate(run, indices)
-training.Run.collate = fail
+    return micro_batches(run, step)
+training.Run.micro_batches = fail
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)

@@ -3,10 +3,10 @@
 import torch
 from chain import assert_same_parameters, tensors
 
-from stic_min import data
 from stic_min.batch import collate
 from stic_min.formats.adapters import PREFIX
 from stic_min.loss import token_logps
+from stic_min.samples import load_tiles
 
 
 def train_by_hand(llava, losses, lr, projector_lr):
@@ -26,9 +26,9 @@ def train_by_hand(llava, losses, lr, projector_lr):
     return norms
 
 
-def logps_by_hand(llava, item):
+def logps_by_hand(llava, sample):
     """log p of each response of one sample: of a pair (2,), of an instruction record (1,)."""
-    batch = collate([item.example], [data.load_tiles(item, llava)], llava.config)
+    batch = collate([sample], [load_tiles(sample, llava)], llava.config)
     return token_logps(llava(batch), batch.labels).sum(-1)
 
 

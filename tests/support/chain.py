@@ -95,9 +95,9 @@ def identical(a, b):
 def stop_after(step):
     """With this, a training run in this process is killed as soon as so many steps are logged."""
 
-    def log_and_exit(run, at, *values, log=training.Run.log):
-        log(run, at, *values)
-        if at + 1 == step:
+    def end_and_exit(run, norm, end_step=training.Run.end_step):
+        end_step(run, norm)
+        if run.step + 1 == step:
             raise SystemExit(9)
 
-    return mock.patch.object(training.Run, "log", log_and_exit)
+    return mock.patch.object(training.Run, "end_step", end_and_exit)

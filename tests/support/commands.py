@@ -124,12 +124,12 @@ def wait_for(condition, seconds=60):
 def die_after(step):
     from stic_min import training
 
-    def log_and_die(run, at, *values, log=training.Run.log):
-        log(run, at, *values)
-        if at + 1 == step and run.ranks.first:
+    def end_and_die(run, norm, end_step=training.Run.end_step):
+        end_step(run, norm)
+        if run.step + 1 == step and run.ranks.first:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    training.Run.log = log_and_die
+    training.Run.end_step = end_and_die
 
 
 def main():
