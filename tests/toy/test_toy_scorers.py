@@ -302,4 +302,4 @@ def test_score_command(tmp_path, monkeypatch, name, write, said, scores):
     assert str(error.value).startswith(f"{path}: toy ")
     with pytest.raises(InputError) as error:
         call(*command[:-1], tmp_path / "elsewhere")
-    assert str(error.value).startswith(f"{tmp_path / 'elsewhere'}/")
+    assert str(error.value).startswith(f"no such file: {tmp_path / 'elsewhere'}/")
