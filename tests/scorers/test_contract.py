@@ -1,5 +1,5 @@
-"""The interface of a benchmark's module (stic_min/scorers/__init__.py), checked for all seven on small data in their
-official formats. What is special about one benchmark is in its own test file."""
+"""The interface of a benchmark's module (stic_min/scorers/__init__.py), checked for all seven on small data in
+their official formats. What is special about one benchmark is in its own test file."""
 
 import json
 import shutil
@@ -115,14 +115,15 @@ def test_a_missing_data_file(data, tmp_path, name, file):
 
 @files
 @pytest.mark.parametrize(
-    "content", [b'{"7": ', b"\xff", b"5", b"", b"[" * 200_000], ids=["cut", "binary", "number", "empty", "deep"])
+    "content", [b'{"7": ', b"\xff", b"5", b"", b"[" * 200_000],
+    ids=["cut", "binary", "number", "empty", "deep"])  # fmt: skip
 def test_a_broken_data_file(data, tmp_path, name, file, content):
     folder = shutil.copytree(data / name, tmp_path / name)
     (folder / file).write_bytes(content)
     message = fails(harness.get_benchmark(name).load, folder)
     assert message.startswith(str(folder / file))
-    faults = ["not JSON", "not UTF-8 text", "not a JSON object", "not a non-empty list", ": empty", "has no rows",
-              "not a table in UTF-8", "has no 'data'"]  # fmt: skip
+    faults = ["not JSON", "not UTF-8 text", "not a JSON object", "not a non-empty list", ": empty",
+              "has no rows", "not a table in UTF-8", "has no 'data'"]  # fmt: skip
     assert any(fault in message for fault in faults)
 
 
@@ -174,12 +175,13 @@ def test_a_missing_answer(asked, name):
 def bad_answers(name, questions, answers):
     """[(questions, answers, the error message)]."""
     first, second = answers[:2]
+    qid = second["question_id"]
     cases = [
         (questions, [first, second | {"question_id": "999"}], "'999' is not a question id"),
-        (questions, answers + [second], f"{str(second['question_id'])!r} is repeated"),
+        (questions, answers + [second], f"{str(qid)!r} is repeated"),
         (questions, [{"prompt": second["prompt"], "text": "A"}], "record 1 has no question_id"),
-        (questions, [{"question_id": second["question_id"]}], f"{str(second['question_id'])!r} has no 'text'"),
-        (questions, [second | {"text": 5}], f"{str(second['question_id'])!r} has no 'text'"),
+        (questions, [{"question_id": qid}], f"{str(qid)!r} has no 'text'"),
+        (questions, [second | {"text": 5}], f"{str(qid)!r} has no 'text'"),
         (questions + questions[:1], answers, "a question id is repeated"),
         ([], [], "no questions"),
     ]
@@ -187,7 +189,8 @@ def bad_answers(name, questions, answers):
         messages = ["record 2: 'is it day?' about '999' is not among the questions",
                     "record 4: 'is it day?' about '0a' is answered twice",
                     "record 1: 'is it day?' about 'None' is not among the questions",
-                    "record 1: no 'prompt'", "record 1: no 'text'", "1 of 4 questions have no answer", "no questions"]
+                    "record 1: no 'prompt'", "record 1: no 'text'", "1 of 4 questions have no answer",
+                    "no questions"]  # fmt: skip
         cases = [(*case[:2], message) for case, message in zip(cases, messages)]
     return cases
 
@@ -197,8 +200,8 @@ def test_answers_that_do_not_match(asked, name):
     """`score`, `official` and `judge` reject them alike. The judge is not asked before."""
     benchmark, questions, answers = asked
     judge = Judge(benchmark) if name in JUDGED else None
-    verdicts_of = (questions, answers)
-    uses = [lambda bad_questions, bad: score(benchmark, bad_questions, bad, verdicts_of if bad_questions else None)]
+    pair = (questions, answers)
+    uses = [lambda bad_questions, bad: score(benchmark, bad_questions, bad, pair if bad_questions else None)]
     if benchmark.official:
         uses.append(benchmark.official)
     if judge:
