@@ -1,10 +1,12 @@
-"""Stage 1 of STIC (Algorithm 1, second half): preference pairs -> theta_1, by DPO + alpha * NLL (Eq. 4.1) with LoRA.
+"""Stage 1 of STIC (Algorithm 1, second half): preference pairs -> theta_1, by DPO + alpha * NLL (Eq. 4.1)
+with LoRA.
 
   python train_stage1.py --model M --pairs pairs.jsonl --images DIR --out runs/stage1
   torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same weights
-with LoRA off and the projector as it was. To resume a run that was stopped, run the same command again.
+Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
+weights with LoRA off and the projector as it was. To resume a run that was stopped, run the same command
+again.
 """
 
 import argparse
@@ -15,16 +17,18 @@ import torch
 from stic_min import InputError, check, training
 from stic_min.batch import collate
 from stic_min.checkpoint import settings_of_run, sha256
-from stic_min.data import load_tiles, pair_sample, parse_pair
+from stic_min.data import parse_pair
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.ranks import start_ranks
+from stic_min.samples import load_tiles, pair_sample
 
 
 def pair_logps(llava, batch):
-    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). Each pair has two rows in the batch: chosen, rejected."""
+    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). Each pair has two rows in the batch: chosen,
+    rejected."""
     logits = llava(batch)  # (2 B, R, V)
     return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
 
@@ -54,7 +58,7 @@ def parse_args():
     add("--beta", type=flags.not_negative, default=0.1,
         help="DPO temperature (the paper's lambda); larger values stay closer to the reference")
     add("--alpha", type=flags.not_negative, default=1 / 1024,
-        help="weight of the NLL term, -log p(y_w) summed over its tokens; the paper's is 1/1024, 0 gives plain DPO")
+        help="weight of -log p(y_w), summed over its tokens (the paper's is 1/1024); 0 gives plain DPO")
     flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
@@ -67,7 +71,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
-    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a report.
+    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
+    # report.
     llava, adapter, weights = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad=1024)
     problems = check.Problems(args.check)
@@ -82,7 +87,9 @@ def main():
     stage_settings = {"beta": args.beta, "alpha": args.alpha, "pairs": sha256(args.pairs)}
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
-        return check.report_training(args, llava, adapter, samples, settings, problems, ranks, reference=True)
+        return check.report_training(
+            args, llava, adapter, samples, settings, problems, ranks, reference=True
+        )
 
     training.shard(llava, args, ranks)  # FSDP: every decoder block, then the rest
     training.load(llava, weights, args, ranks)  # each rank reads its own rows
@@ -97,19 +104,21 @@ def main():
             ref_logp_w, ref_logp_l = reference_logps(llava, batch)  # theta_0, (B,) each
             logp_w, logp_l = pair_logps(llava, batch)  # theta
             losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1, (B,)
-            run.backward(losses.sum() / len(global_batch))  # summed over micro-batches and ranks: the global mean
+            run.backward(losses.sum() / len(global_batch))  # summed over micro-batches and ranks: the mean
 
             reward_w = args.beta * (logp_w - ref_logp_w)  # DPO's implicit reward
             reward_l = args.beta * (logp_l - ref_logp_l)
-            run.log(len(global_batch), loss=losses, dpo=losses + args.alpha * logp_w, alpha_nll=-args.alpha * logp_w,
-                    logp_chosen=logp_w, logp_rejected=logp_l, reward_chosen=reward_w, reward_rejected=reward_l)
+            run.log(
+                len(global_batch), loss=losses, dpo=losses + args.alpha * logp_w, alpha_nll=-args.alpha * logp_w,
+                logp_chosen=logp_w, logp_rejected=logp_l, reward_chosen=reward_w, reward_rejected=reward_l,
+            )  # fmt: skip
             differs = (batch.labels[0::2] != batch.labels[1::2]).any(-1)  # (B,)
             run.log(1, equal=~differs)
             if differing:  # the margin of two equal responses is 0 and means nothing
                 margin = (reward_w - reward_l)[differs]
                 run.log(differing, margin=margin, accuracy=margin > 0)
 
-        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN stops the run here, before it reaches the weights
+        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN ends the run here, before it reaches the weights
         for group in run.optimizer.param_groups:  # LoRA, projector
             group["lr"] = group["peak"] * training.rate(step, len(run.batches))  # warm-up, then cosine to 0
         run.optimizer.step()

@@ -1,25 +1,27 @@
-"""Stage 2 of STIC (Algorithm 2, second half): instructions, each after the model's own description -> theta_hat.
+"""Stage 2 of STIC (Algorithm 2, second half): instructions, each after the model's own description ->
+theta_hat.
 
   python train_stage2.py --model M --adapter runs/stage1 --instructions instructions.json \\
       --descriptions descriptions.jsonl --images DIR --out runs/stage2
   torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base model
-without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a control that
-skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a run that was
-stopped, run the same command again.
+Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base
+model without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a
+control that skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a
+run that was stopped, run the same command again.
 """
 
 import argparse
 
 from stic_min import check, training
 from stic_min.checkpoint import settings_of_run, sha256
-from stic_min.data import Infusion, instruction_sample
+from stic_min.data import Infusion
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import sft_loss
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.ranks import start_ranks
+from stic_min.samples import instruction_sample
 
 
 def parse_args():
@@ -46,7 +48,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)
 
-    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a report.
+    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
+    # report.
     llava, adapter, weights = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad=2048)
     problems = check.Problems(args.check)
@@ -66,7 +69,9 @@ def main():
     stage_settings |= {"plain": args.plain, "one_line": args.one_line}
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
-        return check.report_training(args, llava, adapter, samples, settings, problems, ranks, reference=False)
+        return check.report_training(
+            args, llava, adapter, samples, settings, problems, ranks, reference=False
+        )
 
     training.shard(llava, args, ranks)  # FSDP: every decoder block, then the rest
     training.load(llava, weights, args, ranks)  # each rank reads its own rows
@@ -74,15 +79,16 @@ def main():
 
     run = training.Run(args, llava, adapter, samples, ranks, settings)  # order of the data, log, checkpoints
     for step in run.steps():
-        tokens_in_batch = sum(sample.scored for sample in run.batches[step])  # of the global batch, over all ranks
+        global_batch = run.batches[step]  # over all ranks
+        tokens_in_batch = sum(sample.scored for sample in global_batch)
         for batch in run.micro_batches(step):  # this rank's share
             nll, tokens = sft_loss(llava(batch), batch.labels)  # Algorithm 2: -log p(y | v, x), summed
-            run.backward(nll / tokens_in_batch)  # summed over micro-batches and ranks: the global mean
+            run.backward(nll / tokens_in_batch)  # summed over micro-batches and ranks: the mean
 
             run.log(tokens_in_batch, loss=nll)
             run.log(1, answer_tokens=tokens)
 
-        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN stops the run here, before it reaches the weights
+        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN ends the run here, before it reaches the weights
         for group in run.optimizer.param_groups:  # LoRA, projector
             group["lr"] = group["peak"] * training.rate(step, len(run.batches))  # warm-up, then cosine to 0
         run.optimizer.step()

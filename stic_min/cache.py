@@ -1,69 +1,95 @@
-"""The sampler's KV cache, and the two ways in which the decoder attends to it."""
+"""The sampler's KV cache, and the two ways in which the decoder (mistral.py) uses it.
 
+`Prefill` runs complete prompts and stores their keys and values. `Decode` then runs one token per slot, which
+attends to what its slot has stored. Both are passed to the decoder as its `attend` object.
+
+Shapes: B slots of S positions, H query heads, K key/value heads of D channels, T tokens in the flat row.
+"""
 
 import torch
 from torch.nn import functional as F
 
-from stic_min.mistral import Packed
+from stic_min.mistral import Packed, Span
 
 
 class KVCache:
-    """Keys and values of B slots, S positions each; a static tensor a layer, longer only when a longer row comes."""
+    """Keys and values of B slots with S positions each: for each layer two static tensors (B, S, K, D).
 
-    chunk = 256  # grows by a multiple of this
+    They are replaced only when a longer sequence arrives, because CUDA graphs refer to their memory.
+    """
 
-    def __init__(self, config, slots, device, dtype):
-        self.length, heads = 0, (config.num_key_value_heads, config.head_dim)
-        empty = lambda: torch.zeros((slots, 0, *heads), device=device, dtype=dtype)  # (B, S, K, D)
+    chunk = 256  # S is a multiple of this
+
+    def __init__(self, config, slots: int, device, dtype):
+        self.length = 0  # S
+        shape = (slots, 0, config.num_key_value_heads, config.head_dim)
+        empty = lambda: torch.zeros(shape, device=device, dtype=dtype)
         self.keys = [empty() for _ in range(config.num_hidden_layers)]
         self.values = [empty() for _ in range(config.num_hidden_layers)]
 
-    def reserve(self, length):
-        """Makes room for rows of `length` positions. Filled with zeros: a masked position weighs 0, and 0 times the NaN
-        that empty memory may hold would be NaN."""
-        if length > self.length:
-            more = -(-length // self.chunk) * self.chunk - self.length
-            for tensors in (self.keys, self.values):
-                for layer, tensor in enumerate(tensors):
-                    tensors[layer] = F.pad(tensor, (0, 0, 0, 0, 0, more))
-            self.length += more
+    def reserve(self, length: int) -> None:
+        """Makes room for sequences of `length` positions.
+
+        New positions are zero: attention gives masked ones weight 0, but 0 times a NaN in empty memory would
+        be NaN.
+        """
+        if length <= self.length:
+            return
+        extra = -(-length // self.chunk) * self.chunk - self.length  # rounded up to whole chunks
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = F.pad(tensor, (0, 0, 0, 0, 0, extra))  # pads S
+        self.length += extra
 
 
 class Prefill(Packed):
-    """Whole prompts, written into the cache. `spans` are a prefix and its branches, or a prompt alone; the i-th of
-    `slots` takes the i-th branch, behind a copy of the prefix."""
+    """Complete prompts, attended to as in `Packed` and written into the cache.
 
-    def __init__(self, spans, cache, slots):
+    `spans` are one prompt alone, for the only slot, or a shared prefix followed by its branches, one for each
+    of `slots`: each slot gets a copy of the prefix and its own branch after it.
+    """
+
+    def __init__(self, spans: list[Span], cache: KVCache, slots: list[int]):
         super().__init__(spans)
-        self.cache, self.slots = cache, slots
+        self.cache = cache
+        self.slots = slots
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
         branches = self.spans[1:] or self.spans
         for slot, span in zip(self.slots, branches):
+            a, b = span.prefix
+            start = b - a  # of the branch in its slot
+            end = start + span.end - span.start
             for cached, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-                (a, b), end = span.prefix, span.end - span.start
-                cached[slot, : b - a] = new[a:b]
-                cached[slot, b - a : b - a + end] = new[span.start : span.end]
-                cached[slot, b - a + end :] = 0  # what another row left; were it NaN, a mask would not hide it
+                cached[slot, :start] = new[a:b]
+                cached[slot, start:end] = new[span.start : span.end]
+                cached[slot, end:] = 0  # of an earlier request: if it were NaN, a mask would not hide it
         return super().__call__(layer, q, k, v)
 
 
 class Decode:
-    """One token a slot: the flat row holds token b of slot b, at position `positions[b]`."""
+    """One token per slot: token b of the flat row belongs to slot b, at position `positions[b]`.
 
-    def __init__(self, cache, positions, longest):
-        self.cache, self.rows, self.positions = cache, torch.arange(len(positions), device=positions.device), positions
-        unseen = torch.arange(longest, device=positions.device) > positions[:, None]  # (B, S)
-        # As the kernels want it, once for all layers: added to the scores, in their dtype.
-        mask = torch.zeros(unseen.shape, device=positions.device, dtype=cache.keys[0].dtype)
-        self.mask = mask.masked_fill_(unseen, float("-inf"))[:, None, None]  # (B, 1, 1, S)
+    Attention covers the first `longest` positions of the cache.
+    """
 
-    def __call__(self, layer, q, k, v):
+    def __init__(self, cache: KVCache, positions: torch.Tensor, longest: int):
+        self.cache = cache
+        self.positions = positions  # (B,)
+        self.slots = torch.arange(len(positions), device=positions.device)  # (B,)
+        future = torch.arange(longest, device=positions.device) > positions[:, None]  # (B, S)
+        # Additive mask in the cache's dtype, as the SDPA kernels expect; built once and shared by all layers.
+        mask = torch.zeros(future.shape, device=positions.device, dtype=cache.keys[0].dtype)
+        self.mask = mask.masked_fill_(future, float("-inf"))[:, None, None]  # (B, 1, 1, S)
+
+    def __call__(self, layer, q, k, v):  # q (B, H, D); k, v (B, K, D)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, self.positions] = k
-        values[self.rows, self.positions] = v
+        keys[self.slots, self.positions] = k
+        values[self.slots, self.positions] = v
         longest = self.mask.shape[-1]
-        keys, values = keys[:, :longest].transpose(1, 2), values[:, :longest].transpose(1, 2)  # (B, K, S, D)
-        # The H / K query heads of a key head are its rows: no kernel with a mask has to expand the cache for them.
+        keys = keys[:, :longest].transpose(1, 2)  # (B, K, S, D)
+        values = values[:, :longest].transpose(1, 2)
+        # The H / K query heads that share a key head become the rows of one attention problem. With
+        # grouped-query heads instead, every kernel that takes a mask would first expand the cache to H heads.
         q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H / K, D)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).flatten(1, 2)  # (B, H, D)

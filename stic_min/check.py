@@ -1,5 +1,5 @@
-"""What is verified before a run, and the report of --check, which needs neither a GPU nor the weights in memory and
-fails whenever the run would."""
+"""What is verified before a run, and the report of --check, which needs neither a GPU nor the weights in
+memory and fails whenever the run would."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,14 +9,16 @@ import torch
 from stic_min import InputError, checkpoint
 from stic_min.batch import collate
 from stic_min.cost import generation_cost, training_cost
-from stic_min.data import load_tiles
 from stic_min.images import open_image
 from stic_min.loss import token_logps
 from stic_min.runtime import consistency, console
 from stic_min.runtime.files import brief, check_place, read_json
+from stic_min.samples import load_tiles
+
 
 class Problems(list):
-    """What is wrong with a run's inputs. The first problem ends a run; with --check, all are collected and reported."""
+    """What is wrong with a run's inputs. The first problem ends a run; with --check, all are collected and
+    reported."""
 
     def __init__(self, check: bool):
         super().__init__()
@@ -58,7 +60,8 @@ def out_file(out):
 
 
 def verify_images(samples, ranks, problems):
-    """Decodes every image once, shared among the ranks, so that a damaged file fails now, not three hours into training."""
+    """Decodes every image once, shared among the ranks, so that a damaged file fails now, not three hours
+    into training."""
     paths = sorted({sample.image for sample in samples})[ranks.rank :: ranks.world]
     progress = console.Progress("checking images", len(paths), ranks)
     errors = []
@@ -87,7 +90,7 @@ def image_matters(llava, sample):
         batch = collate([sample], [tiles], llava.config, llava.device)
         logps.append(token_logps(llava(batch), batch.labels))
     if torch.equal(*logps):
-        raise InputError(f"{sample.name}: log p is the same with a blank image, so {sample.image} has no effect")
+        raise InputError(f"{sample.name}: log p is the same with a blank image: {sample.image} has no effect")
 
 
 # ---------------------------------------------------------------- reports
@@ -148,13 +151,14 @@ def report_training(args, llava, adapter, samples, settings, problems, ranks, re
 
 
 def report_generation(args, llava, what, lengths, remaining, skipped, requested, problems):
-    """The report on generation. lengths: {key: prompt lengths in tokens}; remaining: how many are not yet in --out;
-    skipped: error messages of the others; requested: all names as given."""
+    """The report on generation. lengths: {key: prompt lengths in tokens}; remaining: how many are not yet in
+    --out; skipped: error messages of the others; requested: all names as given."""
     lines = [(what, f"{len(lengths) + len(skipped)}, {remaining} of them not yet in {args.out}")]
     if skipped:
         lines.append(("skipped", f"{len(skipped)}, each with a warning"))
     if names := [brief(name) for name in repeated(requested)]:
-        lines.append(("repeated", f"{len(names)} names appear more than once and are used once: {abbreviate(names)}"))
+        shown = abbreviate(names)
+        lines.append(("repeated", f"{len(names)} names appear more than once and are used once: {shown}"))
     lines += [("  skipped", problem) for problem in skipped[:100]]
     if not lengths:
         print_report(lines, [*problems, f"no {what}: every image would be skipped"])

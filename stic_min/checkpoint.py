@@ -1,9 +1,10 @@
 """Checkpoints of a training run, so that it can be killed at any moment and resumed with the same result.
 
-checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json: the
-step, the settings that determine the result, and a record of the run so far (runtime/provenance.py). Learning rate,
-data order and dropout follow from step and settings, so nothing else is needed. A checkpoint is written to a temporary
-folder and renamed, so it is complete or not there. Its tensors are whole, and any number of ranks can read them.
+checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json:
+the step, the settings that determine the result, and a record of the run so far (runtime/provenance.py).
+Learning rate, data order and dropout follow from step and settings, so nothing else is needed. A checkpoint
+is written to a temporary folder and renamed, so it is complete or not there. Its tensors are whole, and any
+number of ranks can read them.
 """
 
 import errno
@@ -31,14 +32,16 @@ NAME, OPTIMIZER, TEMPORARY = "checkpoint-", "optimizer.safetensors", "checkpoint
 def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     """What determines a run's result: written to run.json, and compared when the run is resumed.
 
-    Files and folders count by their contents, not by their paths. `stage_settings` are the stage's own flags and files.
+    Files and folders count by their contents, not by their paths. `stage_settings` are the stage's own flags
+    and files.
     """
     names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
     values = {name: getattr(args, name) for name in names} | stage_settings
     values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
     values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
     values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
-    values |= {"fingerprint": fingerprint(args.model, getattr(args, "adapter", None), args.vision, args.tokenizer)}
+    folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
+    values |= {"fingerprint": fingerprint(*folders)}
     if args.lora_dropout:  # its masks depend on the micro-batches; nothing else does
         values |= {"micro_batch": args.micro_batch, "ranks": place()[1]}
     return values
@@ -58,19 +61,23 @@ def folders(out):
 
 
 def save(out, step, adapter, moments, settings, keep):
-    """Writes checkpoint-`step`, then removes all but the newest `keep`. If the disk is full, the older ones survive."""
+    """Writes checkpoint-`step`, then removes all but the newest `keep`. If the disk is full, the older ones
+    survive."""
     temporary = out / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write_adapter(temporary, adapter)
         write_tensors(moments, temporary / OPTIMIZER)
-        (temporary / "run.json").write_text(json.dumps(settings | {"step": step}, indent=2) + "\n", encoding="utf-8")
+        run_json = json.dumps(settings | {"step": step}, indent=2)
+        (temporary / "run.json").write_text(run_json + "\n", encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             sync(path)
     except (OSError, InputError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         older = folders(out)
-        hint = f"{older[-1]} is complete: run the same command to resume from it" if older else "there is no earlier one"
+        hint = "there is no earlier one"
+        if older:
+            hint = f"{older[-1]} is complete: run the same command to resume from it"
         raise InputError(f"can't write a checkpoint of step {step} to {out} ({error}); {hint}") from None
     temporary.rename(out / f"{NAME}{step}")
     sync(out)
@@ -91,14 +98,15 @@ def sync(path):
 
 
 def compare(folder, settings):
-    """A checkpoint's step, and which of DRAWS have changed since. Any other difference in settings is an error."""
+    """A checkpoint's step, and which of DRAWS have changed since. Any other difference in settings is an
+    error."""
     saved = read_json(folder / "run.json")
     names = [*settings, *(name for name in saved if name not in settings and name not in ("step", "record"))]
     different = [name for name in names if saved.get(name) != settings.get(name)]
     for name in different:
         if name not in DRAWS:
-            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this run has "
-                             f"{settings.get(name)!r}; choose another --out, or delete the folder")
+            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this run "
+                             f"has {settings.get(name)!r}; choose another --out, or delete the folder")
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
@@ -112,7 +120,8 @@ def read_record(folder):
 
 
 def newest(out, settings, report):
-    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None without a checkpoint.
+    """(step, {parameter: tensor}, {exp_avg.parameter and exp_avg_sq.parameter: tensor}), or None without a
+    checkpoint.
 
     Raises InputError if it is damaged or belongs to a run with other settings.
     """
@@ -170,8 +179,8 @@ class Checkpoints:
         }
 
     def save(self, step, memory):
-        """Saves the state after `step` steps, unless that is saved already. All ranks wait until it is written: one
-        that exited earlier would take the others down."""
+        """Saves the state after `step` steps, unless that is saved already. All ranks wait until it is
+        written: one that exited earlier would take the others down."""
         if step == self.saved_step:
             return
         run_json = self.run_json(memory)
@@ -194,7 +203,8 @@ class Checkpoints:
         checkpoint = newest(self.out, self.settings, self.ranks.print)
         steps = self.ranks.gather(checkpoint[0] if checkpoint else 0)
         if len(set(steps)) > 1:
-            raise InputError(f"not all ranks see the same checkpoints: {self.out} must be one folder shared by all nodes")
+            raise InputError(f"not all ranks see the same checkpoints: {self.out} must be on a disk that all "
+                             "nodes share")  # fmt: skip
         if checkpoint is None:
             for leftover in ("log.jsonl", "adapter_model.safetensors", PROJECTOR_FILE):
                 (self.out / leftover).unlink(missing_ok=True)

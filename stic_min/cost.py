@@ -1,18 +1,21 @@
-"""What a run will cost, estimated for --check: floating-point operations, memory, and time on a typical GPU."""
+"""What a run will cost, estimated for --check: floating-point operations, memory, and time on a typical
+GPU."""
 
 from stic_min import lora
 from stic_min.runtime import console
 
-# Assumptions of the estimates: 40% of an H100's or H200's peak arithmetic, two thirds of an H200's memory bandwidth,
-# and the typical length of LLaVA's descriptions in tokens.
+# Assumptions of the estimates: 40% of an H100's or H200's peak arithmetic, two thirds of an H200's memory
+# bandwidth, and the typical length of LLaVA's descriptions in tokens.
 GPU_FLOPS, GPU_BANDWIDTH, ANSWER = 400e12, 3.2e12, 250
 
 
 def decoder_flops(config, spans, scored, r, reference):
-    """Floating-point operations that a training step can't do without, in the decoder; nothing is counted twice.
+    """Floating-point operations that a training step can't do without, in the decoder; nothing is counted
+    twice.
 
-    spans: [(tokens, tokens of the prefix they attend to)]; scored: tokens with logits; r: the LoRA rank. Forward and
-    backward of theta, whose base weights need no gradient; with `reference`, also a forward of theta_0.
+    spans: [(tokens, tokens of the prefix they attend to)]; scored: tokens with logits; r: the LoRA rank.
+    Forward and backward of theta, whose base weights need no gradient; with `reference`, also a forward of
+    theta_0.
     """
     C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q_width = config.num_attention_heads * config.head_dim
@@ -31,8 +34,10 @@ def decoder_flops(config, spans, scored, r, reference):
 
 
 def activation_bytes(config, r, size):
-    """Bytes per token that all layers keep for the backward pass; measured on a block of true size (RUNNING.md)."""
-    C, F, kv_width = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    """Bytes per token that all layers keep for the backward pass; measured on a block of true size
+    (RUNNING.md)."""
+    C, F = config.hidden_size, config.intermediate_size
+    kv_width = config.num_key_value_heads * config.head_dim
     return size * config.num_hidden_layers * (4 * F + 9 * C + 2 * kv_width + len(lora.TARGETS) * r)
 
 
@@ -59,6 +64,7 @@ def training_cost(args, llava, adapter, samples, reference):
         "activations": longest * per_token + half_copy,
         "logits": 3 * 4 * scored * config.vocab_size,
     }
+    total = sum(memory.values()) / 1e9
     parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in memory.items())
     flops = 0
     for sample in samples:
@@ -69,8 +75,8 @@ def training_cost(args, llava, adapter, samples, reference):
     seconds = flops / GPU_FLOPS * (4 / 3 if args.checkpoint_activations else 1)
     steps = -(-len(samples) // args.batch_size)
     return [
-        ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB per GPU with --shard none: {parts}; --shard full "
-                   "splits the first two over the GPUs"),
+        ("memory", f"about {total:.3g} GB per GPU with --shard none: {parts}; --shard full splits the first two "
+                   "over the GPUs"),
         ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {console.clock(seconds)} on one GPU "
                  f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40%)"),
     ]  # fmt: skip
@@ -81,16 +87,19 @@ def generation_cost(args, llava, lengths, answer=ANSWER):
     config = llava.config.decoder
     size = 4 if args.dtype == "float32" else 2  # bytes per number
     base, extra = count_parameters(llava)
-    position = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # bytes in the cache
+    kv_width = config.num_key_value_heads * config.head_dim
+    position = 2 * size * config.num_hidden_layers * kv_width  # bytes in the cache, keys and values
     slots, answer = min(args.batch_size, len(lengths)), min(answer, args.max_new_tokens)
     cache = slots * position * min(max(lengths) + args.max_new_tokens, config.max_positions)
     weights = (base + extra) * size
     # A step reads the weights and the cache once; a prompt costs 2 operations per parameter and token.
     bytes_read = weights + slots * position * (sum(lengths) / len(lengths) + answer / 2)
     steps = len(lengths) * answer / slots
-    seconds = 2 * base * sum(lengths) / GPU_FLOPS + steps * max(bytes_read / GPU_BANDWIDTH, 2 * base * slots / GPU_FLOPS)
+    step_seconds = max(bytes_read / GPU_BANDWIDTH, 2 * base * slots / GPU_FLOPS)
+    seconds = 2 * base * sum(lengths) / GPU_FLOPS + steps * step_seconds
     return [
-        ("memory", f"about {(weights + cache) / 1e9:.3g} GB per GPU: weights {weights / 1e9:.3g}, KV cache for {slots} "
-                   f"responses (--batch-size) {cache / 1e9:.3g}"),
-        ("time", f"{len(lengths)} responses of, say, {answer} tokens: about {console.clock(seconds)} on one H200"),
+        ("memory", f"about {(weights + cache) / 1e9:.3g} GB per GPU: weights {weights / 1e9:.3g}, KV cache for "
+                   f"{slots} responses (--batch-size) {cache / 1e9:.3g}"),
+        ("time", f"{len(lengths)} responses of, say, {answer} tokens: about {console.clock(seconds)} on one "
+                 "H200"),
     ]  # fmt: skip

@@ -1,7 +1,7 @@
 """Describe, then respond (DaR, section 4): how a model is asked about an image at test time.
 
-Two calls: the model describes the image, given a fixed captioning prompt; then it answers the question, with its
-description in front. Direct answering is the second call alone.
+Two calls: the model describes the image, given a fixed captioning prompt; then it answers the question, with
+its description in front. Direct answering is the second call alone.
 """
 
 from stic_min import InputError, sampler
@@ -17,8 +17,8 @@ def prompt_length(llava, text, images):
 
 
 def tokens_over_limit(llava, text, images, sampling):
-    """Number of tokens by which a user text with its images exceeds the model's limit, with room left for an answer (at
-    least 128 tokens)."""
+    """Number of tokens by which a user text with its images exceeds the model's limit, with room left for an
+    answer (at least 128 tokens)."""
     room = llava.config.decoder.max_positions - min(sampling.max_new_tokens, 128)
     return prompt_length(llava, text, images) - min(llava.config.max_length, room)
 
@@ -32,18 +32,21 @@ def check_question(llava, text, images, sampling):
 
 
 def truncate_description(llava, description, text, images, sampling):
-    """The description, cut at its end if it is too long for the model together with `text`; None if nothing fits.
+    """The description, cut at its end if it is too long for the model together with `text`; None if nothing
+    fits.
 
     Decoding and encoding again may change the number of tokens, so it is cut until it fits.
     """
-    ids, uncut = llava.tokenizer.encode(description), description
-    while (excess := tokens_over_limit(llava, with_description(description, text), images, sampling)) > 0 and ids:
-        ids = ids[:-excess]
+    excess = lambda: tokens_over_limit(llava, with_description(description, text), images, sampling)
+    uncut = description
+    ids = llava.tokenizer.encode(description)
+    while excess() > 0 and ids:
+        ids = ids[: -excess()]
         description = llava.tokenizer.decode(ids)
     if description != uncut:
         lengths = f"{len(uncut)} to {len(description)} characters"
         console.warn(f"a description is cut from {lengths} to fit the model's sequence")
-    return description if excess <= 0 else None
+    return description if excess() <= 0 else None
 
 
 def user_text(llava, text, description, images, sampling):
@@ -68,9 +71,9 @@ def answer_one(llava, text, images, sampling, *seed_parts):
 def describe_images(llava, question_of, read, output, sampling, what):
     """Writes one description per image to `output` -> {image: description} of all in the file, on every rank.
 
-    question_of: {image: question}; read(question) -> its images. An unreadable image is left to `answer_questions` to
-    report. PAPER vs RELEASED (E, see README.md): the release leaves <image> out, so its model describes without seeing
-    the image; so does this function for a question without images.
+    question_of: {image: question}; read(question) -> its images. An unreadable image is left to
+    `answer_questions` to report. PAPER vs RELEASED (4, see README.md): the release leaves <image> out, so its
+    model describes without seeing the image; so does this function for a question without images.
     """
     ranks = output.ranks
     remaining = [image for image in question_of if image not in output.done]
@@ -115,8 +118,9 @@ def group_by_image(questions):
 def answer_questions(llava, questions, descriptions, entries, read, output, sampling, what):
     """Writes answers to `output` -> its records in the order of the questions, on the first rank only.
 
-    questions, descriptions (None: asked directly) and entries (the record without its answer) have the same keys;
-    read(question) -> its images. A question that is too long, or whose image is unreadable, stays without answer.
+    questions, descriptions (None: asked directly) and entries (the record without its answer) have the same
+    keys; read(question) -> its images. A question that is too long, or whose image is unreadable, stays
+    without answer.
     """
     ranks = output.ranks
     groups = group_by_image({key: question for key, question in questions.items() if key not in output.done})
@@ -143,8 +147,9 @@ def answer_questions(llava, questions, descriptions, entries, read, output, samp
 
 
 def measure(llava, questions, read, sampling, ranks):
-    """What the model would be asked, for --check -> {key: tokens of the question with its image}, {image: tokens of its
-    description prompt}, {image: why it is unreadable}, {key: why it can't be asked about a readable image}."""
+    """What the model would be asked, for --check -> {key: tokens of the question with its image}, {image:
+    tokens of its description prompt}, {image: why it is unreadable}, {key: why it can't be asked about a
+    readable image}."""
     tokens, describing, unreadable, unasked = {}, {}, {}, {}
     groups = group_by_image(questions)
     progress = console.Progress("checking images", len(groups), ranks)

@@ -1,20 +1,24 @@
 """Preference pairs, instructions and descriptions: what is read from each record, and what of it is scored.
 
-All samples are validated here: each error is one line that names the file and the record. Reads the published formats
-(a JSON list or JSON Lines), with or without `<image>` in the user turn.
+All samples are validated here: each error is one line that names the file and the record. Reads the published
+formats (a JSON list or JSON Lines), with or without `<image>` in the user turn.
 """
 
-import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.batch import Example
-from stic_min.formats.image_folder import image_path
-from stic_min.formats.records import EXPECTED, image_name, image_records, kind, pair_sides, read_kind, skipped_line
-from stic_min.images import image_size, open_image
+from stic_min.formats.records import (
+    EXPECTED,
+    image_name,
+    image_records,
+    pair_sides,
+    read_kind,
+    record_kind,
+    skipped_line,
+)
 from stic_min.runtime.files import brief, text_field
-from stic_min.text import IMAGE, IMAGE_MARK, TEMPLATES, with_description, with_image, without_marks
+from stic_min.text import IMAGE_MARK, with_description, with_image, without_marks
 
 # ---------------------------------------------------------------- preference pairs (Algorithm 1)
 
@@ -35,7 +39,8 @@ class Pair:
 def image_first(text, where):
     """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing.
 
-    PAPER vs RELEASED (D, see README.md): the release has no <image> in its pairs, and so trains without the images.
+    PAPER vs RELEASED (3, see README.md): the release has no <image> in its pairs, and so trains without the
+    images.
     """
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 image")
@@ -44,7 +49,7 @@ def image_first(text, where):
 
 def parse_pair(where: str, record: dict) -> Pair:
     """One record, in any of the published forms (formats/records.py)."""
-    if kind(record) != "pairs":
+    if record_kind(record) != "pairs":
         raise InputError(f"{where}: not a preference pair; {EXPECTED}")
     image = image_name(record, where)
     where = f"{where} ({brief(image)})"
@@ -53,7 +58,8 @@ def parse_pair(where: str, record: dict) -> Pair:
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
             roles = brief(roles)
-            raise InputError(f"{where}: {side} is {roles} instead of one user and one assistant message; {EXPECTED}")
+            expected = f"one user and one assistant message; {EXPECTED}"
+            raise InputError(f"{where}: {side} is {roles} instead of {expected}")
         user, response = (text_field(m, "content", f"{where}: {side}, {m['role']}") for m in messages)
         prompts[side] = image_first(user, where)
         responses[side] = response
@@ -107,14 +113,15 @@ def infuse(instruction: Instruction, description: str, one_line: bool = False) -
     (user, answer), *later = instruction.turns
     text = with_description(description, user.removeprefix(f"{IMAGE_MARK}\n"), one_line)
     user = with_image(text) if user.startswith(IMAGE_MARK) else text
-    return Instruction(instruction.where, instruction.key, instruction.image, [(user, answer), *later], description)
+    return replace(instruction, turns=[(user, answer), *later], description=description)
 
 
 class Infusion:
-    """Joins descriptions with their instructions: infusion(where, description record) -> the infused Instruction.
+    """Joins descriptions with their instructions: infusion(where, description record) -> the infused
+    Instruction.
 
-    A description names the key of its record. Published ones that do not are joined by image: the k-th description of
-    an image with its k-th record. `plain` leaves the descriptions out: a control.
+    A description names the key of its record. Published ones that do not are joined by image: the k-th
+    description of an image with its k-th record. `plain` leaves the descriptions out: a control.
     """
 
     def __init__(self, instructions: str | Path, one_line: bool = False, plain: bool = False):
@@ -148,97 +155,12 @@ class Infusion:
         instruction = parse_instruction(*entry)
         if instruction.image != image:
             shown = brief(instruction.image)
-            raise InputError(f"{where}: describes {brief(image)}, but {instruction.where} has the image {shown}")
+            other = f"{instruction.where} has the image {shown}"
+            raise InputError(f"{where}: describes {brief(image)}, but {other}")
         return instruction if self.plain else infuse(instruction, description, self.one_line)
 
     def summary(self):
         """One line of counts, after all descriptions have been joined."""
-        line = f"{len(self.described)} described of {len(self.records)} records with an image, {self.total} in all"
+        records = f"{len(self.records)} records with an image, {self.total} in all"
+        line = f"{len(self.described)} described of {records}"
         return f"{line}; {skipped_line(self.skipped)}" if self.skipped else line
-
-
-# ---------------------------------------------------------------- training samples
-
-
-@dataclass
-class TrainingSample(Example):
-    """An Example, and what training needs to know before its image is loaded."""
-
-    image: Path
-    length: int  # positions in the flat row, those of the image included
-    cut: bool  # a response was cut to the maximum length
-
-    @property
-    def scored(self) -> int:
-        """Number of supervised tokens."""
-        trunk = sum(len(ids) for ids, is_scored in self.trunk if is_scored)
-        return trunk + sum(map(len, self.branches))
-
-    @property
-    def differs(self) -> bool:
-        """Whether a pair's responses differ; if not, its DPO term has no gradient."""
-        return not self.branches or self.branches[0] != self.branches[1]
-
-
-def pair_sample(pair: Pair, llava, folder: str | Path, max_length: int) -> TrainingSample:
-    """The prompt as trunk, [chosen, rejected] as branches, each cut so that prompt and branch fit `max_length`."""
-    tokenizer = llava.tokenizer
-    path = image_path(folder, pair.image)
-    prompt = tokenizer.encode_prompt(llava.chat_prompt(pair.prompt, images=0))  # it has its <image> already
-    length = len(prompt) - 1 + llava.config.image_tokens(image_size(path))
-    room = max_length - length
-    if room <= 0:
-        raise InputError(f"{pair.where}: the prompt takes {length} tokens, no room for a response in {max_length}")
-    # A response that was cut off gets no end token: the model did not generate it there.
-    responses = [
-        tokenizer.encode_response(pair.chosen, pair.chosen_stopped),
-        tokenizer.encode_response(pair.rejected, pair.rejected_stopped),
-    ]
-    branches = [ids[:room] for ids in responses]
-    length += sum(map(len, branches))
-    return TrainingSample(pair.where, [(prompt, False)], branches, path, length, cut=branches != responses)
-
-
-def instruction_sample(instruction: Instruction, llava, folder: str | Path, max_length: int) -> TrainingSample:
-    """One conversation as trunk, every answer scored. It ends with the answer that reaches `max_length`."""
-    tokenizer = llava.tokenizer
-    path = image_path(folder, instruction.image)
-    users, answers = zip(*instruction.turns)
-    prompts = TEMPLATES[llava.config.template].turns(users)
-    image_tokens = llava.config.image_tokens(image_size(path))
-    trunk, room, cut = [], max_length, False
-    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
-        prompt_ids = tokenizer.encode_prompt(prompt, first=i == 0)
-        answer_room = room - len(prompt_ids) - prompt_ids.count(IMAGE) * (image_tokens - 1)
-        if answer_room <= 0:
-            cut = True
-            break
-        answer_ids = tokenizer.encode_response(answer)
-        cut = len(answer_ids) > answer_room
-        answer_ids = answer_ids[:answer_room]
-        trunk += [(prompt_ids, False), (answer_ids, True)]
-        room = answer_room - len(answer_ids)
-        if cut:
-            break
-    if not trunk:
-        raise InputError(f"{instruction.where}: the first prompt alone is longer than {max_length} tokens")
-    if sum(ids.count(IMAGE) for ids, _ in trunk) != 1:
-        raise InputError(f"{instruction.where}: its <image> appears only after {max_length} tokens")
-    return TrainingSample(instruction.where, trunk, [], path, max_length - room, cut)
-
-
-def global_batches(lengths, size, seed):
-    """One epoch: indices in random order, `size` at a time; the last batch may be shorter.
-
-    Each batch is sorted, longest first, so that ranks that take every n-th sample get similar lengths. That is
-    what LLaVA's group_by_modality_length (Table 4) amounts to: it shuffles, then sorts within each global batch.
-    """
-    order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    return [sorted(batch, key=lambda i: -lengths[i]) for batch in batches]
-
-
-def load_tiles(sample: TrainingSample, llava) -> list:
-    """The sample's image, ready for CLIP."""
-    return [llava.tiles(open_image(sample.image))]

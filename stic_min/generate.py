@@ -1,4 +1,5 @@
-"""Many responses, sampled in parallel; each record is yielded as soon as it is complete, so that a kill loses none.
+"""Many responses, sampled in parallel; each record is yielded as soon as it is complete, so that a kill loses
+none.
 
 Images are opened, corrupted and cut into tiles in threads, ahead of the sampler.
 """
@@ -55,24 +56,28 @@ class Response:
 
 
 def sampler_requests(llava, jobs: list[Job]) -> list[sampler.Request]:
-    """One request per query, keyed (job key, index of the query). Equal images share their tiles, so that the sampler
-    computes them once. Raises InputError if a prompt is longer than the model's limit."""
+    """One request per query, keyed (job key, index of the query). Equal images share their tiles, so that the
+    sampler computes them once. Raises InputError if a prompt is longer than the model's limit."""
     tiles = {id(image): llava.tiles(image) for job in jobs for query in job.queries for image in query.images}
     requests = []
     for job in jobs:
         for i, query in enumerate(job.queries):
             ids = llava.tokenizer.encode_prompt(llava.chat_prompt(query.prompt, len(query.images)))
-            request = sampler.Request((job.key, i), ids, [tiles[id(image)] for image in query.images], query.seed)
-            length, limit = prompt_length(llava, request), llava.config.max_length
+            query_tiles = [tiles[id(image)] for image in query.images]
+            request = sampler.Request((job.key, i), ids, query_tiles, query.seed)
+            length = prompt_length(llava, request)
+            limit = llava.config.max_length
             if length > limit:
-                raise InputError(f"{brief(job.key)}: a prompt of {length} tokens, the model's limit is {limit}")
+                message = f"a prompt of {length} tokens, the model's limit is {limit}"
+                raise InputError(f"{brief(job.key)}: {message}")
             requests.append(request)
     return requests
 
 
 def prompt_length(llava, request: sampler.Request) -> int:
     """Tokens of a prompt, those of its images included."""
-    return len(request.ids) - len(request.tiles) + sum(llava.config.image_tokens(t.size) for t in request.tiles)
+    image_tokens = sum(llava.config.image_tokens(tiles.size) for tiles in request.tiles)
+    return len(request.ids) - len(request.tiles) + image_tokens
 
 
 def prepare_ahead(llava, groups: Iterable, prepare: Callable) -> Iterator:
@@ -91,11 +96,13 @@ def prepare_ahead(llava, groups: Iterable, prepare: Callable) -> Iterator:
     return prefetch(attempt, groups)
 
 
-def generate(llava, groups: list, prepare: Callable, sampling: Sampling, ranks, what: str, queries_per_job=1) -> Iterator:
+def generate(
+    llava, groups: list, prepare: Callable, sampling: Sampling, ranks, what: str, queries_per_job: int = 1
+) -> Iterator:
     """Samples this rank's share of all queries. Yields (job, [Response, ...]) as each job completes.
 
-    A group is a list of keys about one image. prepare(group) opens it and returns the group's jobs; if it raises
-    InputError, that is printed as a warning and the group is skipped. `what` is for the progress line.
+    A group is a list of keys about one image. prepare(group) opens it and returns the group's jobs; if it
+    raises InputError, that is printed as a warning and the group is skipped. `what` is for the progress line.
     """
     groups = groups[ranks.rank :: ranks.world]
     count = sum(map(len, groups))

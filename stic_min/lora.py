@@ -1,9 +1,9 @@
 """Hand-written LoRA (Hu et al. 2021).
 
-y = W x + (alpha / r) B A x with W frozen, on every decoder linear but `lm_head` (the paper's lora_target = all).
-A and B are fp32 whatever the base is: in bf16, at the paper's lr of 1e-7, A would never move and B stall near 6e-5.
-Adapters are used unmerged; `stic_min.merge` folds one into a checkpoint. Not here: PEFT's files, which are in
-`formats/adapters.py`; biases, DoRA, per-module ranks.
+y = W x + (alpha / r) B A x with W frozen, on every decoder linear but `lm_head` (the paper's lora_target =
+all). A and B are fp32 whatever the base is: in bf16, at the paper's learning rate of 1e-7, A would never move
+and B would stall near 6e-5. Adapters are used unmerged; `stic_min.merge` folds one into a checkpoint. Not
+here: PEFT's files, which are in `formats/adapters.py`; biases, DoRA, per-module ranks.
 """
 
 from contextlib import contextmanager
@@ -17,15 +17,17 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class LoRALinear(nn.Linear):
-    """Takes over the weight of `linear`. `enabled` False is the base model, theta_0."""
+    """Wraps the weight of `linear`. With `enabled` False it is the base model's layer, theta_0."""
 
-    def __init__(self, linear, r, alpha, dropout=0.0):
+    def __init__(self, linear: nn.Linear, r: int, alpha: float, dropout: float = 0.0):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         device = linear.weight.device
         self.weight = linear.weight
         self.lora_A = nn.Parameter(torch.zeros(r, linear.in_features, device=device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device))  # (out, r)
-        self.scale, self.dropout, self.enabled = alpha / r, dropout, True
+        self.scale = alpha / r
+        self.dropout = dropout
+        self.enabled = True
 
     def forward(self, x):  # (T, in) -> (T, out)
         if self.enabled:
@@ -33,15 +35,16 @@ class LoRALinear(nn.Linear):
             z = F.linear(F.linear(z, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))  # (T, out)
         else:
             z = x.new_zeros(len(x), self.out_features)
-        # scale * z joins the product's fp32 accumulator, and the sum is rounded once. Added to a W x that is already
-        # rounded to bf16, an update of less than half its last bit would vanish: at lr 1e-7, most of stage 1's.
-        # Without LoRA the same kernel adds zeros, so that theta_0 is theta at B = 0 bit for bit.
+        # scale * z is added in the matmul's fp32 accumulator, and the sum is rounded once. Added to a W x
+        # already rounded to bf16, an update below half of its last bit would vanish: at lr 1e-7, most of
+        # stage 1's updates. With LoRA off, the same kernel adds zeros, so theta_0 equals theta at B = 0 bit
+        # for bit.
         return z.addmm_(x, self.weight.t(), beta=self.scale)
 
 
 @contextmanager
 def disabled(model):
-    """Inside, every LoRA of `model` is off: the reference policy theta_0."""
+    """Turns off every LoRALinear of `model`: inside, the model is the reference policy theta_0."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     for layer in layers:
         layer.enabled = False
@@ -50,15 +53,6 @@ def disabled(model):
     finally:
         for layer in layers:
             layer.enabled = True
-
-
-def attach(llava, spec):
-    """Puts a LoRALinear in place of every module that `spec` names."""
-    for name in spec.modules:
-        parent, _, child = name.rpartition(".")
-        parent = llava.get_submodule(parent)
-        linear = getattr(parent, child)
-        setattr(parent, child, LoRALinear(linear, spec.r, spec.alpha, spec.dropout).train(linear.training))
 
 
 # ---------------------------------------------------------------- adapters
@@ -71,7 +65,7 @@ class Base:
     folder: str = ""
     fingerprint: str = ""  # of its weights
     huggingface: bool = False  # whether its tensors have transformers' names
-    any_adapter: bool = False  # --other-base: also adapters that were trained on other weights
+    any_adapter: bool = False  # --other-base: accept adapters that were trained on other weights
 
 
 @dataclass
@@ -79,19 +73,32 @@ class Adapter:
     r: int
     alpha: float
     dropout: float
-    modules: list  # names in llava, "model.layers.0.self_attn.q_proj", ...
-    tensors: dict  # llava's parameter names -> CPU tensors: LoRA, and the projector where the folder has one
+    modules: list[str]  # names in llava: "model.layers.0.self_attn.q_proj", ...
+    tensors: dict[str, torch.Tensor]  # by llava's parameter names, on the CPU: LoRA, maybe a projector
     base: Base = Base()
 
 
-def new_adapter(llava, r, alpha, dropout, seed):
-    """A new adapter on all of TARGETS: A uniform as in PEFT (kaiming, a = sqrt 5), B zero, so theta = theta_0."""
+def new_adapter(llava, r: int, alpha: float, dropout: float, seed: int) -> Adapter:
+    """A new adapter on all of TARGETS: A uniform as in PEFT (kaiming, a = sqrt 5), B zero, so theta =
+    theta_0."""
     generator = torch.Generator().manual_seed(seed)
-    modules = [n for n, m in llava.model.named_modules(prefix="model") if n.rpartition(".")[2] in TARGETS]
+    names = [name for name, _ in llava.model.named_modules(prefix="model")]
+    modules = [name for name in names if name.rpartition(".")[2] in TARGETS]
     tensors = {}
     for name in modules:
         linear = llava.get_submodule(name)
         bound = linear.in_features**-0.5
         A = torch.empty(r, linear.in_features).uniform_(-bound, bound, generator=generator)
-        tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": torch.zeros(linear.out_features, r)}
+        B = torch.zeros(linear.out_features, r)
+        tensors |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
     return Adapter(r, alpha, dropout, modules, tensors)
+
+
+def attach(llava, adapter: Adapter):
+    """Replaces every module that `adapter` names by a LoRALinear. Its tensors are not loaded here."""
+    for name in adapter.modules:
+        parent_name, _, child = name.rpartition(".")
+        parent = llava.get_submodule(parent_name)
+        linear = getattr(parent, child)
+        layer = LoRALinear(linear, adapter.r, adapter.alpha, adapter.dropout)
+        setattr(parent, child, layer.train(linear.training))

@@ -1,9 +1,12 @@
-"""The decoder: Mistral-7B and Llama/Vicuna-7B are the same blocks with other numbers.
+"""The decoder: Mistral-7B and Llama/Vicuna-7B are the same blocks with different sizes.
 
-Reads `model.*` and `lm_head` of LLaVA checkpoints; modules are named as there. Tokens of all sequences lie flat in
-one (T, C) tensor without padding; which token sees which is the business of the `attend` object that is passed in:
-`Packed` for training and scoring, `Prefill` and `Decode` for the sampler's KV cache. Not here: attention windows
-(a checkpoint that has one is limited to sequences that fit it), rope scaling, biases.
+Its modules have the names of `model.*` in LLaVA checkpoints. All sequences are concatenated in one flat
+(T, C) tensor, without padding. The `attend` object that is passed in decides which token attends to which:
+`Packed` below for training and scoring, `Prefill` and `Decode` in cache.py for sampling. Not here: attention
+windows (a checkpoint that has one is limited to sequences that fit it), rope scaling, biases.
+
+Shapes: T tokens, C channels, H query heads, K key/value heads of D channels each; B sequences of S cached
+positions.
 """
 
 from dataclasses import dataclass
@@ -25,10 +28,10 @@ class DecoderConfig:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
-    max_positions: int  # longest sequence the model was made for
+    max_positions: int  # longest sequence that the model supports
 
     @property
-    def head_dim(self):
+    def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
@@ -36,9 +39,10 @@ class DecoderConfig:
 
 
 def rope_angles(positions, config, dtype=torch.float32):
-    """positions (T,) -> cos and sin, each (T, 1, D); frequency pairs (i, i + D/2), as in the checkpoints."""
+    """positions (T,) -> cos, sin (T, 1, D). Channels i and i + D/2 form a pair, as in the checkpoints."""
     D = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=positions.device).float() / D)  # (D / 2,)
+    exponents = torch.arange(0, D, 2, device=positions.device).float() / D  # (D / 2,)
+    frequencies = config.rope_theta**-exponents
     angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]  # (T, 1, D)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -51,37 +55,44 @@ def rotate(x, cos, sin):  # (T, H, D)
 # ---------------------------------------------------------------- who attends to whom
 
 
-def attention(q, k, v, **mask):  # q (B, T, H, D); k, v (B, S, K, D); each group of H / K query heads shares a key head
+def attention(q, k, v, **mask):  # q (B, T, H, D); k, v (B, S, K, D); H / K query heads share one key head
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(1, 2)  # (B, T, H, D)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens [start, end) see the tokens of `prefix` and, causally, each other."""
+    """Tokens [start, end) attend to all tokens [a, b) of `prefix` and, causally, to each other."""
 
     start: int
     end: int
-    prefix: tuple = (0, 0)
+    prefix: tuple[int, int] = (0, 0)
 
 
 class Packed:
-    """Many sequences in one flat row. `spans` cover it in order; branches of one prompt name it as their prefix."""
+    """Many sequences in one flat row (see the diagram in batch.Batch). `spans` cover it in order.
 
-    def __init__(self, spans):
+    The branches of one prompt have it as their prefix: it is computed once, and the branches do not see each
+    other.
+    """
+
+    def __init__(self, spans: list[Span]):
         self.spans = spans
 
     def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
         out = []
         for span in self.spans:
-            own, (a, b) = slice(span.start, span.end), span.prefix
-            if a == b:
-                y = attention(q[None, own], k[None, own], v[None, own], is_causal=True)
-            else:
-                keys, values = torch.cat([k[a:b], k[own]]), torch.cat([v[a:b], v[own]])  # (P + R, K, D)
-                # Aligned bottom-right: row i of R sees all P of the prefix and 0..i of its own.
+            tokens = slice(span.start, span.end)
+            prefix = slice(*span.prefix)
+            if prefix.start == prefix.stop:
+                y = attention(q[None, tokens], k[None, tokens], v[None, tokens], is_causal=True)
+            else:  # R tokens after a prefix of P
+                keys = torch.cat([k[prefix], k[tokens]])  # (P + R, K, D)
+                values = torch.cat([v[prefix], v[tokens]])
+                # Causal, aligned at the bottom right: token i attends to all P of the prefix and to 0..i of
+                # its span.
                 mask = causal_lower_right(span.end - span.start, len(keys))
-                y = attention(q[None, own], keys[None], values[None], attn_mask=mask)
+                y = attention(q[None, tokens], keys[None], values[None], attn_mask=mask)
             out.append(y[0])
         return torch.cat(out)  # (T, H, D)
 
@@ -93,7 +104,8 @@ class Attention(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
-        self.index, self.head_dim = index, D
+        self.index = index  # which layer's cache to use
+        self.head_dim = D
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
@@ -127,7 +139,7 @@ class DecoderLayer(nn.Module):
         self.checkpoint_activations = False
 
     def forward(self, x, rope, attend):
-        if self.checkpoint_activations and torch.is_grad_enabled():
+        if self.checkpoint_activations and torch.is_grad_enabled():  # keep x alone, recompute in the backward
             return checkpoint(self.block, x, rope, attend, use_reentrant=False)
         return self.block(x, rope, attend)
 
@@ -147,7 +159,7 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, positions, attend):
-        rope = rope_angles(positions, self.config, x.dtype)
+        rope = rope_angles(positions, self.config, x.dtype)  # the same for all layers
         for layer in self.layers:
             x = layer(x, rope, attend)
         return self.norm(x)

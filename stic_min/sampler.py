@@ -1,240 +1,212 @@
-"""KV-cached batched sampling.
+"""Sampling responses from p_theta: temperature, then top-p; no top-k. `sample_naively` is the definition.
 
-Requests stream through the slots of a static cache. Those that follow each other with the same pictures share one
-prefill of all that stands in front of their texts, without padding; then all slots take one token a step, and a slot
-whose row has ended takes the next request. A row draws from a generator of its own, so its sample does not depend on
-the rows beside it (beyond rounding, which in bf16 can tip a close call). Sampling from p_theta alone: temperature,
-then top-p; no top-k.
+`stream` computes the same, fast, in the fixed number of slots of a KV cache (see slots.py). Consecutive
+requests with the same images share one prefill of everything that precedes their texts. Then all slots
+advance together, one token per step, and a slot whose response has ended takes the next request. Each request
+has its own random generator, so that its sample does not depend on the other requests (except through
+rounding: in bf16 a near-tie can flip).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from stic_min import InputError
-from stic_min.cache import Decode, KVCache, Prefill
+from stic_min.slots import SlotDecoder, random_numbers
 from stic_min.text import IMAGE
 
 
 @dataclass
 class Sample:
-    ids: list  # generated ids, the end token included where it ended by it
-    logps: list  # log p_theta of each id (temperature 1, nothing filtered): what the loss would score
-    finish: str  # stop or length
+    ids: list[int] = field(default_factory=list)  # with the end token, if it was generated
+    logps: list[float] = field(default_factory=list)  # log p_theta of each id, unfiltered, as the loss has it
+    finish: str = "length"  # or "stop"
 
 
-def filtered_probs(logits, temperature, top_p=None):
+# ---------------------------------------------------------------- one token
+
+
+def filtered_probs(logits: Tensor, temperature: float, top_p: float | None = None) -> Tensor:
     """logits (B, V) -> probabilities (B, V) after temperature, then nucleus filtering.
 
-    top_p keeps the fewest most probable tokens whose probabilities reach it, always at least one.
+    top_p keeps the fewest most probable tokens whose probabilities sum to at least top_p, and always one.
     """
     probs = (logits / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
         values, order = probs.sort(dim=-1, descending=True)
-        before = values.cumsum(dim=-1) - values  # what the more probable ones already hold
+        before = values.cumsum(dim=-1) - values  # the total probability of the more probable tokens
         values = values.masked_fill(before >= top_p, 0.0)
         probs = torch.zeros_like(probs).scatter(-1, order, values)
         probs = probs / probs.sum(dim=-1, keepdim=True)
     return probs
 
 
-def pick(logits, temperature, top_p, uniform):
-    """logits (B, V) and one uniform number a row (B,) -> ids (B,), by the inverse of the distribution function."""
+def pick(logits: Tensor, temperature: float, top_p: float | None, uniform: Tensor) -> Tensor:
+    """logits (B, V) and random numbers in [0, 1) (B,) -> ids (B,), by inverting the cumulative
+    distribution."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    steps = filtered_probs(logits, temperature, top_p).double().cumsum(dim=-1)  # (B, V)
-    target = uniform[:, None] * steps[:, -1:]
-    return torch.searchsorted(steps, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    cumulative = filtered_probs(logits, temperature, top_p).double().cumsum(dim=-1)  # (B, V)
+    target = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
 
 
-def fp32_logits(llava, x):
-    """Hidden states (B, C) -> logits (B, V) float32: on a GPU straight from the product's fp32 accumulator, as bf16
-    rounds logits near 20 to eighths."""
-    if x.is_cuda and torch.version.cuda and x.dtype != torch.float32:
-        return torch.mm(x, llava.lm_head.weight.t(), out_dtype=torch.float32)
-    return llava.lm_head(x).float()
+@torch.no_grad()
+def sample_naively(llava, prompt, images, seed, *, max_new_tokens, temperature=0.0, top_p=None) -> Sample:
+    """One response without a cache, recomputing the whole sequence for each token; the tests' reference."""
+    prompt_ids = llava.prompt_ids(prompt, images)
+    tiles = [llava.tiles(image) for image in images]
+    sample = Sample()
+    for uniform in random_numbers(seed, max_new_tokens).to(llava.device).split(1):
+        batch = llava.single_batch(prompt_ids + sample.ids, [], tiles)
+        batch.scored = torch.tensor([[len(batch.ids) - 1]], device=llava.device)
+        logits = llava(batch)[0]  # (1, V)
+        token = pick(logits, temperature, top_p, uniform).item()
+        sample.ids.append(token)
+        sample.logps.append(logits.log_softmax(dim=-1)[0, token].item())
+        if token == llava.tokenizer.eos:
+            sample.finish = "stop"
+            break
+    return sample
+
+
+# ---------------------------------------------------------------- requests
 
 
 @dataclass
 class Request:
-    """One response to sample. `tiles` are the pictures (images.Tiles) of its <image> marks, `key` the caller's own."""
+    """One response to sample."""
 
-    key: object
-    ids: list  # the prompt's, with one IMAGE a picture
-    tiles: list
+    key: object  # the caller's own
+    ids: list[int]  # of the prompt, with one IMAGE per image
+    tiles: list  # images.Tiles of these images
     seed: int
 
-    def shared(self):
-        """How many leading ids other texts on the same pictures may share: up to the last picture, if text follows."""
+    def shared_length(self) -> int:
+        """Number of leading ids that other prompts may share: up to the last image, if text follows it."""
         if self.ids[-1] == IMAGE:
             return 0
-        return max((i + 1 for i, id in enumerate(self.ids) if id == IMAGE), default=0)
+        return max((i + 1 for i, token in enumerate(self.ids) if token == IMAGE), default=0)
 
 
-def groups(requests, most):
-    """Lists of up to `most` requests in a row that share their pictures and all in front of their texts."""
+def groups(requests: Iterable[Request], max_size: int) -> Iterator[list[Request]]:
+    """Lists of consecutive requests that share their images (the same objects) and the ids up to the last."""
     group, prefix = [], None
     for request in requests:
-        shared = request.shared()
-        own = request.ids[:shared], [id(tiles) for tiles in request.tiles]
-        if group and (not shared or own != prefix or len(group) == most):
+        length = request.shared_length()
+        request_prefix = request.ids[:length], [id(tiles) for tiles in request.tiles]
+        if group and (length == 0 or request_prefix != prefix or len(group) == max_size):
             yield group
             group = []
         group.append(request)
-        prefix = own
+        prefix = request_prefix
     if group:
         yield group
-
-
-# ---------------------------------------------------------------- a step, fast
-
-STRIDES = {"cpu": 1}  # steps between two looks at what was drawn; 8 on other devices
-WIDTHS = {"cpu": 8}  # attention runs over a multiple of this many positions; of 256 on other devices, one graph each
-GRAPHED = {"cuda"}
-
-
-class Graphs:
-    """`step(longest)` as a CUDA graph, one for each `longest`: the host takes longer to launch the thousand kernels of
-    a step than the GPU to run them. `step` may change nothing but the same tensors, in place; `clear` when it has
-    others. What it computes is all in `step`, which the CPU runs as it is."""
-
-    def __init__(self, step):
-        self.step, self.graphs, self.pool = step, {}, None
-
-    def __call__(self, longest):
-        if longest not in self.graphs:
-            self.step(longest)  # the first time as it is: what libraries set up on their first use can't be captured
-            self.graphs[longest] = None
-            return
-        if self.graphs[longest] is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # records, without running it
-                self.step(longest)
-            self.graphs[longest], self.pool = graph, graph.pool()  # all take their scratch from the same memory
-        self.graphs[longest].replay()
-
-    def clear(self):
-        self.graphs, self.pool = {}, None
 
 
 # ---------------------------------------------------------------- streaming
 
 
+@dataclass
+class Response:
+    """A request that occupies a slot."""
+
+    key: object
+    length: int  # tokens in the slot so far, the prompt included
+    limit: int  # most tokens to sample
+    sample: Sample = field(default_factory=Sample)
+
+    def collect(self, ids, logps, end_token) -> bool:
+        """Appends the tokens of one `advance`, up to where the response ends -> whether it does."""
+        self.length += len(ids)
+        ids = ids[: self.limit - len(self.sample.ids)]
+        if end_token in ids:
+            ids = ids[: ids.index(end_token) + 1]
+            self.sample.finish = "stop"
+        self.sample.ids += ids
+        self.sample.logps += logps[: len(ids)]
+        return self.sample.finish == "stop" or len(self.sample.ids) == self.limit
+
+
 @torch.no_grad()
-def stream(llava, requests, *, slots, max_new_tokens, temperature=0.0, top_p=None):
-    """Samples a response to each request, `slots` at a time -> yields (key, Sample) as they end.
+def stream(
+    llava,
+    requests: Iterable[Request],
+    *,
+    slots: int,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+) -> Iterator[tuple[object, Sample]]:
+    """Samples a response to each request, `slots` at a time; yields (key, Sample) as each one ends.
 
-    `requests` is read as slots become free. temperature 0 is greedy. A row ends with the end token (finish "stop"), or
-    after max_new_tokens or at the model's last position ("length").
+    `requests` is read as slots become free. temperature 0 is greedy. A response ends with the end token
+    (finish "stop"), or after max_new_tokens or at the model's last position (finish "length").
     """
-    config, device = llava.config.decoder, llava.device
-    max_new_tokens = min(max_new_tokens, config.max_positions)
-    drawn = max(1, max_new_tokens)
-    cache = KVCache(config, slots, device, llava.lm_head.weight.dtype)
-    logits = torch.zeros(slots, config.vocab_size, device=device)
-    positions = torch.zeros(slots, dtype=torch.int64, device=device)  # where the next token goes
-    draws = torch.zeros(slots, drawn, dtype=torch.float64, device=device)
-    steps = torch.zeros(slots, dtype=torch.int64, device=device)  # tokens drawn so far
-    ids, logps = torch.zeros_like(steps), torch.zeros(slots, device=device)  # the tokens just drawn
-
-    def step(longest):
-        """Draws a token in each slot and computes what follows it; `longest` positions of the cache are looked at."""
-        ids.copy_(pick(logits, temperature, top_p, draws.gather(1, steps[:, None])[:, 0]))  # (B,)
-        # 0 * their sum is 0, or NaN where a logit is not finite: the host looks at these numbers alone.
-        logps.copy_(logits.log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0] + 0 * logits.sum(-1))  # (B,)
-        positions.clamp_(max=longest - 1)
-        x = llava.model(llava.model.embed_tokens(ids), positions, Decode(cache, positions, longest))  # (B, C)
-        logits.copy_(fp32_logits(llava, x))  # (B, V)
-        positions.add_(1)
-        steps.add_(1).clamp_(max=drawn - 1)
-
-    graphs = Graphs(step)
-    advance = graphs if device.type in GRAPHED else step
-    stride, width = STRIDES.get(device.type, 8), WIDTHS.get(device.type, 256)
-    rows, ends = [None] * slots, [0] * slots  # who is in a slot: (key, Sample, limit); where its text stands
-    # A group starts when it has room as a whole: a small part of the slots, lest they stand empty till then.
+    max_positions = llava.config.decoder.max_positions
+    choose = lambda logits, uniform: pick(logits, temperature, top_p, uniform)
+    decoder = SlotDecoder(llava, slots, min(max_new_tokens, max_positions), choose)
+    responses: list[Response | None] = [None] * slots  # the one in each slot
+    # A group is admitted only when every member has a free slot. Groups are kept small so that slots do not
+    # sit idle waiting.
     waiting = groups(requests, min(slots, max(2, slots // 4)))
     group = next(waiting, None)
-    while group or any(rows):
-        free, room = [slot for slot in range(slots) if rows[slot] is None], cache.length
-        while group and len(free) >= len(group):
-            own, free = free[: len(group)], free[len(group) :]
-            lengths = prefill(llava, group, cache, own, logits, max_new_tokens)
-            for slot, request, length in zip(own, group, lengths):
-                generator = torch.Generator().manual_seed(request.seed)
-                draws[slot] = torch.rand(drawn, dtype=torch.float64, generator=generator)
-                positions[slot], steps[slot], ends[slot] = length, 0, length
-                limit = max(0, min(max_new_tokens, config.max_positions - length))
-                rows[slot] = request.key, Sample([], [], "length"), limit
+    while group or any(responses):
+        free = [slot for slot in range(slots) if responses[slot] is None]
+        while group and len(group) <= len(free):
+            taken, free = free[: len(group)], free[len(group) :]
+            for slot, request, length in zip(taken, group, decoder.admit(group, taken)):
+                limit = max(0, min(max_new_tokens, max_positions - length))
+                responses[slot] = Response(request.key, length, limit)
             group = next(waiting, None)
-        if cache.length != room:
-            graphs.clear()  # the cache has moved
 
-        # A few steps without looking at what was drawn, so that a GPU never waits for the host. A row that ends among
-        # them draws on, into a slot that no one reads any more.
-        longest = max(end for end, row in zip(ends, rows) if row) + stride
-        longest = min(-(-longest // width) * width, cache.length)
-        said, scored = [], []
-        for _ in range(stride):
-            advance(longest)
-            said.append(ids.clone())
-            scored.append(logps.clone())
-        said, scored = torch.stack(said, 1).tolist(), torch.stack(scored, 1).tolist()  # (B, stride)
-        for slot, row in enumerate(rows):
-            if row is None:
+        longest = max(response.length for response in responses if response)
+        ids, logps = decoder.advance(longest)  # (B, steps)
+
+        for slot, response in enumerate(responses):
+            if response is None:
                 continue
-            ends[slot] += stride
-            key, sample, limit = row
-            own = said[slot][: limit - len(sample.ids)]
-            if llava.tokenizer.eos in own:
-                own, sample.finish = own[: own.index(llava.tokenizer.eos) + 1], "stop"
-            sample.ids += own
-            sample.logps += scored[slot][: len(own)]
-            if math.isnan(sum(sample.logps[-stride:])):
-                raise InputError(not_finite(key, llava.lm_head.weight.dtype))
-            if sample.finish == "stop" or len(sample.ids) == limit:
-                rows[slot] = None
-                yield key, sample
+            ended = response.collect(ids[slot], logps[slot], llava.tokenizer.eos)
+            if math.isnan(sum(response.sample.logps[-len(ids[slot]) :])):
+                raise InputError(not_finite(response.key, llava.lm_head.weight.dtype))
+            if ended:
+                responses[slot] = None
+                yield response.key, response.sample
 
 
 def not_finite(key, dtype):
-    """What to say when the model's logits overflow or hold NaN. A pair's key is (image, which of its two)."""
-    name, dtype = key[0] if isinstance(key, tuple) else key, str(dtype).removeprefix("torch.")
+    """The message for logits that overflow or hold NaN. A pair's key is (image, which of its responses)."""
+    name = key[0] if isinstance(key, tuple) else key
+    dtype = str(dtype).removeprefix("torch.")
     cause = "try --dtype bfloat16" if dtype == "float16" else "the checkpoint or the adapter may be damaged"
     return f"{name}: the model's logits in {dtype} are NaN or infinite; {cause}"
 
 
-def prefill(llava, group, cache, slots, logits, max_new_tokens):
-    """Writes the group's prompts to the cache and what follows each to `logits[slots]` (B, V) -> their lengths."""
-    shared = group[0].shared() if len(group) > 1 else 0
-    first = group[0].ids[:shared] if shared else group[0].ids
-    branches = [request.ids[shared:] for request in group] if shared else []
-    batch = llava.single_batch(first, branches, group[0].tiles)
-    spans = batch.attend.spans[1:] or batch.attend.spans
-    last = [span.end - 1 for span in spans]
-    lengths = [span.prefix[1] - span.prefix[0] + span.end - span.start for span in spans]
-    cache.reserve(min(max(lengths) + max_new_tokens, llava.config.decoder.max_positions))
-    batch.scored = torch.tensor([last], device=llava.device)
-    x = llava.hidden_states(batch, attend=Prefill(batch.attend.spans, cache, slots))[0]  # (B, C)
-    logits[slots] = fp32_logits(llava, x)
-    return lengths
+def sample(
+    llava,
+    prompts: list[str],
+    images: list[list],
+    seeds: list[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float | None = None,
+) -> list[Sample]:
+    """Samples one response to each prompt, all at the same time; images[i] are the PIL images of prompts[i].
 
-
-def sample(llava, prompts, images, seeds, *, max_new_tokens, temperature=0.0, top_p=None):
-    """Samples one response to each prompt, together -> list[Sample].
-
-    images[i] are the PIL pictures of prompts[i], seeds[i] its integer seed. As `stream`. Raises InputError for a prompt
-    that is too long, or whose <image> marks and pictures disagree.
+    Otherwise as `stream`. Raises InputError if a prompt is too long or disagrees with its images in number.
     """
     if not len(prompts) == len(images) == len(seeds):
-        raise InputError(f"{len(prompts)} prompts, {len(images)} lists of pictures, {len(seeds)} seeds")
+        raise InputError(f"{len(prompts)} prompts, {len(images)} lists of images, {len(seeds)} seeds")
     if not prompts:
         return []
-    tiles = {id(picture): llava.tiles(picture) for pictures in images for picture in pictures}
+    tiles = {id(image): llava.tiles(image) for row in images for image in row}  # each image object once
     requests = []
-    for i, (prompt, pictures, seed) in enumerate(zip(prompts, images, seeds)):
-        requests.append(Request(i, llava.prompt_ids(prompt, pictures), [tiles[id(p)] for p in pictures], seed))
-    how = {"slots": len(prompts), "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    samples = dict(stream(llava, requests, **how))
+    for i, (prompt, row, seed) in enumerate(zip(prompts, images, seeds)):
+        requests.append(Request(i, llava.prompt_ids(prompt, row), [tiles[id(image)] for image in row], seed))
+    samples = dict(stream(llava, requests, slots=len(prompts), max_new_tokens=max_new_tokens,
+                          temperature=temperature, top_p=top_p))  # fmt: skip
     return [samples[i] for i in range(len(prompts))]

@@ -1,8 +1,10 @@
-"""What both stages share: flags, the model with LoRA and FSDP, the learning rate, and the bookkeeping of a run.
+"""What both stages share: flags, the model with LoRA and FSDP, the learning rate, and the bookkeeping of a
+run.
 
 The scripts show the training step; a `Run` does what FSDP, resuming and logging need around it. One optimizer
-step processes one global batch, on any number of ranks and with any micro-batch size: the loss is normalized over
-the global batch, so neither changes the result. (Dropout is the exception: its masks depend on the micro-batches.)
+step processes one global batch, on any number of ranks and with any micro-batch size: the loss is normalized
+over the global batch, so neither changes the result. (Dropout is the exception: its masks depend on the
+micro-batches.)
 """
 
 import contextlib
@@ -19,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from stic_min import InputError, check, lora
 from stic_min.batch import collate
 from stic_min.checkpoint import Checkpoints, full
-from stic_min.data import global_batches, load_tiles
 from stic_min.formats.adapters import read_adapter
 from stic_min.llava import Projector
 from stic_min.loader import load_weights, open_llava
@@ -29,6 +30,7 @@ from stic_min.runtime.output import lock, unlock
 from stic_min.runtime.process import Stop
 from stic_min.runtime.provenance import peak_memory_gb
 from stic_min.runtime.work import prefetch, row_seed, subset
+from stic_min.samples import global_batches, load_tiles, micro_batches
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
@@ -46,10 +48,11 @@ def length_limit(args, llava, pad, anyres=4096):
 
 
 def build(args, ranks, keep_reference):
-    """The model on the meta device (shapes without numbers), LoRA and projector trainable; nothing is loaded yet.
+    """The model on the meta device (shapes without numbers), LoRA and projector trainable; nothing is loaded
+    yet.
 
-    Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`, the
-    model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway.
+    Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`,
+    the model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway.
     """
     options = flags.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
@@ -57,9 +60,10 @@ def build(args, ranks, keep_reference):
     folder = getattr(args, "adapter", None)  # stage 2 continues training stage 1's
     if folder:
         adapter = read_adapter(folder, llava)
-        for flag, value, stored in ("--lora-r", args.lora_r, adapter.r), ("--lora-alpha", args.lora_alpha, adapter.alpha):
+        given = {"--lora-r": (args.lora_r, adapter.r), "--lora-alpha": (args.lora_alpha, adapter.alpha)}
+        for flag, (value, stored) in given.items():
             if value is not None and value != stored:
-                raise InputError(f"{flag} {value}: {folder} has {stored}, which further training can't change")
+                raise InputError(f"{flag} {value}: {folder} has {stored}, which training can't change")
         adapter.dropout = args.lora_dropout
     else:
         r = args.lora_r or 128
@@ -118,18 +122,6 @@ def rate(step, steps):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def micro_batches(batch, ranks, size):
-    """Splits one global batch into this rank's micro-batches -> [(samples, real)], as many on every rank.
-
-    FSDP ranks must run the same number of forward passes. A rank that has run out of samples repeats one with
-    weight zero: `real` is False.
-    """
-    share = batch[ranks.rank :: ranks.world]
-    longest = math.ceil(len(batch) / ranks.world)
-    chunks = [share[start : start + size] for start in range(0, longest, size)]
-    return [(chunk or batch[:1], bool(chunk)) for chunk in chunks]
-
-
 # ---------------------------------------------------------------- a run
 
 
@@ -137,7 +129,8 @@ class Run:
     """The data order, optimizer, log and checkpoints of one epoch, for the loop in the scripts.
 
     A run that was killed resumes from its last checkpoint when the same command is run again, with the same
-    result; SIGTERM and Ctrl-C save a checkpoint first. `out` holds log.jsonl and checkpoint-N, in the end the adapter.
+    result; SIGTERM and Ctrl-C save a checkpoint first. `out` holds log.jsonl and checkpoint-N, in the end the
+    adapter.
     """
 
     def __init__(self, args, llava, adapter, samples, ranks, settings):
@@ -155,7 +148,8 @@ class Run:
             groups.append({"params": list(projector.values()), "peak": args.projector_lr})
         self.parameters = lora_parameters | projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        self.checkpoints = Checkpoints(self.out, adapter, self.parameters, self.optimizer, settings, args, ranks)
+        trained = self.parameters, self.optimizer
+        self.checkpoints = Checkpoints(self.out, adapter, *trained, settings, args, ranks)
         self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         self.step = 0
         self.real = True  # whether the current micro-batch counts
@@ -165,7 +159,7 @@ class Run:
         llava.train()
 
     def steps(self):
-        """The remaining steps of the epoch. Holds the folder's lock and prefetches images; saves the result at the end."""
+        """The remaining steps of the epoch, while holding the folder's lock; in the end, saves the result."""
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if self.ranks.first:
@@ -176,7 +170,8 @@ class Run:
             self.stop = stack.enter_context(Stop())
             self.begin = self.last = time.monotonic()
             steps = range(self.first_step, len(self.batches))
-            self.shares = {s: micro_batches(self.batches[s], self.ranks, self.args.micro_batch) for s in steps}
+            size = self.args.micro_batch
+            self.shares = {step: micro_batches(self.batches[step], self.ranks, size) for step in steps}
             load = lambda samples: [load_tiles(sample, self.llava) for sample in samples]
             tiles = prefetch(load, [samples for share in self.shares.values() for samples, _ in share])
             self.tiles = stack.enter_context(contextlib.closing(tiles))
@@ -188,9 +183,11 @@ class Run:
                 self.checkpoints.finish(peak_memory_gb(self.ranks.device))
 
     def micro_batches(self, step):
-        """This rank's Batches of a step. On SIGTERM or Ctrl-C to any rank, all ranks stop before the next one."""
-        for samples, self.real in self.shares[step]:
-            [stops] = self.all_reduce_sum(bool(self.stop.asked))
+        """This rank's Batches of a step. On SIGTERM or Ctrl-C to any rank, all ranks stop before the next
+        one."""
+        for samples, real in self.shares[step]:
+            self.real = real
+            [stops] = self.ranks.sum(bool(self.stop.signal))
             if stops:
                 self.save_checkpoint(step)
                 raise KeyboardInterrupt(f"stopped after step {step}; run the same command to resume")
@@ -199,8 +196,8 @@ class Run:
             yield batch
 
     def backward(self, loss):
-        """Adds the gradients of this rank's part of the global batch's loss. FSDP averages gradients over the ranks,
-        but parts must be summed."""
+        """Adds the gradients of this rank's part of the global batch's loss. FSDP averages gradients over the
+        ranks, but parts must be summed."""
         sharded = self.ranks.world > 1 and self.args.shard == "full"
         (loss * self.real * (self.ranks.world if sharded else 1)).backward()
 
@@ -210,7 +207,8 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + self.real / count * value.detach().double().sum()
 
     def clip_gradients(self, max_norm):
-        """Completes the gradients (--shard none: sums them over the ranks) and clips their norm, which it returns.
+        """Completes the gradients (--shard none: sums them over the ranks) and clips their norm, which it
+        returns.
 
         A NaN or infinite loss or gradient ends the run here, before it reaches the weights.
         """
@@ -221,19 +219,19 @@ class Run:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
                 gradient.copy_(part.view_as(gradient))
         norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)).item()
-        self.values = dict(zip(self.sums, self.all_reduce_sum(*self.sums.values())))
+        self.values = dict(zip(self.sums, self.ranks.sum(*self.sums.values())))
         self.sums = {}
         if not math.isfinite(norm + sum(self.values.values())):
             self.save_checkpoint(self.step)
             names = ", ".join(sample.name for sample in self.batches[self.step])
-            raise InputError(f"step {self.step + 1}: the loss is {self.values['loss']} and the gradient norm {norm}; "
-                             f"--lr may be too high, or one of these samples may be damaged: {names}")
+            raise InputError(f"step {self.step + 1}: the loss is {self.values['loss']} and the gradient norm is "
+                             f"{norm}; --lr may be too high, or one of these samples is damaged: {names}")
         return norm
 
     def end_step(self, norm):
         """Writes the step to log.jsonl, prints it, and saves a checkpoint if one is due."""
         now, steps, done = time.monotonic(), len(self.batches), self.step + 1
-        [tokens] = self.all_reduce_sum(self.tokens)
+        [tokens] = self.ranks.sum(self.tokens)
         speed = tokens / (now - self.last)
         self.tokens, self.last = 0, now
         seconds_left = (now - self.begin) / (done - self.first_step) * (steps - done)
@@ -245,20 +243,11 @@ class Run:
         if now - self.printed >= 1 or done == steps:  # at most one line per second
             self.printed = now
             losses = "  ".join(f"{name} {self.values[name]:.4f}" for name in PRINTED if name in self.values)
-            self.ranks.print(f"step {done}/{steps}  {losses}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s  "
-                             f"{memory:.2f} GB  {console.clock(seconds_left)} left")
+            self.ranks.print(f"step {done}/{steps}  {losses}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s"
+                             f"  {memory:.2f} GB  {console.clock(seconds_left)} left")
         if done % self.save_every == 0 or done == steps:
             self.save_checkpoint(done)
 
     def save_checkpoint(self, step):
         with self.stop.busy():
             self.checkpoints.save(step, peak_memory_gb(self.ranks.device))
-
-    def all_reduce_sum(self, *values):
-        """Sums of numbers over the ranks."""
-        values = [float(value) for value in values]
-        if self.ranks.world == 1:
-            return values
-        values = torch.tensor(values, dtype=torch.float64, device=self.ranks.device)
-        dist.all_reduce(values)
-        return values.tolist()

@@ -1,5 +1,6 @@
 """Fixtures of several test files: reference data next to the repository, and the checkpoints of support/tiny.py."""
 
+import functools
 import json
 import os
 import signal
@@ -34,9 +35,23 @@ def signals():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """Folder with tiny checkpoints, pictures, instructions and a benchmark, written once."""
+    """Folder with tiny checkpoints, images, instructions and a benchmark, written once."""
     from tiny import write_all
 
     folder = tmp_path_factory.mktemp("tiny")
     write_all(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def chains(tiny, tmp_path_factory):
+    """model -> its chain of commands on one rank, run once for all tests."""
+    from chain import run_chain
+
+    return functools.cache(lambda model: run_chain(model, tiny, tmp_path_factory.mktemp(model)))
+
+
+@pytest.fixture(params=["llava-v1.6-tiny", "llava-v1.5-tiny"])
+def runs(request, chains):
+    """The chain of either checkpoint: `out` holds its files, `printed` the output of each of its `commands`."""
+    return chains(request.param)

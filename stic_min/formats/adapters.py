@@ -1,4 +1,4 @@
-"""LoRA adapters on disk in PEFT's format, with the projector trained beside them."""
+"""LoRA adapters on disk in PEFT's format, and the projector trained with them."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,8 @@ from stic_min.formats.tensors import canonical, published, read_metadata, read_t
 from stic_min.lora import TARGETS, Adapter
 from stic_min.runtime.files import printable, read_json
 
-PREFIX = "base_model.model."  # in front of every key of a PEFT file
-PROJECTOR_FILE = "projector.safetensors"  # ours; LLaVA's own lie beside its LoRA, and come from its pretraining
+PREFIX = "base_model.model."  # of every key in a PEFT file
+PROJECTOR_FILE = "projector.safetensors"  # ours; LLaVA's come with its LoRA or from its pretraining
 PROJECTOR_FILES = PROJECTOR_FILE, "non_lora_trainables.bin", "mm_projector.bin"
 
 # ---------------------------------------------------------------- adapter_config.json of PEFT up to 0.21
@@ -26,30 +26,32 @@ USED = {
 }
 REQUIRED = {"peft_type": ("LORA",), "bias": ("none", None)}
 REFUSED = {
-    "use_dora": "weights are not scaled",
+    "use_dora": "LoRA does not rescale weights here",
     "rank_pattern": "all modules have one rank",
     "alpha_pattern": "all modules have one scale",
-    "modules_to_save": "whole modules are not read",
+    "modules_to_save": "full modules are not read",
     "trainable_token_indices": "embeddings are not read",
-    "target_parameters": "LoRA is on modules",
+    "target_parameters": "LoRA is on modules only",
     "fan_in_fan_out": "weights are (out, in)",
     "lora_bias": "LoRA has no bias",
     "layer_replication": "the layers are the checkpoint's",
-    "use_qalora": "LoRA is on whole inputs",
-    "alora_invocation_tokens": "LoRA is on at every token",
-    "use_bdlora": "LoRA's matrices are whole",
-    "arrow_config": "there is one adapter at a time",
+    "use_qalora": "LoRA sees the full input",
+    "alora_invocation_tokens": "LoRA is active at every token",
+    "use_bdlora": "LoRA's matrices are not block-diagonal here",
+    "arrow_config": "one adapter at a time is supported",
     "kasa_config": "LoRA is two matrices",
-    "monteclora_config": "LoRA is not random",
+    "monteclora_config": "LoRA is deterministic",
 }
 HARMLESS = {
-    "the tensors show where LoRA is": "target_modules exclude_modules layers_to_transform layers_pattern auto_mapping",
+    "the tensors show where LoRA is": "target_modules exclude_modules layers_to_transform layers_pattern "
+    "auto_mapping",
     "records": "task_type inference_mode revision peft_version",
-    "of an init_lora_weights that is checked": "eva_config loftq_config corda_config lora_ga_config",
-    "of options that are off": "qalora_group_size megatron_core",
+    "for an init_lora_weights that is checked": "eva_config loftq_config corda_config lora_ga_config",
+    "for options that are off": "qalora_group_size megatron_core",
     "how PEFT trains": "megatron_config velora_config ensure_weight_tying",
 }
-# Where LoRA starts from. The others of PEFT (pissa, olora, corda, loftq, lora_ga) take their start out of the weights.
+# Initializations that leave the base's weights alone. PEFT's others (pissa, olora, corda, loftq, lora_ga)
+# change them.
 BASE_UNCHANGED = True, False, "gaussian", "eva", "orthogonal", "mica"
 
 
@@ -58,11 +60,14 @@ def read_settings(file):
     options = check_options(read_json(file), file, USED, REQUIRED, REFUSED, HARMLESS)
     for name in ("r", "lora_alpha"):
         if name not in options:
-            raise InputError(f"{file}: no {name}: not a LoRA adapter's configuration")
-    r, alpha, init = options["r"], float(options["lora_alpha"]), options.get("init_lora_weights", True)
+            raise InputError(f"{file}: no {name}: not the configuration of a LoRA adapter")
+    r = options["r"]
+    alpha = float(options["lora_alpha"])
+    init = options.get("init_lora_weights", True)
     if init not in BASE_UNCHANGED:
-        raise InputError(f"{file}: init_lora_weights {printable(init)[:40]!r} has changed the base's weights; let PEFT "
-                         "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...)")
+        remedy = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        raise InputError(f"{file}: init_lora_weights {printable(init)[:40]!r} changes the base's weights; "
+                         f"convert it with PEFT: {remedy}")
     if options.get("use_rslora"):
         alpha *= r**0.5  # its scale is alpha / sqrt(r), ours alpha / r
     return r, alpha, float(options.get("lora_dropout", 0.0)), options.get("base_model_name_or_path")
@@ -71,81 +76,91 @@ def read_settings(file):
 # ---------------------------------------------------------------- reading
 
 
-def read_adapter(folder, llava):
-    """PEFT's adapter files and the projector beside them -> Adapter, checked against `llava`, whose notes say what was
-    read.
+def read_adapter(folder: str | Path, llava) -> Adapter:
+    """PEFT's adapter files and the projector in the same folder -> Adapter; adds a line on what was read to
+    llava's notes.
 
-    Raises InputError with one line for anything that does not fit: files missing or broken, options that are not
-    supported, keys or shapes or weights of another model, an adapter that changes nothing.
+    Anything that does not fit `llava` is an error: missing or broken files, unsupported options, keys, shapes
+    or weights of another model, an adapter that changes nothing.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise InputError(f"{folder} is a file, --adapter has to name the folder of an adapter")
+        raise InputError(f"{folder} is a file; --adapter must be an adapter folder")
     config_file = folder / "adapter_config.json"
-    files = [f for name in ("adapter_model.safetensors", "adapter_model.bin") if (f := folder / name).is_file()]
+    candidates = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    files = [file for file in candidates if file.is_file()]
     if not config_file.is_file() or not files:
-        raise InputError(f"no adapter in {folder}: needs adapter_config.json and adapter_model.safetensors (or .bin)")
+        raise InputError(f"no adapter in {folder}: needs adapter_config.json and adapter_model.safetensors "
+                         "(or .bin)")  # fmt: skip
     r, alpha, dropout, base_name = read_settings(config_file)
 
-    tensors, file, parameters = {}, files[0], dict(llava.named_parameters())
+    file, *other_files = files
+    parameters = dict(llava.named_parameters())
+    tensors = {}
     for key, value in read_tensors(file).items():
         name = canonical(key.removeprefix(PREFIX).removesuffix(".weight").replace(".default", "") + ".weight")
         module, _, matrix = (name or "").removesuffix(".weight").rpartition(".")
         if module.startswith("vision_tower."):
-            # Published STIC adapters carry LoRA on CLIP's q/k/v; the tower ran without gradient, so their B is zero.
+            # Published STIC adapters have LoRA on CLIP's q/k/v; the tower got no gradients, so their B is
+            # zero.
             if matrix == "lora_B" and value.count_nonzero():
                 raise InputError(f"{file}: {key} changes the vision tower, which is not supported")
             continue
         if matrix not in ("lora_A", "lora_B") or module.rpartition(".")[2] not in TARGETS:
             raise InputError(f"{file}: unknown key {key}")
         if f"{module}.weight" not in parameters:
-            raise InputError(f"{file}: {key} belongs to another model, this one has no {module}")
+            raise InputError(f"{file}: {key} belongs to another model, this model has no {module}")
         out_features, in_features = parameters[f"{module}.weight"].shape
         expected = (r, in_features) if matrix == "lora_A" else (out_features, r)
         if tuple(value.shape) != expected:
             raise InputError(f"{file}: {key} is {tuple(value.shape)}, this model needs {expected}")
         tensors[f"{module}.{matrix}"] = finite(value, key, file)
     modules = sorted({name.rpartition(".")[0] for name in tensors})
-    if missing := [f"{m}.{x}" for m in modules for x in ("lora_A", "lora_B") if f"{m}.{x}" not in tensors]:
-        raise InputError(f"{file}: {missing[0]} is missing")
-    if not any(tensors[f"{m}.lora_A"].count_nonzero() and tensors[f"{m}.lora_B"].count_nonzero() for m in modules):
-        raise InputError(f"{file}: the adapter changes nothing, lora_A or lora_B is zero in all of its {len(modules)} "
-                         "modules")
+    for name in (f"{module}.{matrix}" for module in modules for matrix in ("lora_A", "lora_B")):
+        if name not in tensors:
+            raise InputError(f"{file}: {name} is missing")
+    nonzero = {name for name, tensor in tensors.items() if tensor.count_nonzero()}
+    if not any({f"{module}.lora_A", f"{module}.lora_B"} <= nonzero for module in modules):
+        raise InputError(f"{file}: the adapter changes nothing: lora_A or lora_B is zero in each of its "
+                         f"{len(modules)} modules")
     check_base(folder, base_name, read_metadata(file).get("base_fingerprint"), llava)
 
-    beside = read_projector(folder, parameters)
-    whose = "the adapter's" if any(name.startswith("mm_projector.") for name in beside) else "the base's"
-    note = f"{folder}: LoRA on {len(modules)} modules; projector: {whose}"
-    if "image_newline" in beside:
-        applied = "image_newline" in parameters and llava.config.image_mode == "anyres"
-        note += "; image_newline: " + ("the adapter's" if applied else "not used, as the mode is pad")
-        beside = {name: value for name, value in beside.items() if name in parameters}
-    llava.notes.append(note + "".join(f"; {f.name} is not read" for f in files[1:]))
-    return Adapter(r, alpha, dropout, modules, tensors | beside)
+    projector = read_projector(folder, parameters)
+    owner = "the adapter's" if any(name.startswith("mm_projector.") for name in projector) else "the base's"
+    note = f"{folder}: LoRA on {len(modules)} modules; projector: {owner}"
+    if "image_newline" in projector:
+        used = "image_newline" in parameters and llava.config.image_mode == "anyres"
+        note += "; image_newline: " + ("the adapter's" if used else "not used in pad mode")
+        projector = {name: value for name, value in projector.items() if name in parameters}
+    llava.notes.append(note + "".join(f"; {other.name} is not read" for other in other_files))
+    return Adapter(r, alpha, dropout, modules, tensors | projector)
 
 
 def check_base(folder, base_name, fingerprint, llava):
-    """Whether an adapter belongs to the loaded checkpoint: an error where its record of the weights says no, a note
-    where there is none and the names differ."""
-    base, known_as = llava.base, model_name(base_name or "")
+    """Checks that an adapter belongs to the loaded checkpoint: an error if its record of the base's weights
+    differs, a note if it has no record and the names differ."""
+    base = llava.base
+    trained_on = model_name(base_name or "")
     if fingerprint == base.fingerprint:
         return
     if fingerprint and not base.any_adapter:
-        raise InputError(f"{folder} was trained on other weights ({printable(known_as)[:80]}) than those of "
-                         f"{base.folder}; --other-base uses it all the same")
+        raise InputError(f"{folder} was trained on other weights ({printable(trained_on)[:80]}) than those "
+                         f"of {base.folder}; use it anyway with --other-base")
     names = {model_name(path).lower() for path in (base.folder, Path(base.folder).resolve())}
-    if fingerprint or (base_name and known_as.lower() not in names):
-        llava.notes.append(f"warning: {folder} was trained on {printable(base_name or '')[:80]}, this model is "
-                           f"{base.folder}")
+    if fingerprint or (base_name and trained_on.lower() not in names):
+        name = printable(base_name or "")[:80]
+        llava.notes.append(f"warning: {folder} was trained on {name}, but this model is {base.folder}")
 
 
 def read_projector(folder, parameters):
-    """{parameter: tensor} of the trained projector beside an adapter, ours or LLaVA's (which may be empty), and of an
-    image_newline that was trained with it."""
-    files = {f: read_tensors(f) for name in PROJECTOR_FILES if (f := folder / name).is_file()}
+    """{parameter: tensor} of the trained projector in an adapter folder, ours or LLaVA's (whose file may be
+    empty), and of an image_newline trained with it."""
+    candidates = [folder / name for name in PROJECTOR_FILES]
+    files = {file: read_tensors(file) for file in candidates if file.is_file()}
     files = {file: tensors for file, tensors in files.items() if tensors}
     if len(files) > 1:
-        raise InputError(f"{folder}: {' and '.join(f.name for f in files)} both hold a projector; delete one")
+        names = " and ".join(file.name for file in files)
+        raise InputError(f"{folder}: both {names} contain a projector; delete one")
     tensors = {}
     for file, values in files.items():
         for key, value in values.items():
@@ -153,7 +168,7 @@ def read_projector(folder, parameters):
             if name != "image_newline" and not (name.startswith("mm_projector.") and name in parameters):
                 raise InputError(f"{file}: unknown key {key}")
             if name in tensors:
-                raise InputError(f"{file}: {key} comes twice")
+                raise InputError(f"{file}: {key} appears twice")
             if name in parameters and value.shape != parameters[name].shape:
                 needed = tuple(parameters[name].shape)
                 raise InputError(f"{file}: {key} is {tuple(value.shape)}, this model needs {needed}")
@@ -165,22 +180,23 @@ def read_projector(folder, parameters):
 
 
 def finite(value, key, file):
-    """A tensor in fp32. Raises InputError if a number of it is NaN or infinite."""
+    """The tensor in fp32, after checking that it has no NaN or infinite values."""
     if not value.isfinite().all():
-        raise InputError(f"{file}: {key} holds NaN or infinite numbers")
+        raise InputError(f"{file}: {key} contains NaN or infinite values")
     return value.float()
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write_adapter(folder, adapter):
-    """PEFT's two files, and the projector's where `adapter.tensors` holds it. Loads in `load_llava`, and in PEFT on the
-    model that `adapter.base` is: LLaVA's own or transformers'."""
-    folder, huggingface = Path(folder), adapter.base.huggingface
+def write_adapter(folder: str | Path, adapter: Adapter):
+    """Writes PEFT's two files, and the projector's if `adapter.tensors` includes one. They load in
+    `load_llava`, and in PEFT on the model that `adapter.base` is, LLaVA's own or transformers'."""
+    folder = Path(folder)
+    huggingface = adapter.base.huggingface
     folder.mkdir(parents=True, exist_ok=True)
-    targets = sorted({m.rpartition(".")[2] for m in adapter.modules})
-    if huggingface:  # by the last part of its name alone, PEFT would put LoRA on the tower's q_proj, too
+    targets = sorted({module.rpartition(".")[2] for module in adapter.modules})
+    if huggingface:  # given only the last part of the name, PEFT would put LoRA on the tower's q_proj, too
         targets = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(targets)})"
     config = {
         "base_model_name_or_path": adapter.base.folder,
@@ -199,7 +215,7 @@ def write_adapter(folder, adapter):
     tensors = {published(name, huggingface): t.contiguous() for name, t in adapter.tensors.items()}
     matrices = {f"{PREFIX}{name}.weight": t for name, t in tensors.items() if ".lora_" in name}
     projector = {name: t for name, t in tensors.items() if ".lora_" not in name}
-    # In the file's own metadata, as older versions of PEFT take no unknown option.
+    # In the file's metadata, because older versions of PEFT reject unknown options in adapter_config.json.
     record = {"base_fingerprint": adapter.base.fingerprint} if adapter.base.fingerprint else {}
     write_tensors(matrices, folder / "adapter_model.safetensors", **record)
     if projector:
@@ -208,9 +224,13 @@ def write_adapter(folder, adapter):
 
 
 def read_written(folder):
-    """The tensors of `write_adapter`'s files under the names they had. Raises InputError if a file can't be read."""
+    """The tensors in `write_adapter`'s files, by their names in llava."""
     tensors = read_tensors(folder / "adapter_model.safetensors")
     if (folder / PROJECTOR_FILE).is_file():
         tensors |= read_tensors(folder / PROJECTOR_FILE)
-    name = lambda key: (canonical(key.removeprefix(PREFIX)) or key).removesuffix(".weight" if ".lora_" in key else "")
-    return {name(key): value for key, value in tensors.items()}
+
+    def llava_name(key):
+        name = canonical(key.removeprefix(PREFIX)) or key
+        return name.removesuffix(".weight") if ".lora_" in key else name
+
+    return {llava_name(key): value for key, value in tensors.items()}

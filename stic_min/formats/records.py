@@ -1,6 +1,7 @@
-"""The records of the files that people bring, in the spellings of whoever wrote them. No model code.
+"""Records of data files in the formats of various projects. No model code.
 
-Which kind of file it is, the one image that a record names, and both sides of a preference in every form that is known.
+What kind of file it is, which image a record names, and both responses of a preference pair in every known
+format.
 """
 
 import json
@@ -11,15 +12,15 @@ from stic_min.runtime.files import check_text, read_records, read_text, text_fie
 from stic_min.text import IMAGE_MARK
 
 IMAGE_KEYS = "image", "images", "image_path"
-KINDS = {  # what each file is, and the flag that takes it
+KINDS = {  # what each file contains, and the flag that takes it
     "pairs": "preference pairs (--pairs)",
     "descriptions": "descriptions (--descriptions)",
     "instructions": "instructions (--describe, --instructions)",
 }
 
 
-def kind(record):
-    """The key of KINDS that a record belongs to, or None."""
+def record_kind(record: dict) -> str | None:
+    """The key of KINDS that a record belongs to."""
     if {"chosen", "rejected", "rejected_conversations"} & set(record):
         return "pairs"
     if "description" in record or "conversations" in record:
@@ -27,17 +28,18 @@ def kind(record):
     return "pairs" if "rejected" in str(record.get("text")) else None
 
 
-def read_kind(path, wanted):
-    """`read_records` of one kind. Raises InputError if the file holds another: flags are easily swapped."""
+def read_kind(path, kind: str) -> list:
+    """`read_records` of one kind. A file of another kind is an error, because flags are easily swapped."""
     records = read_records(path)
-    kinds = {kind(record): None for _, record in records}
-    if wanted not in kinds and (found := next(filter(None, kinds), None)):
-        raise InputError(f"{path} holds {KINDS[found]}, not {KINDS[wanted]}")
+    kinds = dict.fromkeys(record_kind(record) for _, record in records)
+    other = next(filter(None, kinds), None)
+    if other and kind not in kinds:
+        raise InputError(f"{path} contains {KINDS[other]}, not {KINDS[kind]}")
     return records
 
 
-def read_names(path):
-    """Names of images: one per line, or a JSON list as STIC publishes it (data/6k_coco_names.json)."""
+def read_names(path) -> list[str]:
+    """Names of images: one per line, or a JSON list like STIC's (data/6k_coco_names.json)."""
     text = read_text(path)
     if re.match(r'\s*\[\s*["\]{]|\s*\{', text):
         try:
@@ -45,24 +47,25 @@ def read_names(path):
         except (ValueError, RecursionError):
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            found = next((KINDS[kind(record)] for _, record in read_records(path) if kind(record)), "JSON objects")
-            raise InputError(f"{path} holds {found}, not names of images (--names)")
+            kinds = filter(None, (record_kind(record) for _, record in read_records(path)))
+            content = next((KINDS[kind] for kind in kinds), "JSON objects")
+            raise InputError(f"{path} contains {content}, not names of images (--names)")
     else:
         names = text.split("\n")
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise InputError(f"{path}: no names in it")
+        raise InputError(f"{path}: no names of images")
     return names
 
 
-def image_name(record, where):
-    """The one image that a record names, as a name or as a list of one. Raises InputError if it is not one."""
+def image_name(record: dict, where: str) -> str:
+    """The image that a record names, as a name or as a list of one."""
     image = next((record[key] for key in IMAGE_KEYS if record.get(key)), None)
     if isinstance(image, list):
         if len(image) != 1:
-            raise InputError(f"{where}: {len(image)} images, a sample has one image")
+            raise InputError(f"{where}: {len(image)} images, but a sample has one")
         [image] = image
-    if isinstance(image, dict):  # as a parquet file of Hugging Face's becomes JSON
+    if isinstance(image, dict):  # a Hugging Face parquet file, converted to JSON
         image = record.get("image_path") or image.get("path")
     if image is not None and not isinstance(image, str):
         raise InputError(f"{where}: image is not a file name")
@@ -76,29 +79,34 @@ EXPECTED = 'expected: {"image": ..., "prompt": ..., "chosen": ..., "rejected": .
 
 
 def messages(value, role):
-    """A text of `role`, one message or a list of them -> [{role, content}, ...], in the spellings of `pair_sides`."""
+    """Text by `role`, one message, or a list of messages -> [{role, content}, ...]; see `pair_sides`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
-    found = []
-    for message in [value] if isinstance(value, dict) else value if isinstance(value, list) else []:
+    if isinstance(value, dict):
+        value = [value]
+    turns = []
+    for message in value if isinstance(value, list) else []:
         message = message if isinstance(message, dict) else {}
-        sender, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if isinstance(content, list):  # parts; an image without a text is the mark
+        sender = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if isinstance(content, list):  # parts of text, and images, which become marks
             parts = [part if isinstance(part, dict) else {} for part in content]
-            content = "".join(IMAGE_MARK if p.get("type") == "image" else str(p.get("text") or "") for p in parts)
-        found.append({"role": ROLES.get(sender, sender) if isinstance(sender, str) else None, "content": content})
-    return found
+            texts = [IMAGE_MARK if p.get("type") == "image" else str(p.get("text") or "") for p in parts]
+            content = "".join(texts)
+        sender = ROLES.get(sender, sender) if isinstance(sender, str) else None
+        turns.append({"role": sender, "content": content})
+    return turns
 
 
-def pair_sides(record):
-    """The messages of chosen and rejected in a record of any form that is known -> {side: [{role, content}, ...]}
+def pair_sides(record: dict) -> dict[str, list]:
+    """A preference record in any known format -> {"chosen" and "rejected": [{role, content}, ...]}.
 
-    | form                        | question                 | answers                               |
+    | format                      | question                 | answers                               |
     |-----------------------------|--------------------------|---------------------------------------|
     | ours, STIC's, TRL's         | in chosen and rejected   | chosen, rejected: messages            |
     | TRL's with a prompt         | prompt: text or messages | chosen, rejected: text or messages    |
     | RLAIF-V's                   | question: text           | chosen, rejected: text                |
-    | RLHF-V's                    | the same three keys in `text`, an object or a JSON string of one |
+    | RLHF-V's                    | the same three keys in `text`, an object or its JSON string      |
     | LLaMA-Factory's             | conversations: a message | chosen, rejected: a message           |
     | POVID's                     | in both                  | conversations, rejected_conversations |
 
@@ -115,10 +123,12 @@ def pair_sides(record):
     sides = {"chosen": record.get("chosen"), "rejected": record.get("rejected")}
     if record.get("rejected_conversations"):
         sides = {"chosen": record.get("conversations"), "rejected": record["rejected_conversations"]}
-    asked = messages(question, "user")
-    answers = {side: messages(value, "assistant") for side, value in sides.items()}
-    whole = lambda said: said if said and said[0]["role"] == "user" else [*asked, *said]
-    return {side: whole(said) for side, said in answers.items()}
+    question_turns = messages(question, "user")
+    for side, value in sides.items():
+        turns = messages(value, "assistant")
+        has_question = turns and turns[0]["role"] == "user"
+        sides[side] = turns if has_question else [*question_turns, *turns]
+    return sides
 
 
 def image_records(path, skipped=None):

@@ -1,6 +1,6 @@
-"""Tensor files in and out, and the names of tensors in published checkpoints.
+"""Reading and writing tensor files, and the names of tensors in published checkpoints.
 
-Three key layouts are in use: the original LLaVA one, and the two that transformers has written over time.
+Three layouts of names are in use: LLaVA's own, and two that transformers has written over time.
 """
 
 import os
@@ -27,18 +27,20 @@ RENAMES = [
     (r"(?:model\.)?multi_modal_projector\.linear_2\.(.+)", r"mm_projector.2.\1"),
     (r"(?:model\.)?image_newline", r"image_newline"),
     (r"(?:language_model\.)?lm_head\.(.+)", r"lm_head.\1"),
-    (r"(?:language_model\.model\.|model\.language_model\.|model\.)((?:embed_tokens|layers|norm)\..+)", r"model.\1"),
+    (r"(?:language_model\.model\.|model\.language_model\.|model\.)((?:embed_tokens|layers|norm)\..+)",
+     r"model.\1"),
 ]
 
-def canonical(key):
-    """Our name of a published key, None if the key is unknown."""
+
+def canonical(key: str) -> str | None:
+    """Our name for a published key, None if the key is unknown."""
     for pattern, name in RENAMES:
         if match := re.fullmatch(pattern, key):
             return match.expand(name)
     return None
 
 
-# Our name -> transformers', of modules in memory since its version 4.52: what PEFT's adapters name.
+# Our name -> transformers' name of the module in memory, since version 4.52: PEFT's adapters use these.
 IN_MEMORY = {
     "model.": "model.language_model.",
     "mm_projector.0.": "model.multi_modal_projector.linear_1.",
@@ -47,59 +49,76 @@ IN_MEMORY = {
 }
 
 
-def published(name, huggingface):
-    """The name of our parameter in LLaVA's own model, or in transformers'."""
+def published(name: str, huggingface: bool) -> str:
+    """The name of our parameter in LLaVA's own model, or in transformers' model."""
     if huggingface:
-        return next(theirs + name.removeprefix(ours) for ours, theirs in IN_MEMORY.items() if name.startswith(ours))
+        ours, theirs = next(item for item in IN_MEMORY.items() if name.startswith(item[0]))
+        return theirs + name.removeprefix(ours)
     return name if name.startswith("model.") else f"model.{name}"
 
 
 # ---------------------------------------------------------------- files
 
 
-def shards(folder):
-    """The weight files of a checkpoint folder. Raises InputError if there are none or one of them is missing."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+WEIGHT_FILES = "model.safetensors", "pytorch_model.bin"  # or their indices of shards
+INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
+SETTINGS_FILES = "config.json", "tokenizer_config.json", "added_tokens.json"
+
+
+def shards(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint folder."""
+    for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
             if (folder / name).is_file():
-                raise InputError(f"{folder}: {name} and {index.name} are two sets of weights; delete one")
+                raise InputError(f"{folder} has two sets of weights, {name} and {index.name}; delete one")
             files = sorted(set(read_index(index).values()))
             if missing := [f for f in files if not os.path.isfile(folder / f)]:
-                raise InputError(f"missing shard {folder / printable(missing[0])}, named by {index}")
+                raise InputError(f"missing shard {folder / printable(missing[0])}, listed in {index}")
             return [folder / f for f in files]
         if (folder / name).is_file():
             return [folder / name]
-    raise InputError(f"no weights in {folder}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+    raise InputError(f"no weights in {folder}: neither {' nor '.join(WEIGHT_FILES)}, nor an index of shards")
+
+
+def unread_files(folder, files, huggingface):
+    """Names of the weight and settings files in a checkpoint folder that the loader does not use, besides
+    `files`."""
+    suffixes = ".json", ".bin", ".safetensors", ".pt", ".pth"
+    names = {file.name for file in folder.iterdir() if file.suffix in suffixes}
+    if huggingface:
+        names.discard("preprocessor_config.json")  # in LLaVA's own layout, the one in CLIP's folder is read
+    return sorted(names - {*SETTINGS_FILES, *INDEX_FILES} - {file.name for file in files})
 
 
 def read_index(file):
-    """{key: shard} of an index of shards."""
+    """{key: name of its shard}, from an index of shards."""
     weight_map = read_json(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{file}: no weight_map")
     return {key: str(shard) for key, shard in weight_map.items()}
 
 
-def check_index(folder, places):
-    """Raises InputError if the index of shards, where there is one, and the shards disagree. places: {key: shard}"""
+def check_index(folder, locations):
+    """Checks that an index of shards, if there is one, agrees with the actual `locations`, {key: name of its
+    shard}."""
     for index in folder.glob("*.index.json"):
         for key, shard in read_index(index).items():
-            if shard in places.values() and places.get(key) != shard:
-                where = places.get(key, "no shard")
-                raise InputError(f"{index}: {printable(key)} is not in {printable(shard)}, but in {where}")
+            if shard in locations.values() and locations.get(key) != shard:
+                actual = locations.get(key, "no shard")
+                raise InputError(f"{index}: {printable(key)} is not in {printable(shard)}, but in {actual}")
 
 
-def open_shard(file):
-    """{key: function that returns its tensor}; memory-mapped, so a tensor costs memory when it is read."""
+def open_shard(file: Path) -> dict:
+    """{key: function that reads its tensor}; memory-mapped, so a tensor takes memory only when it is read."""
     safe = file.suffix == ".safetensors"
     try:
         if safe:
             opened = safetensors.safe_open(file, framework="pt")
         else:
-            mapped = zipfile.is_zipfile(file)  # before torch 1.6 they were none, and have to be read whole
+            mapped = zipfile.is_zipfile(file)  # files from before torch 1.6 are not, and are read as a whole
             opened = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # each format fails in its own way on a truncated or foreign file
         raise InputError(f"can't read {file}: {printable(first_line(error))}") from None
     if safe:
         check_names(opened.keys(), file)
@@ -108,21 +127,21 @@ def open_shard(file):
     return {key: lambda value=value: value for key, value in opened.items()}
 
 
-def read_tensors(path):
-    """All tensors of a safetensors or torch file. Raises InputError naming it if it can't be read."""
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors or torch file."""
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever pickle, zip or safetensors make of a broken file
+    except Exception as error:  # pickle, zip and safetensors each fail in their own way on a broken file
         raise InputError(f"can't read {path}: {printable(first_line(error))}") from None
     check_tensors(tensors, path)
     return tensors
 
 
 def read_metadata(path):
-    """{name: text} that a readable safetensors file holds beside its tensors; {} for a torch file."""
+    """The metadata {name: text} of a readable safetensors file; {} for a torch file."""
     if path.suffix != ".safetensors":
         return {}
     with safetensors.safe_open(path, framework="pt") as opened:
@@ -130,24 +149,23 @@ def read_metadata(path):
 
 
 def check_tensors(tensors, path):
-    """Raises InputError naming the file unless what it held is {name: tensor}."""
+    """Checks that the content of a file is {name: tensor}."""
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise InputError(f"{path}: not a dictionary of tensors")
     check_names(tensors, path)
 
 
 def check_names(names, path):
-    """The same of the names alone."""
     for name in names:
         if not isinstance(name, str) or not name.isprintable():
             raise InputError(f"{path}: unknown key {ascii(name)}")
 
 
 def write_tensors(tensors, path, **metadata):
-    """A safetensors file with the permissions of any other new file (the library makes them its owner's alone).
+    """Writes a safetensors file with the usual permissions: the library's own would be the owner's alone.
 
-    Of `metadata`, at most one entry: the order of several is random, and equal runs write equal files. Raises
-    InputError where it can't be written.
+    `metadata` may have only one entry: safetensors writes several in random order, and equal runs must write
+    equal files.
     """
     Path(path).touch()
     mode = Path(path).stat().st_mode

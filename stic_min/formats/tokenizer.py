@@ -1,6 +1,8 @@
-"""A checkpoint's tokenizer: tokenizer.model, and of the JSON files beside it what changes ids or text.
+"""A checkpoint's tokenizer: tokenizer.model, and those settings in the JSON files next to it that change ids
+or text.
 
-Not read: tokenizer.json and special_tokens_map.json, which repeat these, and chat templates, which are in text.py.
+Not read: tokenizer.json and special_tokens_map.json, which repeat them, and chat templates, which are in
+text.py.
 """
 
 from stic_min import InputError
@@ -16,47 +18,47 @@ REQUIRED = {
     "add_prefix_space": (True, None),
 }
 REFUSED = {
-    "add_eos_token": "a prompt would end in the end token",
+    "add_eos_token": "prompts would end with the end token",
     "clean_up_tokenization_spaces": "text is decoded as it is",
-    "sp_model_kwargs": "sentencepiece runs with its own settings",
+    "sp_model_kwargs": "sentencepiece uses its own settings",
 }
 HARMLESS = {
-    "no row is padded or cut here": "pad_token padding_side truncation_side model_max_length max_length stride "
-    "truncation_strategy pad_to_multiple_of pad_token_type_id",
-    "what is no piece is added_tokens_decoder's": "unk_token additional_special_tokens extra_special_tokens "
-    "image_token",
+    "sequences are not padded or truncated here": "pad_token padding_side truncation_side model_max_length "
+    "max_length stride truncation_strategy pad_to_multiple_of pad_token_type_id",
+    "added_tokens_decoder lists all tokens that are not pieces": "unk_token additional_special_tokens "
+    "extra_special_tokens image_token",
     "templates are in text.py": "chat_template use_default_system_prompt",
-    "control tokens are left out of text": "spaces_between_special_tokens",
-    "records": "name_or_path tokenizer_file special_tokens_map_file processor_class auto_map backend is_local "
-    "local_files_only from_slow use_fast trust_remote_code",
+    "text never contains control tokens": "spaces_between_special_tokens",
+    "records": "name_or_path tokenizer_file special_tokens_map_file processor_class auto_map backend "
+    "is_local local_files_only from_slow use_fast trust_remote_code",
 }
-WITHOUT_TEXT = "<image>", "<pad>", "[PAD]", "<im_patch>"  # added tokens that no prompt and no answer holds
+WITHOUT_TEXT = "<image>", "<pad>", "[PAD]", "<im_patch>"  # added tokens that no prompt and no answer contains
 
 
 def read_tokenizer(folder, path=None):
-    """The Tokenizer of a checkpoint folder, or `path` with the folder's settings.
-
-    Raises InputError for a setting that would give other ids or other text than here.
-    """
-    source, options = folder / "tokenizer_config.json", {}
+    """The Tokenizer of a checkpoint folder, or `path` with the folder's settings. A setting that would change
+    ids or text is an error."""
+    source = folder / "tokenizer_config.json"
+    options = {}
     if source.is_file():
         options = check_options(read_json(source), source, USED, REQUIRED, REFUSED, HARMLESS)
     tokenizer = Tokenizer(path or folder / "tokenizer.model", options.get("legacy", True))
-    for name, id in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
-        token, piece = options.get(name), tokenizer.pieces.id_to_piece(id)
+    for name, token_id in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
+        piece = tokenizer.pieces.id_to_piece(token_id)
+        token = options.get(name)
         token = token["content"] if isinstance(token, dict) else token
         if token not in (None, piece):
             raise InputError(f"{source}: {name} {printable(token)[:40]!r}, but {piece!r} in {tokenizer.path}")
+    unknown = tokenizer.pieces.unk_id()
+    supported = {*WITHOUT_TEXT, tokenizer.pieces.id_to_piece(unknown)}
     for token in added_tokens(folder, options):
-        if token not in WITHOUT_TEXT and tokenizer.pieces.piece_to_id(token) == tokenizer.pieces.unk_id() and (
-            token != tokenizer.pieces.id_to_piece(tokenizer.pieces.unk_id())
-        ):
-            raise InputError(f"{folder}: the token {printable(token)[:40]!r} was added, and is not supported")
+        if token not in supported and tokenizer.pieces.piece_to_id(token) == unknown:
+            raise InputError(f"{folder}: the added token {printable(token)[:40]!r} is not supported")
     return tokenizer
 
 
 def added_tokens(folder, options):
-    """Texts of the tokens that the JSON files add to tokenizer.model; these may be among its own pieces."""
+    """The tokens that the JSON files add to tokenizer.model; some may be among its own pieces."""
     for entry in options.get("added_tokens_decoder", {}).values():
         yield str(entry["content"] if isinstance(entry, dict) and "content" in entry else entry)
     if (folder / "added_tokens.json").is_file():

@@ -1,4 +1,4 @@
-"""CLIP's own files: config.json -> ClipConfig, and preprocessor_config.json, which has to say what images.py does."""
+"""CLIP's own files: config.json -> ClipConfig, and preprocessor_config.json, which must match images.py."""
 
 from stic_min.clip import ClipConfig
 from stic_min.formats.options import HARMLESS, OBJECT, REAL, REFUSED, SIZE, check_options, heads_fit
@@ -13,13 +13,13 @@ VISION_REQUIRED = {
 }
 VISION_HARMLESS = HARMLESS | {
     "the tower is never trained": "attention_dropout dropout",
-    "of CLIP's text side": "projection_dim vocab_size tie_word_embeddings bos_token_id eos_token_id",
+    "for CLIP's text side": "projection_dim vocab_size tie_word_embeddings bos_token_id eos_token_id",
     "names": "architectures _name_or_path",
 }
 CLIP = {"vision_config": OBJECT, "vision_config_dict": OBJECT}  # the second wins in transformers
 CLIP_HARMLESS = HARMLESS | {
     "names": "architectures _name_or_path",
-    "of CLIP's text side": "text_config text_config_dict projection_dim logit_scale_init_value",
+    "for CLIP's text side": "text_config text_config_dict projection_dim logit_scale_init_value",
 }
 PIXELS_REQUIRED = {
     "image_mean": (list(CLIP_MEAN),),
@@ -30,11 +30,12 @@ PIXELS_REQUIRED = {
     "do_normalize": (True,),
 }
 PIXELS_HARMLESS = {
-    "config.json has the sizes": "size crop_size do_resize do_center_crop do_pad pad_size image_grid_pinpoints "
-    "default_to_square aspect_ratio_setting",
-    "how transformers computes, not what": "do_convert_rgb data_format input_data_format return_tensors device "
-    "disable_grouping image_seq_length",
-    "records": "image_processor_type feature_extractor_type processor_class _processor_class _valid_processor_keys",
+    "config.json gives the sizes": "size crop_size do_resize do_center_crop do_pad pad_size "
+    "image_grid_pinpoints default_to_square aspect_ratio_setting",
+    "how transformers computes, not what": "do_convert_rgb data_format input_data_format return_tensors "
+    "device disable_grouping image_seq_length",
+    "records": "image_processor_type feature_extractor_type processor_class _processor_class "
+    "_valid_processor_keys",
 }
 
 
@@ -45,7 +46,8 @@ def clip_config(config, source):
 
 
 def read_tower(folder):
-    """ClipConfig of CLIP's own folder, whose config.json is the whole model's or the tower's alone."""
+    """ClipConfig from CLIP's own folder, whose config.json is that of the full model or of the tower
+    alone."""
     source = folder / "config.json"
     tower = read_json(source)
     if "vision_config" in tower:
@@ -55,7 +57,7 @@ def read_tower(folder):
 
 
 def check_pixels(folder):
-    """Raises InputError if a folder says that images are normalized in another way than CLIP's."""
+    """Checks that a folder's preprocessor_config.json normalizes images as CLIP does."""
     source = folder / "preprocessor_config.json"
     if source.is_file():
         check_options(read_json(source), source, {}, PIXELS_REQUIRED, {}, PIXELS_HARMLESS)

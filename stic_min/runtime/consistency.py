@@ -69,8 +69,8 @@ def repeats(samples):
 
 
 def preferences(pairs, samples, path, ranks, problems):
-    """Warns about identical responses, which give no DPO gradient, and repeated pairs, which count twice. If the
-    responses are identical in all pairs, that is a problem."""
+    """Warns about identical responses, which give no DPO gradient, and repeated pairs, which count twice. If
+    the responses are identical in all pairs, that is a problem."""
     equal = sum(not sample.differs for sample in samples)
     if samples and equal == len(samples):
         message = f"{path}: chosen and rejected are identical in all {equal} pairs, nothing to prefer"
@@ -79,7 +79,8 @@ def preferences(pairs, samples, path, ranks, problems):
         return
     if not problems.check:  # --check lists them
         if equal:
-            console.warn(f"{equal} of {len(samples)} pairs have identical chosen and rejected: nothing to learn")
+            pairs_with = f"{equal} of {len(samples)} pairs have"
+            console.warn(f"{pairs_with} identical chosen and rejected: nothing to learn")
         if duplicates := repeats(samples):
             console.warn(f"{duplicates} of {len(samples)} pairs repeat another one")
     one_text([pair.chosen for pair in pairs], "chosen responses", ranks)

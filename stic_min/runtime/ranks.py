@@ -54,6 +54,18 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def sum(self, *values):
+        """The sums of numbers over the ranks, as a list of floats."""
+        import torch
+        import torch.distributed as dist
+
+        values = [float(value) for value in values]
+        if self.world > 1:
+            values = torch.tensor(values, dtype=torch.float64, device=self.device)
+            dist.all_reduce(values)
+            values = values.tolist()
+        return values
+
     def check_shared(self, lock, out, settings):
         """Checks that all ranks see the file `lock`, which the first rank has created next to `out`, and have
         the same settings: each node may have its own disk and its own copy of the input. Raises InputError on

@@ -1,11 +1,12 @@
-"""The method on a world of its own, small enough for any machine.
+"""The method on a toy world, small enough for any machine.
 
-  python -m stic_min.toy            draws pictures and runs the whole recipe on them: pairs, stage 1, descriptions,
-                                    stage 2, evaluation, each by the script and the command that a real run uses
-  python -m stic_min.toy study      the paper's tables on the toy world, and controls that it lacks: several seeds,
-                                    resumed by the same command, one process a core
+  python -m stic_min.toy          draws pictures and runs the whole recipe on them: pairs, stage 1,
+                                  descriptions, stage 2, evaluation, with the scripts of a real run
+  python -m stic_min.toy study    the paper's tables on the toy world, plus further controls, over several
+                                  seeds; one process per core; run the same command again to resume
 
-The base model (1.3 M parameters) comes with the project; `python -m stic_min.toy.pretrain` makes another from nothing.
+The base model (1.3 M parameters) comes with the project; `python -m stic_min.toy.pretrain` trains another
+from scratch.
 """
 
 import argparse
@@ -25,32 +26,35 @@ def main():
     )
     parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo")
     parser.add_argument("--model", metavar="DIR", action="append", type=Path,
-                        help="base model (default: the project's own); for a study it may be given again")
-    parser.add_argument("--seed", type=flags.seed_value, default=0, help="random seed; a study's first")
+                        help="base model (default: the one in the project); repeat the flag to study several")
+    parser.add_argument("--seed", type=flags.seed_value, default=0, help="random seed; the first of a study")
     parser.add_argument("--images", type=flags.positive, default=1000, metavar="N",
-                        help="pairs that stage 1 trains on, a picture each; half as many instructions")
+                        help="pairs for stage 1, one per picture; stage 2 gets half as many instructions")
     parser.add_argument("--test-images", type=flags.positive, metavar="N",
-                        help="pictures to evaluate on (default: 300, in the study 1000)")
-    parser.add_argument("--out", metavar="DIR", type=Path, help="(default: toy-run, or toy-study)")
-    group = parser.add_argument_group("study")
+                        help="number of pictures for evaluation (default: 300; study: 1000)")
+    parser.add_argument("--out", metavar="DIR", type=Path,
+                        help="output folder (default: toy-run; study: toy-study)")
+    group = parser.add_argument_group("study", study.overview())
     group.add_argument("--seeds", type=flags.positive, metavar="N",
-                       help="how many, each with pictures of its own (default: 5)")
+                       help="number of seeds, each with its own pictures (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
     group.add_argument("--processes", type=flags.positive, metavar="N",
-                       help="chains at a time, a core each (default: all cores)")
+                       help="number of chains to run at a time, one core each (default: all cores)")
     args = parser.parse_args()
     models = args.model or [recipe.BASE]
     if args.command == "demo" and (len(models) > 1 or args.seeds or args.split or args.processes):
         parser.error("several --model, --seeds, --split and --processes are for the study")
     for model in models:
-        read_json(model / "config.json")  # a wrong --model is said before anything is drawn
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+        read_json(model / "config.json")  # report a wrong --model before drawing anything
+    torch.set_num_threads(1)  # a second thread only slows down a model of this size
     if args.command == "demo":
         demo.run(models[0], args.out or Path("toy-run"), args.seed, args.images, args.test_images or 300)
     else:
-        seeds, out = range(args.seed, args.seed + (args.seeds or 5)), args.out or Path("toy-study")
-        pictures, processes = args.test_images or 1000, args.processes or os.cpu_count()
-        study.run(models, out, seeds, args.images, args.split or "test", pictures, processes)
+        out = args.out or Path("toy-study")
+        seeds = range(args.seed, args.seed + (args.seeds or 5))
+        split = args.split or "test"
+        test_images = args.test_images or 1000
+        study.run(models, out, seeds, args.images, split, test_images, args.processes or os.cpu_count())
 
 
 if __name__ == "__main__":

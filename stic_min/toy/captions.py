@@ -1,35 +1,38 @@
-"""The toy world's captions: hallucinated and forgotten objects (CHAIR, precision, recall, F1).
+"""Scores the toy world's captions: hallucinated and omitted objects (CHAIR, precision, recall, F1).
 
-Data: `captions.json` as `python -m stic_min.toy` writes it: {"vocabulary": names of all objects there are,
-"captions": [{"question_id", "image", "text": the captioning prompt, "objects": what is in the picture, "signature":
-what captions of such places tend to mention}]}. CHAIR_i and CHAIR_s are those of Rohrbach et al. (2018), arXiv
-1809.02156, with exact names in place of COCO's synonyms. An object in the wrong cell counts as mentioned.
+Data: `captions.json`, written by `python -m stic_min.toy`: {"vocabulary": names of all possible objects,
+"captions": [{"question_id", "image", "text": the captioning prompt, "objects": the objects in the picture,
+"signature": the objects that captions of such places tend to mention}]}. CHAIR_i and CHAIR_s follow Rohrbach
+et al. (2018), arXiv 1809.02156, with exact names in place of COCO's synonyms. An object mentioned in the
+wrong cell counts as mentioned.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
 
 from stic_min import InputError
 from stic_min.scorers.common import match_answers, read_entries
 
 RATES = {
-    "chair_i": "CHAIR_i, mentions of objects that are not there",
+    "chair_i": "CHAIR_i, mentions of absent objects",
     "chair_s": "CHAIR_s, captions with such a mention",
     "precision": "precision of the objects mentioned",
-    "recall": "recall of the objects there",
+    "recall": "recall of the objects present",
     "f1": "F1",
     "signature": "absent signature objects mentioned",
 }
 
 
-def load(data):
-    """The captions to make: a dict each with `question_id`, `image` (relative to `data`), `text`, `objects`,
-    `signature` and `vocabulary`. Raises InputError as `read_entries`, also for a vocabulary that is none."""
-    path, form = Path(data) / "captions.json", {"question_id": str, "image": str, "text": str}
-    captions, content = read_entries(path, form | {"objects": list, "signature": list}, key="captions")
+def load(data: str | Path) -> list[dict]:
+    """The captioning requests: dicts with `question_id`, `image` (relative to `data`), `text`, `objects`,
+    `signature` and `vocabulary`. Raises InputError like `read_entries`, and for an invalid vocabulary."""
+    path = Path(data) / "captions.json"
+    form = {"question_id": str, "image": str, "text": str, "objects": list, "signature": list}
+    captions, content = read_entries(path, form, key="captions")
     vocabulary = content.get("vocabulary")
-    names = isinstance(vocabulary, list) and all(isinstance(v, str) and v and v == v.lower() for v in vocabulary)
-    if not names or not vocabulary:
+    is_name = lambda value: isinstance(value, str) and value and value == value.lower()
+    if not isinstance(vocabulary, list) or not vocabulary or not all(map(is_name, vocabulary)):
         raise InputError(f"{path}: 'vocabulary' is not a list of names in lower case")
     return [caption | {"vocabulary": vocabulary} for caption in captions]
 
@@ -37,53 +40,57 @@ def load(data):
 def pattern(vocabulary):
     """A regular expression for a mention of an object, in any case.
 
-    Of names that overlap, such as "red ring" and "ring", the longer one is taken.
+    Where names overlap, such as "red ring" and "ring", the longer one matches.
     """
     names = sorted(vocabulary, key=len, reverse=True)
     return re.compile(r"\b(?:" + "|".join(map(re.escape, names)) + r")\b", re.IGNORECASE)
 
 
 def mentions(text, vocabulary):
-    """Every mention of an object of the vocabulary (lower case) in a caption, in order."""
+    """All mentions of the vocabulary's objects in a caption, in order, in lower case."""
     return [name.lower() for name in pattern(vocabulary).findall(text)]
 
 
-def score(questions, answers):
+def score(questions: list[dict], answers: list[dict]) -> dict:
     """Rates in percent over all captions (micro-averages); a missing caption mentions nothing.
 
-    questions: as from `load`. answers: records {"question_id", "text"}. Returns RATES' keys, `mentioned` (mentions a
-    caption), `n` and `missing`. A rate over nothing (no mention at all) is 0. Raises InputError as `match_answers`.
+    questions: from `load`. answers: records {"question_id", "text"}. Returns RATES' keys, `mentioned`
+    (mentions per caption), `n` and `missing`. A rate without any cases is 0. Raises InputError like
+    `match_answers`.
     """
     records = match_answers("toy captions", questions, answers)
-    counts = dict.fromkeys(("mentions", "wrong", "with_wrong", "said", "right", "objects", "absent", "absent_said"), 0)
+    counts = Counter()
     for question in questions:
         text = records.get(question["question_id"], {"text": ""})["text"]
-        found, there = mentions(text, question["vocabulary"]), set(question["objects"])
-        wrong = [name for name in found if name not in there]
-        absent = set(question["signature"]) - there
-        counts["mentions"] += len(found)
-        counts["wrong"] += len(wrong)
-        counts["with_wrong"] += bool(wrong)
-        counts["said"] += len(set(found))
-        counts["right"] += len(set(found) & there)
-        counts["objects"] += len(there)
-        counts["absent"] += len(absent)
-        counts["absent_said"] += len(absent & set(found))
-    percent = lambda part, whole: round(100 * part / whole, 2) if whole else 0.0
+        mentioned = mentions(text, question["vocabulary"])
+        present = set(question["objects"])
+        wrong = [name for name in mentioned if name not in present]
+        absent_signatures = set(question["signature"]) - present
+        counts["mentions"] += len(mentioned)
+        counts["wrong mentions"] += len(wrong)
+        counts["captions with wrong mentions"] += bool(wrong)
+        counts["distinct mentions"] += len(set(mentioned))
+        counts["right"] += len(set(mentioned) & present)
+        counts["present"] += len(present)
+        counts["absent signatures"] += len(absent_signatures)
+        counts["absent signatures mentioned"] += len(absent_signatures & set(mentioned))
+    percent = lambda part, total: round(100 * part / total, 2) if total else 0.0
     return {
-        "chair_i": percent(counts["wrong"], counts["mentions"]),
-        "chair_s": percent(counts["with_wrong"], len(questions)),
-        "precision": percent(counts["right"], counts["said"]),
-        "recall": percent(counts["right"], counts["objects"]),
-        "f1": percent(2 * counts["right"], counts["said"] + counts["objects"]),
-        "signature": percent(counts["absent_said"], counts["absent"]),
+        "chair_i": percent(counts["wrong mentions"], counts["mentions"]),
+        "chair_s": percent(counts["captions with wrong mentions"], len(questions)),
+        "precision": percent(counts["right"], counts["distinct mentions"]),
+        "recall": percent(counts["right"], counts["present"]),
+        "f1": percent(2 * counts["right"], counts["distinct mentions"] + counts["present"]),
+        "signature": percent(counts["absent signatures mentioned"], counts["absent signatures"]),
         "mentioned": round(counts["mentions"] / len(questions), 3),
         "n": len(questions),
         "missing": len(questions) - len(records),
     }
 
 
-def report(scores):
-    head = f"toy captions: {scores['n']} pictures, {scores['missing']} without a caption, "
-    head += f"{scores['mentioned']:.2f} objects mentioned in each (all in %)"
+def report(scores: dict) -> str:
+    head = (
+        f"toy captions: {scores['n']} pictures, {scores['missing']} without a caption, "
+        f"{scores['mentioned']:.2f} objects mentioned per caption (all rates in %)"
+    )
     return "\n".join([head, *(f"{name:<50}{scores[key]:>8.2f}" for key, name in RATES.items())])

@@ -1,4 +1,4 @@
-"""The whole recipe once, on the toy world: draws pictures, runs the four scripts, and ends in a table and a page."""
+"""The whole recipe once on the toy world: draws pictures, runs the scripts, writes a table and a page."""
 
 from stic_min.runtime.files import read_records
 from stic_min.toy import captions as toy_captions
@@ -6,11 +6,14 @@ from stic_min.toy import files, recipe, sheet
 
 ON_THE_SHEET = 24
 
-INTRO = """What the base model, and the same model after STIC, say of pictures that neither was trained on, asked with
-one of the short captioning prompts. <span class="right">Green</span>: the object is in the picture.
-<span class="wrong">Red</span>: it is not. The base model learned from captions that mention a place's usual objects (a
-beach has a yellow star) whether they are there or not; nobody told STIC which captions were wrong. The first half of
-the pictures are ones where the base is wrong, which it is in most, the second half ones where it is right."""
+INTRO = """Captions by the base model, and by the same model after STIC, of pictures that neither was trained
+on, under one of the short captioning prompts. <span class="right">Green</span>: the object is in the picture.
+<span class="wrong">Red</span>: it is not. The base model was trained on captions that mention a place's usual
+objects (a beach has a yellow star) whether or not they are present. STIC never learns which captions were
+wrong. In the first half of the pictures the base model hallucinates, as it does in most; in the second half,
+it does not."""
+
+HEADER = ["in %", "hallucinated objects (CHAIR_i)", "objects, F1", "questions, direct", "questions, DaR"]
 
 
 def measure(model, adapter, data, results):
@@ -20,20 +23,20 @@ def measure(model, adapter, data, results):
     return [captions["chair_i"], captions["f1"], direct["accuracy"], dar["accuracy"]]
 
 
-HEADER = ["in %", "hallucinated objects (CHAIR_i)", "objects, F1", "questions, direct", "questions, DaR"]
-
-
 def run(model, out, seed, images, test_images):
     instructions = recipe.num_instructions(images)
     recipe.claim(out, {"seed": seed, "images": images, "test_images": test_images}, model)
-    unlabeled, instruct, data, results = out / "unlabeled", out / "instruct", out / "dev", out / "results"
-    stage1, stic = out / "stage1", out / "stic"
-    print(f"drawing {images} unlabeled pictures, {instructions} with instructions, {test_images} to evaluate on")
+    unlabeled = out / "unlabeled"
+    instruct = out / "instruct"
+    data = out / "dev"
+    results = out / "results"
+    print(f"drawing pictures: {images} unlabeled, {instructions} for stage 2, {test_images} for evaluation")
     files.write_unlabeled(unlabeled, images, seed)
     files.write_instructions(instruct, instructions, seed)
     files.write_benchmark(data, "dev", test_images)
 
-    # Algorithm 1, then Algorithm 2; what is there is not made again.
+    # Algorithm 1, then Algorithm 2. Existing output is skipped.
+    stage1, stic = out / "stage1", out / "stic"
     recipe.make_pairs(model, unlabeled, out / "pairs.jsonl", seed)
     recipe.stage1(model, out / "pairs.jsonl", unlabeled, stage1, seed)
     recipe.stage2(model, stage1, instruct, stic, seed)
@@ -42,29 +45,40 @@ def run(model, out, seed, images, test_images):
     files.write_json(out / "table.json", [dict(zip(HEADER, row)) for row in rows])
 
     cells = [[name, *(f"{value:.1f}" for value in values)] for name, *values in rows]
-    caption = f"{test_images} pictures of the dev split, {images} unlabeled pictures, seed {seed}. DaR: the model "
-    caption += "describes the picture, then responds with its own description in the prompt."
+    note = (
+        f"{test_images} pictures of the dev split, {images} unlabeled pictures, seed {seed}. DaR: the model "
+        "describes the picture, then answers with its own description in the prompt."
+    )
     captions = {"base": read_captions(results, "base"), "after STIC": read_captions(results, stic.name)}
     questions = toy_captions.load(data)
-    page, summary = out / "sheet.html", sheet.table(HEADER, cells, caption)
-    chosen = select(questions, captions["base"])
-    sheet.write_sheet(page, "STIC on the toy world", INTRO, summary, data, chosen, captions)
+    selected = select(questions, captions["base"])
+    page = out / "sheet.html"
+    sheet.write_sheet(page, "STIC on the toy world", INTRO, HEADER, cells, note, data, selected, captions)
 
-    print("\n" + " | ".join([f"{HEADER[0]:<7}", *HEADER[1:]]))
-    for name, *values in cells:
-        print(" | ".join([f"{name:<7}", *(f"{value:>{len(head)}}" for value, head in zip(values, HEADER[1:]))]))
+    print()
+    for name, *values in [HEADER, *cells]:
+        columns = [f"{value:>{len(title)}}" for value, title in zip(values, HEADER[1:])]
+        print(" | ".join([f"{name:<7}", *columns]))
     shape = questions[0]["objects"][0].split()[1]
-    script, picture = recipe.short(recipe.ROOT / "evaluate.py"), recipe.short(data / questions[0]["image"])
-    print(f"\nTo look at: {recipe.short(page)}. To ask it yourself:\npython {script} ask --model {recipe.short(model)} "
-          f'--adapter {recipe.short(stic)} --image {picture} "Where is the {shape}?"')
+    script = recipe.short(recipe.ROOT / "evaluate.py")
+    picture = recipe.short(data / questions[0]["image"])
+    print(f"\nCaptions before and after: {recipe.short(page)}. To ask the model yourself:\n"
+          f"python {script} ask --model {recipe.short(model)} --adapter {recipe.short(stic)} "
+          f'--image {picture} "Where is the {shape}?"')  # fmt: skip
 
 
 def read_captions(results, name):
-    return {r["question_id"]: r["text"] for _, r in read_records(results / f"toycaptions-{name}-direct.jsonl")}
+    records = read_records(results / f"toycaptions-{name}-direct.jsonl")
+    return {record["question_id"]: record["text"] for _, record in records}
 
 
 def select(questions, captions):
-    """Pictures for the sheet: as many of which the caption names something that is not there as of the others."""
-    wrong = lambda q: set(toy_captions.mentions(captions[q["question_id"]], q["vocabulary"])) - set(q["objects"])
-    half = ON_THE_SHEET // 2
-    return [q for q in questions if wrong(q)][:half] + [q for q in questions if not wrong(q)][:half]
+    """Pictures for the page: half with a hallucinated object in the caption, half without."""
+
+    def hallucinates(question):
+        caption = captions[question["question_id"]]
+        return bool(set(toy_captions.mentions(caption, question["vocabulary"])) - set(question["objects"]))
+
+    wrong = [question for question in questions if hallucinates(question)]
+    right = [question for question in questions if not hallucinates(question)]
+    return wrong[: ON_THE_SHEET // 2] + right[: ON_THE_SHEET // 2]

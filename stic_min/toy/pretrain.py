@@ -1,17 +1,16 @@
-"""Pretraining of the toy base model, from nothing, in one command and one schedule:
+"""Pretrains the toy base model from scratch, in one command:
 
   python -m stic_min.toy.pretrain --seed 0 --out stic_min/toy/llava-toy
 
 1. a sentencepiece model whose pieces are the words of the toy world and of STIC's prompts;
-2. the ViT, supervised on what is in each cell;
-3. projector and decoder on captions, questions and readings (world.record), the ViT frozen, as in LLaVA.
+2. the ViT, supervised with the contents of each cell;
+3. projector and decoder on captions, questions and descriptions (world.record), the ViT frozen, as in LLaVA.
 
-Writes an ordinary LLaVA folder in bf16, and pretrain.json: seed, command, time, losses and scores on dev scenes.
+Writes an ordinary LLaVA folder in bf16, with pretrain.json: seed, command, time, losses and dev scores.
 """
 
 import argparse
 import io
-import math
 import random
 import time
 from dataclasses import asdict
@@ -35,28 +34,16 @@ from stic_min.toy import captions as toy_captions
 from stic_min.toy import vqa as toy_vqa
 from stic_min.toy import world
 from stic_min.toy.files import write_json
+from stic_min.training import rate
 
-VISION = ClipConfig(
-    hidden_size=96,
-    intermediate_size=384,
-    num_hidden_layers=3,
-    num_attention_heads=3,
-    image_size=world.SIDE,
-    patch_size=world.CELL,
-)
 STEPS = 5500
-VOCABULARY, MAX_POSITIONS = 900, 512
-DECODER = DecoderConfig(
-    hidden_size=128,
-    intermediate_size=352,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCABULARY,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    max_positions=MAX_POSITIONS,
-)
+VOCABULARY = 900
+MAX_POSITIONS = 512
+VISION = ClipConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3,
+                    image_size=world.SIDE, patch_size=world.CELL)  # fmt: skip
+DECODER = DecoderConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+                        num_key_value_heads=2, vocab_size=VOCABULARY, rms_norm_eps=1e-5, rope_theta=10000.0,
+                        max_positions=MAX_POSITIONS)  # fmt: skip
 TEMPLATE = TEMPLATES["mistral_instruct"]
 
 
@@ -64,36 +51,32 @@ TEMPLATE = TEMPLATES["mistral_instruct"]
 
 
 def train_tokenizer(path):
-    rng, lines = random.Random(0), []
+    rng = random.Random(0)
+    lines = []
     for scene in world.scenes("train", 3000):
         lines += [line for turn in world.record(scene, rng)[1] for text in turn for line in text.split("\n")]
     prompts = [prompt for kind in world.PROMPTS.values() for prompt in kind]
-    lines += 50 * [*prompts, *world.NUMBERS, *INFUSED.split("\n"), "[INST] [/INST]", " ".join(map(chr, range(33, 127)))]
+    ascii_characters = " ".join(map(chr, range(33, 127)))
+    lines += 50 * [*prompts, *world.NUMBERS, *INFUSED.split("\n"), "[INST] [/INST]", ascii_characters]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=VOCABULARY,
-        character_coverage=1.0,
-        user_defined_symbols=["\u2581[INST]", "\u2581[/INST]"],  # \u2581: sentencepiece's blank
-        pad_id=-1,
-        num_threads=1,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY,
+        character_coverage=1.0, pad_id=-1, num_threads=1, minloglevel=2,
+        user_defined_symbols=["\u2581[INST]", "\u2581[/INST]"],  # \u2581: sentencepiece's space
+    )  # fmt: skip
     path.write_bytes(model.getvalue())
 
 
 # ---------------------------------------------------------------- 2. the ViT
 
 
-def pixels_of(scenes):
-    """Normalised pictures (N, 3, side, side)."""
+def normalized_pixels(scenes):
+    """Pictures of the scenes (N, 3, side, side), normalized for CLIP."""
     return torch.cat([make_tiles(world.paint(s, i), "pad", world.SIDE).pixels for i, s in enumerate(scenes)])
 
 
 class CellHeads(nn.Module):
-    """Patch features (N, 9, C) -> logits (N, 9, n) of color and shape (the last: none), of the cell and the place."""
+    """Patch features (N, 9, C) -> four logits (N, 9, n): color and shape (last class: none), cell, place."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +88,7 @@ class CellHeads(nn.Module):
 
 
 def cell_labels(scenes):
-    """(N, 9, 4) int64: for each cell what `CellHeads` has to say."""
+    """(N, 9, 4) int64: the classes that `CellHeads` predicts."""
     colors, shapes, places = list(world.COLORS), list(world.SHAPES), list(world.PLACES)
     labels = []
     for scene in scenes:
@@ -118,17 +101,20 @@ def cell_labels(scenes):
 
 
 def train_vision(tower, pixels, scenes, epochs=8, batch=128, lr=2e-3):
-    """The tower learns to say what is in each cell. pixels (N, 3, side, side); returns the last loss."""
-    heads, labels, batch = CellHeads(), cell_labels(scenes), min(batch, len(pixels))
+    """Trains the tower to predict each cell's contents. pixels (N, 3, side, side); returns the last loss."""
+    heads = CellHeads()
+    labels = cell_labels(scenes)
+    batch = min(batch, len(pixels))
     parameters = [*tower.parameters(), *heads.parameters()]
-    optimizer, steps = torch.optim.AdamW(parameters, lr, weight_decay=0.01), epochs * (len(pixels) // batch)
+    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.01)
+    steps = epochs * (len(pixels) // batch)
     order = torch.cat([torch.randperm(len(pixels))[: len(pixels) // batch * batch] for _ in range(epochs)])
     progress = console.Progress("ViT, steps", steps)
     for step, index in enumerate(order.split(batch)):
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
         losses = [
-            F.cross_entropy(p.flatten(0, 1), labels[index, :, i].flatten())
-            for i, p in enumerate(heads(tower(pixels[index])))
+            F.cross_entropy(logits.flatten(0, 1), labels[index, :, i].flatten())
+            for i, logits in enumerate(heads(tower(pixels[index])))
         ]
         optimizer.zero_grad()
         sum(losses).backward()
@@ -138,19 +124,11 @@ def train_vision(tower, pixels, scenes, epochs=8, batch=128, lr=2e-3):
     return sum(losses).item()
 
 
-def rate(step, steps, warmup=0.03):
-    """Fraction of the peak learning rate: linear warm-up, then cosine to 0."""
-    done = step / steps
-    if done < warmup:
-        return (step + 1) / steps / warmup
-    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
 # ---------------------------------------------------------------- 3. projector and decoder
 
 
 class Padded:
-    """`attend` for B sequences of L tokens each, padded at their ends, flat: one causal call for all of them."""
+    """`attend` for B right-padded sequences of L tokens each, given flat: one causal call for all of them."""
 
     def __init__(self, sequences):
         self.sequences = sequences
@@ -161,47 +139,50 @@ class Padded:
 
 
 def encode(record, scene, tokenizer):
-    """A record -> (ids, scored, scene or None): 9 IMAGE for the picture; scored[t]: whether ids[t] is of an answer."""
-    shown, turns = record
-    users = [with_image(user) if shown and i == 0 else user for i, (user, _) in enumerate(turns)]
+    """A record -> (ids, scored, scene or None).
+
+    The picture takes 9 IMAGE ids. scored[t]: whether ids[t] is in an answer. scene: None without a picture.
+    """
+    has_picture, turns = record
+    users = [with_image(user) if has_picture and i == 0 else user for i, (user, _) in enumerate(turns)]
     ids, scored = [], []
     for i, (prompt, (_, answer)) in enumerate(zip(TEMPLATE.turns(users), turns)):
-        prompt, answer = tokenizer.encode_prompt(prompt, first=i == 0), tokenizer.encode_response(answer)
-        prompt = [j for id in prompt for j in ([IMAGE] * VISION.patches**2 if id == IMAGE else [id])]
-        ids += prompt + answer
-        scored += [False] * len(prompt) + [True] * len(answer)
-    return ids, scored, scene if shown else None
+        prompt_ids = []
+        for token in tokenizer.encode_prompt(prompt, first=i == 0):
+            prompt_ids += [IMAGE] * VISION.patches**2 if token == IMAGE else [token]
+        answer_ids = tokenizer.encode_response(answer)
+        ids += prompt_ids + answer_ids
+        scored += [False] * len(prompt_ids) + [True] * len(answer_ids)
+    return ids, scored, scene if has_picture else None
 
 
 def batches(scenes, tokenizer, steps, size, rng):
-    """`steps` batches of records, alike in length: (ids (B, L), scored (B, L), indices of the scenes shown)."""
+    """`steps` batches of records of similar length: (ids (B, L), scored (B, L), the pictures' scenes)."""
     pool = []
     for step in range(steps):
         if not pool:
-            drawn = [rng.randrange(len(scenes)) for _ in range(min(50, steps - step) * size)]
-            records = [encode(world.record(scenes[i], rng, step / steps), i, tokenizer) for i in drawn]
+            indices = [rng.randrange(len(scenes)) for _ in range(min(50, steps - step) * size)]
+            records = [encode(world.record(scenes[i], rng, step / steps), i, tokenizer) for i in indices]
             records.sort(key=lambda record: len(record[0]))
             pool = [records[i : i + size] for i in range(0, len(records), size)]
             rng.shuffle(pool)
         batch = pool.pop()
         longest = max(len(ids) for ids, _, _ in batch)
-        pad = lambda lists, value: torch.tensor([x + [value] * (longest - len(x)) for x in lists])
-        yield (
-            pad([ids for ids, _, _ in batch], 0),
-            pad([scored for _, scored, _ in batch], False),
-            [scene for _, _, scene in batch if scene is not None],
-        )
+        pad = lambda lists, value: torch.tensor([row + [value] * (longest - len(row)) for row in lists])
+        ids, scored, pictured = zip(*batch)
+        yield pad(ids, 0), pad(scored, False), [scene for scene in pictured if scene is not None]
 
 
 def train_decoder(llava, features, scenes, steps, rng, size=32, lr=2e-3):
-    """Projector and decoder learn to answer. features (N, 9, Cv): the ViT's, of each scene; returns the last loss."""
+    """Trains projector and decoder. features (N, 9, Cv): the ViT's, per scene; returns the last loss."""
     parameters = [p for n, p in llava.named_parameters() if not n.startswith("vision_tower.")]
     optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=0.01)
     progress = console.Progress("decoder, steps", steps)
-    for step, (ids, scored, shown) in enumerate(batches(scenes, llava.tokenizer, steps, size, rng)):
+    for step, (ids, scored, pictured) in enumerate(batches(scenes, llava.tokenizer, steps, size, rng)):
         optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
         x = llava.model.embed_tokens(ids.clamp_min(0).flatten())  # (B * L, C)
-        x = x.masked_scatter((ids == IMAGE).flatten()[:, None], llava.mm_projector(features[shown]).flatten(0, 1))
+        images = llava.mm_projector(features[pictured]).flatten(0, 1)
+        x = x.masked_scatter((ids == IMAGE).flatten()[:, None], images)
         positions = torch.arange(ids.shape[1]).repeat(len(ids))
         x = llava.model(x, positions, Padded(len(ids))).unflatten(0, ids.shape)[:, :-1]  # (B, L - 1, C)
         loss = F.cross_entropy(llava.lm_head(x[scored[:, 1:]]), ids[:, 1:][scored[:, 1:]])
@@ -217,7 +198,7 @@ def train_decoder(llava, features, scenes, steps, rng, size=32, lr=2e-3):
 
 
 def new_llava(tokenizer):
-    """Random weights, so scaled that every part of the decoder's residual stream starts at a like size."""
+    """Random weights, scaled so that every part of the decoder's residual stream starts at a similar size."""
     llava = LLaVA(LlavaConfig(DECODER, VISION, "pad", None, TEMPLATE.name, MAX_POSITIONS), tokenizer)
     for name, p in llava.named_parameters():
         std = p[0].numel() ** -0.5 if p.dim() > 1 else 0.0  # biases and the class embedding start at 0
@@ -231,13 +212,13 @@ def new_llava(tokenizer):
         elif "mm_projector.0" in name:
             std *= 0.15  # the ViT's features are large
         elif "o_proj" in name or "down_proj" in name:
-            std *= 0.35  # what each of the 8 sublayers adds
+            std *= 0.35  # each of the 8 sublayers adds to the residual stream
         nn.init.normal_(p, std=std)
     return llava
 
 
 def write_llava(llava, folder):
-    """LLaVA's own layout: config.json, weights in bf16 with the ViT's among them, and in `clip/` the ViT's geometry.
+    """LLaVA's layout: config.json, bf16 weights including the ViT's, and the ViT's configuration in `clip/`.
 
     The ViT's last layer is not stored: hidden state -2 comes before it.
     """
@@ -245,64 +226,83 @@ def write_llava(llava, folder):
     config["max_position_embeddings"] = config.pop("max_positions")
     tokenizer = {"tokenizer_model_max_length": MAX_POSITIONS, "bos_token_id": 1, "eos_token_id": 2}
     write_json(folder / "config.json", config | tokenizer | {
-        "architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral", "torch_dtype": "bfloat16",
-        "hidden_act": "silu", "tie_word_embeddings": False, "image_aspect_ratio": "pad", "mm_vision_tower": "clip",
-        "mm_hidden_size": vision["hidden_size"], "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
+        "architectures": ["LlavaMistralForCausalLM"], "model_type": "llava_mistral",
+        "torch_dtype": "bfloat16", "hidden_act": "silu", "tie_word_embeddings": False,
+        "image_aspect_ratio": "pad", "mm_vision_tower": "clip", "mm_hidden_size": vision["hidden_size"],
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
     })  # fmt: skip
     (folder / "clip").mkdir(exist_ok=True)
-    write_json(folder / "clip/config.json", {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"} | vision)
+    clip = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu"} | vision
+    write_json(folder / "clip/config.json", clip)
     write_json(folder / "clip/preprocessor_config.json", {
-        "crop_size": world.SIDE, "size": world.SIDE, "do_resize": True, "do_center_crop": True, "do_normalize": True,
-        "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+        "crop_size": world.SIDE, "size": world.SIDE, "do_resize": True, "do_center_crop": True,
+        "do_normalize": True, "resample": 3, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
     })  # fmt: skip
-    names = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.", "mm_projector.": "model.mm_projector."}
+    prefixes = {"vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+                "mm_projector.": "model.mm_projector."}  # fmt: skip
     weights = {}
     for name, p in llava.named_parameters():
-        prefix = next((new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)), name)
-        weights[prefix] = p.detach().bfloat16().contiguous()
+        for ours, published in prefixes.items():
+            if name.startswith(ours):
+                name = published + name.removeprefix(ours)
+        weights[name] = p.detach().bfloat16().contiguous()
     write_tensors(weights, folder / "model.safetensors")
 
 
 def dev_scores(llava, count=400):
-    """The base as it will be used: greedy captions under a short and the detailed prompt, questions asked directly."""
+    """The base model's scores: greedy captions by kind of prompt, and questions asked directly."""
     llava.eval()
-    scenes, rng, scores = world.scenes("dev", count), random.Random(0), {}
+    scenes = world.scenes("dev", count)
+    rng = random.Random(0)
     pictures = [[world.paint(scene, f"dev {i}")] for i, scene in enumerate(scenes)]
+    scores = {}
 
     def answers(texts, pictures):
-        prompts, said = [TEMPLATE.prompt(with_image(text)) for text in texts], []
+        prompts = [TEMPLATE.prompt(with_image(text)) for text in texts]
+        responses = []
         for i in range(0, len(prompts), 100):
-            said += llava.generate(prompts[i : i + 100], pictures[i : i + 100], max_new_tokens=64)
-        return [{"question_id": str(i), "text": text} for i, text in enumerate(said)]
+            responses += llava.generate(prompts[i : i + 100], pictures[i : i + 100], max_new_tokens=64)
+        return [{"question_id": str(i), "text": text} for i, text in enumerate(responses)]
 
+    vocabulary = world.all_objects()
     for kind in ("short", "good"):
         prompts = [rng.choice(world.PROMPTS[kind]) for _ in scenes]
-        questions = [world.caption_facts(scene) | {"question_id": str(i)} for i, scene in enumerate(scenes)]
+        questions = [world.caption_facts(scene) | {"question_id": str(i), "vocabulary": vocabulary}
+                     for i, scene in enumerate(scenes)]  # fmt: skip
         scores[f"captions, {kind} prompts"] = toy_captions.score(questions, answers(prompts, pictures))
-    asked = [(i, kind, *world.ask(scene, kind, rng)) for i, scene in enumerate(scenes) for kind in world.QUESTIONS]
-    questions = [{"question_id": str(n), "type": q[1], "answer": q[3]} for n, q in enumerate(asked)]
-    scores["questions"] = toy_vqa.score(questions, answers([q[2] for q in asked], [pictures[q[0]] for q in asked]))
+    questions, texts, question_pictures = [], [], []
+    for scene, picture in zip(scenes, pictures):
+        for kind in world.QUESTIONS:
+            text, answer = world.ask(scene, kind, rng)
+            questions.append({"question_id": str(len(questions)), "type": kind, "answer": answer})
+            texts.append(text)
+            question_pictures.append(picture)
+    scores["questions"] = toy_vqa.score(questions, answers(texts, question_pictures))
     return scores
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument("--seed", type=flags.seed_value, default=0, help="of weights, their order and the records")
-    parser.add_argument("--scenes", type=flags.positive, default=world.TRAINED_ON, help="pictures of the training data")
-    parser.add_argument("--steps", type=flags.positive, default=STEPS, help="of the decoder, 32 records each")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--seed", type=flags.seed_value, default=0,
+                        help="random seed for weights, records and their order")
+    parser.add_argument("--scenes", type=flags.positive, default=world.TRAINED_ON,
+                        help="number of scenes (and pictures) in the training data")
+    parser.add_argument("--steps", type=flags.positive, default=STEPS,
+                        help="number of decoder steps, 32 records each")
     args = parser.parse_args()
-    out, begin = Path(args.out), time.monotonic()
+    out = Path(args.out)
+    begin = time.monotonic()
     if (out / "config.json").exists():
-        raise InputError(f"{out} holds a model; name another --out, or delete it")
+        raise InputError(f"{out} holds a model; choose another --out, or delete the folder")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
     train_tokenizer(out / "tokenizer.model")
     llava = new_llava(Tokenizer(out / "tokenizer.model"))
     scenes = world.scenes("train", args.scenes)
-    pixels = pixels_of(scenes)
+    pixels = normalized_pixels(scenes)
     vision_loss = train_vision(llava.vision_tower, pixels, scenes)
     with torch.no_grad():
         features = torch.cat([llava.vision_tower(part) for part in pixels.split(500)])  # (N, 9, Cv)
@@ -311,15 +311,13 @@ def main():
     minutes = round((time.monotonic() - begin) / 60, 1)
     scores = dev_scores(load_llava(out))
     write_json(out / "pretrain.json", {
-        "command": f"python -m stic_min.toy.pretrain --out {out.name} --seed {args.seed} --scenes {args.scenes} "
-                   f"--steps {args.steps}", "seed": args.seed,
-        "minutes": minutes, "cores": torch.get_num_threads(), "torch": torch.__version__, "vit_loss": vision_loss,
-        "decoder_loss": decoder_loss, "dev": scores,
+        "command": f"python -m stic_min.toy.pretrain --out {out.name} --seed {args.seed} "
+                   f"--scenes {args.scenes} --steps {args.steps}",
+        "seed": args.seed, "minutes": minutes, "cores": torch.get_num_threads(), "torch": torch.__version__,
+        "vit_loss": vision_loss, "decoder_loss": decoder_loss, "dev": scores,
     })  # fmt: skip
-    print(
-        f"{out}: {sum(p.numel() for p in llava.parameters()):,} parameters in {minutes} minutes; "
-        "scores on dev scenes are in pretrain.json"
-    )
+    parameters = sum(p.numel() for p in llava.parameters())
+    print(f"{out}: {parameters:,} parameters in {minutes} minutes; scores on dev scenes are in pretrain.json")
 
 
 if __name__ == "__main__":

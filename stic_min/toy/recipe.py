@@ -1,4 +1,4 @@
-"""The recipe on the toy world: the four scripts with the flags that suit a model of 1.3 M parameters."""
+"""The recipe on the toy world: the four scripts with flags that suit a model of 1.3 M parameters."""
 
 import os
 import runpy
@@ -13,9 +13,10 @@ from stic_min.toy import files, world
 ROOT = Path(__file__).resolve().parents[2]  # where the four scripts are
 BASE = Path(__file__).parent / "llava-toy"  # the base model that comes with the project
 
-# Chosen before the world was, tried on dev, and not tuned further. What differs from the paper's values, and why: the
-# model is 6,000 times smaller and knows a few hundred words, so the learning rates are larger and the batches and LoRA
-# smaller; pairs are sampled warmer so that they differ; alpha is larger because captions are shorter.
+# Chosen before the world was built, tried on dev, and not tuned further. They differ from the paper's values
+# because the model is 6,000 times smaller and knows a few hundred words: the learning rates are larger, the
+# batches and LoRA smaller. Pairs are sampled at a higher temperature so that the two responses differ, and
+# alpha is larger because captions are shorter.
 SAMPLING = {"--max-new-tokens": 64, "--batch-size": 100, "--device": "cpu"}
 PAIRS = SAMPLING | {"--temperature": 0.4}
 LORA = {"--lora-r": 32, "--lora-alpha": 64, "--projector-lr": 3e-4}
@@ -26,46 +27,46 @@ STAGE2 = {"--lr": 3e-4, "--projector-lr": 3e-4, "--lora-dropout": 0, "--batch-si
 
 
 def num_instructions(pairs):
-    """The paper has 6,000 pairs and 5,000 instructions; here half as many instructions are enough.
-
-    Raises InputError for more than there are scenes that the base model was trained on.
-    """
-    if pairs // 2 > world.TRAINED_ON:
-        raise InputError(f"--images {pairs}: {2 * world.TRAINED_ON} are the most, two for each scene of the base's own")
+    """The paper has 6,000 pairs and 5,000 instructions; here, half as many instructions as pairs suffice."""
+    limit = 2 * world.TRAINED_ON
+    if pairs // 2 > limit // 2:
+        raise InputError(f"--images {pairs}: at most {limit}, two per scene of the base model's training")
     return max(1, pairs // 2)
 
 
 def claim(out, settings, model):
-    """Makes the folder `out` for a run of `settings`. Raises InputError if it holds one of others.
+    """Creates the folder `out` for a run with `settings`; refuses one that holds a run with other settings.
 
-    The model and all of the project's code are among them: what is in `out` is not made again, so after a change it
-    would be the old code's.
+    The model and all of the project's code count as settings: existing output is skipped, so after a change
+    it would be the output of the old code.
     """
     code = sorted([*ROOT.glob("*.py"), *(ROOT / "stic_min").rglob("*.py")])
     settings = settings | {"model": fingerprint(model), "code": fingerprint(*code)}
     file = out / "settings.json"
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file, it has to name a folder")
+        raise InputError(f"--out {out} is a file, not a folder")
     if file.exists():
         for name, value in read_json(file).items():
             if settings.get(name) != value:
-                raise InputError(f"{out} was made with {name} {value}, this run has {settings.get(name)}; "
-                                 "name another --out, or delete it")  # fmt: skip
+                raise InputError(
+                    f"{out} was created with {name} {value}, but this run has {settings.get(name)}; "
+                    "choose another --out, or delete the folder"
+                )
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(file, settings)
 
 
 def short(path):
-    """A path as one would type it here."""
+    """A path as a user would type it here: relative, if it is below the current folder."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def script(name, *words):
-    """Runs one of the four scripts in this process by its own entry point, behind a line with the command.
+    """Prints a command and runs it: one of the four scripts, in this process, through its own entry point.
 
-    A dictionary among the words stands for flags: None and False leave one out, True gives it without a value. An
-    error ends the process as it would there.
+    A dictionary among the words holds flags: None and False omit a flag, True gives it without a value. An
+    error ends the process, as it would on the command line.
     """
     arguments = []
     for word in words:
@@ -74,34 +75,36 @@ def script(name, *words):
                 arguments += [flag] if value is True else [flag, value]
     arguments = [short(a) if isinstance(a, Path) else str(a) for a in arguments]
     print(f"\n$ python {short(ROOT / name)} {shlex.join(arguments)}", flush=True)
-    before, sys.argv = sys.argv, [name, *arguments]
+    saved_argv = sys.argv
+    sys.argv = [name, *arguments]
     try:
         runpy.run_path(str(ROOT / name), run_name="__main__")
     finally:
-        sys.argv = before
+        sys.argv = saved_argv
 
 
-# ---------------------------------------------------------------- the steps, each done once
+# ---------------------------------------------------------------- the steps; existing output is skipped
 
 
 def make_pairs(model, images, out, seed):
     script("generate_pairs.py", {"--model": model, "--images": images, "--out": out, "--seed": seed} | PAIRS)
 
 
-def stage1(model, pairs, images, out, seed, limit=None, **changed):
-    """`changed`: flags other than STAGE1's, `alpha=0`."""
+def stage1(model, pairs, images, out, seed, limit=None, **overrides):
+    """`overrides` replaces flags of STAGE1, such as alpha=0."""
     if (out / "adapter_config.json").exists():
         return
-    changed = {f"--{name}": value for name, value in changed.items()}
-    inputs = {"--model": model, "--pairs": pairs, "--images": images, "--out": out, "--seed": seed, "--limit": limit}
-    script("train_stage1.py", inputs | STAGE1 | changed)
+    inputs = {"--model": model, "--pairs": pairs, "--images": images, "--out": out, "--seed": seed}
+    overrides = {f"--{name}": value for name, value in overrides.items()}
+    script("train_stage1.py", inputs | {"--limit": limit} | STAGE1 | overrides)
 
 
 def stage2(model, adapter, instruct, out, seed, plain=False):
-    """Describes the pictures of the instructions and trains on them; `plain` leaves the descriptions out."""
+    """Describes the pictures of the instructions, then trains on both; `plain` omits the descriptions."""
     if (out / "adapter_config.json").exists():
         return
-    instructions, descriptions = instruct / "instructions.json", out.with_name(f"{out.name}-descriptions.jsonl")
+    instructions = instruct / "instructions.json"
+    descriptions = out.with_name(f"{out.name}-descriptions.jsonl")
     inputs = {"--model": model, "--adapter": adapter, "--images": instruct / "images", "--seed": seed}
     script("generate_pairs.py", {"--describe": instructions} | inputs | {"--out": descriptions} | PAIRS)
     inputs |= {"--instructions": instructions, "--descriptions": descriptions, "--out": out, "--plain": plain}
@@ -109,7 +112,7 @@ def stage2(model, adapter, instruct, out, seed, plain=False):
 
 
 def evaluate(benchmark, model, adapter, data, out, dar=False):
-    """Scores of a benchmark, read from the file that evaluate.py writes; made only if it is not there."""
+    """Scores of a benchmark, from the file that evaluate.py writes."""
     mode = "dar" if dar else "direct"
     file = out / f"{benchmark}-{adapter.name if adapter else 'base'}-{mode}.scores.json"
     if not file.exists():

@@ -1,7 +1,8 @@
-"""The toy world's questions about pictures: accuracy by type of question.
+"""Scores the toy world's questions about pictures: accuracy by type of question.
 
-Data: `questions.json` as `python -m stic_min.toy` writes it: [{"question_id", "image", "type", "text", "answer"}].
-An answer is right if it is the true one to the letter, case, outer blanks and a full stop at the end aside.
+Data: `questions.json`, written by `python -m stic_min.toy`: [{"question_id", "image", "type", "text",
+"answer"}]. An answer is right if it equals the true answer, ignoring case, surrounding whitespace and one
+final period.
 """
 
 from pathlib import Path
@@ -11,37 +12,40 @@ from stic_min.scorers.common import match_answers, read_entries
 GROUPED_BY = "type"
 
 
-def load(data):
-    """The questions: a dict each with `question_id`, `image` (relative to `data`), `type`, `text` and `answer`.
-    Raises InputError as `read_entries`."""
+def load(data: str | Path) -> list[dict]:
+    """The questions: dicts with `question_id`, `image` (relative to `data`), `type`, `text` and `answer`.
+    Raises InputError like `read_entries`."""
     form = dict.fromkeys(("question_id", "image", "type", "text", "answer"), str)
     return read_entries(Path(data) / "questions.json", form)[0]
 
 
-def is_right(text, answer):
+def is_right(text: str, answer: str) -> bool:
     return text.strip().removesuffix(".").lower() == answer.lower()
 
 
-def score(questions, answers):
-    """Accuracy in percent: {"accuracy", "types": {type: {"n", "accuracy"}}, "n", "missing"}; a missing answer is wrong.
+def score(questions: list[dict], answers: list[dict]) -> dict:
+    """Accuracy in percent: {"accuracy", "types": {type: {"n", "accuracy"}}, "n", "missing"}.
 
-    questions: as from `load`. answers: records {"question_id", "text"}. Raises InputError as `match_answers`.
+    questions: from `load`. answers: records {"question_id", "text"}; a missing answer is wrong. Raises
+    InputError like `match_answers`.
     """
     records = match_answers("toy questions", questions, answers)
-    hits = {}
+    hits_by_type = {}
     for question in questions:
         text = records.get(question["question_id"], {"text": ""})["text"]
-        hits.setdefault(question["type"], []).append(is_right(text, question["answer"]))
-    percent = lambda own: round(100 * sum(own) / len(own), 2)
+        hits_by_type.setdefault(question["type"], []).append(is_right(text, question["answer"]))
+    percent = lambda hits: round(100 * sum(hits) / len(hits), 2)
     return {
-        "accuracy": percent([hit for own in hits.values() for hit in own]),
-        "types": {kind: {"n": len(own), "accuracy": percent(own)} for kind, own in sorted(hits.items())},
+        "accuracy": percent([hit for hits in hits_by_type.values() for hit in hits]),
+        "types": {
+            kind: {"n": len(hits), "accuracy": percent(hits)} for kind, hits in sorted(hits_by_type.items())
+        },
         "n": len(questions),
         "missing": len(questions) - len(records),
     }
 
 
-def report(scores):
+def report(scores: dict) -> str:
     rows = [("all", scores), *scores["types"].items()]
     head = f"toy questions: {scores['n']}, {scores['missing']} without an answer; accuracy in %"
-    return "\n".join([head, *(f"{kind:<12}{own['accuracy']:>8.2f}   n={own['n']}" for kind, own in rows)])
+    return "\n".join([head, *(f"{kind:<12}{part['accuracy']:>8.2f}   n={part['n']}" for kind, part in rows)])

@@ -1,15 +1,16 @@
-"""The toy world: scenes of colored shapes, their pictures, and the captions, questions and answers a base model learns.
+"""The toy world: scenes of colored shapes, their pictures, and captions and questions about them.
 
-A scene is a place (beach, forest, ...) and three to six objects of different shapes in a grid of 3 x 3 cells. Every
-place has two *signature objects*, each with a habitual cell: the beach has a yellow star at the upper right. The star
-is truly there in 40 % of the pictures; otherwise something else sits in that cell. Captions in training say the star
-anyway: mostly under the short captioning prompts, less often under the detailed one, always under the prompts that
-invite invention. So the base model hallucinates out of a prior that its captions taught it, as models of web captions
-do, and not because it can't see; questions about the picture are answered truthfully. Captions under all prompts list
-the same cells in the same order: their length says nothing about their quality.
+A scene is a place (beach, forest, ...) with three to six objects of different shapes on a grid of 3 x 3
+cells. Every place has two *signature objects*, each with a habitual cell: the beach has a yellow star at the
+upper right. The star is actually there in 40% of the pictures; otherwise another object occupies that cell.
+Training captions often mention the star anyway: usually under the short captioning prompts, less often under
+the detailed prompt, and always under the hallucination-inducing prompts. The base model therefore
+hallucinates from a prior that its captions taught it, like a model of web captions, and not because it cannot
+see; its training answers to questions are always true. Captions under all prompts list the same cells in the
+same order, so their length carries no information about their quality.
 
-Scenes of the four splits (train: the base's own data; unlabeled: the pictures of self-training; dev; test) never meet:
-a hash of the scene decides its split. Everything follows from (split, seed, index). No model code here.
+Scenes of the four splits (train: the base model's own data; unlabeled: self-training pictures; dev; test)
+never overlap: a hash of the scene decides its split. Everything follows from (split, seed, index).
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from PIL import Image, ImageDraw
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, with_description
 
 SIDE, CELL = 48, 16  # pixels
-NOISE = 8  # standard deviation of the pixels' noise, in grey levels
+NOISE = 8  # standard deviation of the pixels' noise, in gray levels
 
 COLORS = {
     "red": (220, 30, 30),
@@ -34,7 +35,7 @@ COLORS = {
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond", "moon", "arrow", "house", "tree")
+SHAPES = tuple("circle square triangle star cross ring heart diamond moon arrow house tree".split())
 CELLS = (
     "upper left", "upper middle", "upper right",
     "middle left", "center", "middle right",
@@ -53,11 +54,12 @@ PLACES = {
     "desert": ((190, 130, 95), (("red cross", 5), ("orange circle", 2))),
 }
 TRULY_THERE = 0.4
-# How often a caption says a place's signature object although it is not there: (first, second), under each prompt.
+PROMPTS = {"short": CAPTION_PROMPTS, "good": (GOOD_PROMPT,), "bad": HALLUCINATION_PROMPTS}
+# How often a caption mentions a signature object that is absent: (first, second), by kind of prompt.
 HABIT = {"short": (0.9, 0.75), "good": (0.3, 0.45), "bad": (1.0, 1.0)}
-IMAGINED = 0.5  # how often a bad prompt's caption replaces any other object by one that is not there
+IMAGINED = 0.5  # how often a caption under a bad prompt replaces any other object with an absent one
 
-TRAINED_ON = 20000  # scenes of the train split, whose pictures the base model has seen
+TRAINED_ON = 20000  # scenes of the train split, whose pictures the base model was trained on
 SPLITS = {"train": range(0, 5), "unlabeled": range(5, 8), "dev": range(8, 9), "test": range(9, 10)}  # tenths
 
 
@@ -67,7 +69,7 @@ SPLITS = {"train": range(0, 5), "unlabeled": range(5, 8), "dev": range(8, 9), "t
 @dataclass(frozen=True)
 class Scene:
     place: str
-    objects: tuple  # ((cell, "red circle"), ...), cells ascending, no shape twice
+    objects: tuple[tuple[int, str], ...]  # ((cell, "red circle"), ...), cells ascending, no shape twice
 
     @property
     def split(self):
@@ -96,55 +98,57 @@ def all_objects():
     return [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 
 
-def draw_scene(rng):
-    """A random scene of any split. A signature object appears at its habitual cell or not at all in its place."""
+def random_scene(rng):
+    """A random scene of any split. In its own place, a signature object is in its habitual cell or absent."""
     place = rng.choice(list(PLACES))
     cells = {cell: name if rng.random() < TRULY_THERE else None for name, cell in signatures(place)}
     free = [cell for cell in range(9) if cell not in cells]
     cells |= dict.fromkeys(rng.sample(free, rng.randint(1, 4)))
-    shapes = [shape for shape in SHAPES if shape not in {shape_of(name) for name, _ in signatures(place)}]
+    shapes = [shape for shape in SHAPES if shape not in [shape_of(name) for name, _ in signatures(place)]]
     rng.shuffle(shapes)
     cells = {cell: name or f"{rng.choice(list(COLORS))} {shapes.pop()}" for cell, name in cells.items()}
     return Scene(place, tuple(sorted(cells.items())))
 
 
 def scenes(split, count, seed=0):
-    """`count` scenes of a split, no two of them alike."""
-    rng, found = random.Random(f"{split} {seed}"), {}
-    while len(found) < count:
-        scene = draw_scene(rng)
+    """`count` different scenes of a split."""
+    rng = random.Random(f"{split} {seed}")
+    unique = {}
+    while len(unique) < count:
+        scene = random_scene(rng)
         if scene.split == split:
-            found[scene] = None
-    return list(found)
+            unique[scene] = None
+    return list(unique)
 
 
 # ---------------------------------------------------------------- pictures
 
 
 def outline(shape, x, y, r):
-    """Corners of the shapes that are polygons, around (x, y)."""
+    """Corners of a polygonal shape around (x, y)."""
     corners = {
         "triangle": [(0, -1), (1, 0.9), (-1, 0.9)],
         "diamond": [(0, -1.1), (0.75, 0), (0, 1.1), (-0.75, 0)],
-        "heart": [(0, 1), (-1, -0.1), (-0.95, -0.75), (-0.45, -0.95), (0, -0.45), (0.45, -0.95), (0.95, -0.75),
-                  (1, -0.1)],
-        "star": [(0, -1.15), (0.3, -0.35), (1.1, -0.35), (0.45, 0.2), (0.7, 1), (0, 0.5), (-0.7, 1), (-0.45, 0.2),
-                 (-1.1, -0.35), (-0.3, -0.35)],
+        "heart": [(0, 1), (-1, -0.1), (-0.95, -0.75), (-0.45, -0.95), (0, -0.45), (0.45, -0.95),
+                  (0.95, -0.75), (1, -0.1)],
+        "star": [(0, -1.15), (0.3, -0.35), (1.1, -0.35), (0.45, 0.2), (0.7, 1), (0, 0.5), (-0.7, 1),
+                 (-0.45, 0.2), (-1.1, -0.35), (-0.3, -0.35)],
         "arrow": [(1, 0), (0.1, -0.9), (0.1, -0.35), (-1, -0.35), (-1, 0.35), (0.1, 0.35), (0.1, 0.9)],
-        "house": [(0, -1.1), (1, -0.1), (0.75, -0.1), (0.75, 1), (0.25, 1), (0.25, 0.3), (-0.25, 0.3), (-0.25, 1),
-                  (-0.75, 1), (-0.75, -0.1), (-1, -0.1)],
+        "house": [(0, -1.1), (1, -0.1), (0.75, -0.1), (0.75, 1), (0.25, 1), (0.25, 0.3), (-0.25, 0.3),
+                  (-0.25, 1), (-0.75, 1), (-0.75, -0.1), (-1, -0.1)],
         "tree": [(0, -1.1), (0.9, 0.45), (0.2, 0.45), (0.2, 1.1), (-0.2, 1.1), (-0.2, 0.45), (-0.9, 0.45)],
-        "moon": [(0.5, -1), (-0.2, -0.95), (-0.8, -0.5), (-1, 0), (-0.8, 0.5), (-0.2, 0.95), (0.5, 1), (0, 0.6),
-                 (-0.2, 0), (0, -0.6)],
-        "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35), (0.35, 1), (-0.35, 1),
-                  (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
+        "moon": [(0.5, -1), (-0.2, -0.95), (-0.8, -0.5), (-1, 0), (-0.8, 0.5), (-0.2, 0.95), (0.5, 1),
+                 (0, 0.6), (-0.2, 0), (0, -0.6)],
+        "cross": [(-0.35, -1), (0.35, -1), (0.35, -0.35), (1, -0.35), (1, 0.35), (0.35, 0.35), (0.35, 1),
+                  (-0.35, 1), (-0.35, 0.35), (-1, 0.35), (-1, -0.35), (-0.35, -0.35)],
     }  # fmt: skip
     return [(x + r * dx, y + r * dy) for dx, dy in corners[shape]]
 
 
 def paint(scene, seed):
-    """The picture of a scene, 48 x 48 RGB: objects a little off their cells' centres and of varying size, and noise."""
-    rng, big = random.Random(f"paint {seed}"), 4  # drawn four times as large, for smooth edges
+    """The picture of a scene, 48 x 48 RGB, with noise; objects vary a little in position and size."""
+    rng = random.Random(f"paint {seed}")
+    big = 4  # drawn at four times the size, then averaged, for smooth edges
     background = tuple(min(255, max(0, c + rng.randint(-10, 10))) for c in PLACES[scene.place][0])
     picture = Image.new("RGB", (SIDE * big, SIDE * big), background)
     pen = ImageDraw.Draw(picture)
@@ -172,7 +176,8 @@ def paint(scene, seed):
 
 def caption(place, cells):
     """'A beach. Upper left: red circle. Center: blue ring.' cells: {cell: object}."""
-    return " ".join([f"A {place}."] + [f"{CELLS[cell].capitalize()}: {name}." for cell, name in sorted(cells.items())])
+    objects = [f" {CELLS[cell].capitalize()}: {name}." for cell, name in sorted(cells.items())]
+    return f"A {place}." + "".join(objects)
 
 
 def true_caption(scene):
@@ -180,7 +185,7 @@ def true_caption(scene):
 
 
 def web_caption(scene, kind, rng):
-    """What the base's training data says of a scene under a prompt of `kind` (short, good, bad): see HABIT."""
+    """The base model's training caption of a scene under a prompt of `kind` (short, good, bad): see HABIT."""
     cells = scene.cells
     habits = {cell: name for name, cell in signatures(scene.place)}
     for (name, cell), probability in zip(signatures(scene.place), HABIT[kind]):
@@ -196,19 +201,11 @@ def web_caption(scene, kind, rng):
 
 
 def caption_facts(scene):
-    """What the scorer of captions knows of a scene."""
-    signature = [name for name, _ in signatures(scene.place)]
-    return {"objects": sorted(scene.names), "signature": signature, "vocabulary": all_objects()}
-
-
-PROMPTS = {"short": CAPTION_PROMPTS, "good": (GOOD_PROMPT,), "bad": HALLUCINATION_PROMPTS}
+    """What the caption scorer needs to know about a scene."""
+    return {"objects": sorted(scene.names), "signature": [name for name, _ in signatures(scene.place)]}
 
 
 # ---------------------------------------------------------------- questions
-
-
-def yes_no(truth):
-    return "yes" if truth else "no"
 
 
 def color_question(scene, rng):
@@ -222,24 +219,25 @@ def count_question(scene, rng):
 
 
 def existence_question(scene, rng):
-    """Half of the answers are no; half of those ask for a signature object that is not there."""
-    there = {shape_of(name) for name in scene.names}
-    absent = [shape_of(name) for name, _ in signatures(scene.place) if name not in scene.names]
+    """Half of the answers are no; half of those ask for an absent signature object."""
+    present = {shape_of(name) for name in scene.names}
+    absent_signatures = [shape_of(name) for name, _ in signatures(scene.place) if name not in scene.names]
     if rng.random() < 0.5:
-        shape = rng.choice(sorted(there))
-    elif absent and rng.random() < 0.5:
-        shape = rng.choice(absent)
+        shape = rng.choice(sorted(present))
+    elif absent_signatures and rng.random() < 0.5:
+        shape = rng.choice(absent_signatures)
     else:
-        shape = rng.choice([s for s in SHAPES if s not in there])
-    return f"Is there a {shape} in the image?", yes_no(shape in there)
+        shape = rng.choice([s for s in SHAPES if s not in present])
+    return f"Is there a {shape} in the image?", "yes" if shape in present else "no"
 
 
 def relation_question(scene, rng):
     (a, first), (b, second) = ((cell, shape_of(name)) for cell, name in rng.sample(scene.objects, 2))
-    holds = {"above": a // 3 < b // 3, "below": a // 3 > b // 3, "left of": a % 3 < b % 3, "right of": a % 3 > b % 3}
+    holds = {"above": a // 3 < b // 3, "below": a // 3 > b // 3,
+             "left of": a % 3 < b % 3, "right of": a % 3 > b % 3}  # fmt: skip
     truth = rng.random() < 0.5
     relation = rng.choice([r for r, value in holds.items() if value == truth])
-    return f"Is the {first} {relation} the {second}?", yes_no(truth)
+    return f"Is the {first} {relation} the {second}?", "yes" if truth else "no"
 
 
 def place_question(scene, rng):
@@ -248,19 +246,20 @@ def place_question(scene, rng):
 
 
 def choice_question(scene, rng):
-    """Three options: what is there, a wrong one (the cell's signature object, if it is absent), and any other."""
+    """Three options: the true object, the cell's signature object if that is absent, and random others."""
     cell, name = rng.choice(scene.objects)
     habit = [n for n, c in signatures(scene.place) if c == cell and n != name]
     others = [n for n in all_objects() if shape_of(n) not in {shape_of(name), *map(shape_of, habit)}]
     options = [name, *habit, *rng.sample(others, 2)][:3]
     rng.shuffle(options)
-    lines = [f"What is at the {CELLS[cell]}?", *(f"{letter}. {o}" for letter, o in zip("ABC", options))]
-    return "\n".join(lines), "ABC"[options.index(name)]
+    lines = [f"{letter}. {option}" for letter, option in zip("ABC", options)]
+    return "\n".join([f"What is at the {CELLS[cell]}?", *lines]), "ABC"[options.index(name)]
 
 
 def row_question(scene, rng):
     row = rng.randrange(3)
-    return f"How many objects are in the {ROWS[row]} row?", NUMBERS[sum(cell // 3 == row for cell in scene.cells)]
+    number = NUMBERS[sum(cell // 3 == row for cell in scene.cells)]
+    return f"How many objects are in the {ROWS[row]} row?", number
 
 
 def neighbor_question(scene, rng):
@@ -280,7 +279,7 @@ QUESTIONS = {
     "row": row_question,
     "neighbor": neighbor_question,
 }
-BY_TEXT = ("row", "neighbor")  # which the base learns mostly from descriptions in its prompt, rarely from pictures
+BY_TEXT = ("row", "neighbor")  # learned mostly from descriptions in the prompt, rarely from pictures
 
 
 def ask(scene, kind, rng):
@@ -288,12 +287,12 @@ def ask(scene, kind, rng):
     return QUESTIONS[kind](scene, rng)
 
 
-# ---------------------------------------------------------------- the base's training data
-# A record is whether the picture is shown, and a list of turns [(user, answer), ...].
+# ---------------------------------------------------------------- the base model's training data
+# A record is (whether it has a picture, its turns [(user, answer), ...]).
 
-# When each lesson starts, as a fraction of the training. Looking one thing up comes first: with everything at once,
-# 47 % of the color questions were answered after 1,200 steps, and of the others no more than by guessing; with color
-# and place alone to learn, 98 % after 500.
+# When each lesson starts, as a fraction of training. Lookups of a single object come first. With everything
+# at once, 47% of the color questions were answered correctly after 1,200 steps, and the other kinds no better
+# than chance; with color and place alone, 98% after 500 steps.
 LESSONS = {"color": 0.0, "place": 0.0, "existence": 0.16, "choice": 0.16, "captions": 0.27, "count": 0.27,
            "relation": 0.27, "reading": 0.4, "row": 0.4, "neighbor": 0.4}  # fmt: skip
 TURNS = 6
@@ -305,17 +304,18 @@ def caption_record(scene, rng):
 
 
 def some_questions(scene, rng, weight_by_text, progress):
-    weights = {kind: weight_by_text if kind in BY_TEXT else 1.0 for kind in QUESTIONS if LESSONS[kind] <= progress}
-    return [ask(scene, kind, rng) for kind in rng.choices(list(weights), weights.values(), k=TURNS)]
+    kinds = [kind for kind in QUESTIONS if LESSONS[kind] <= progress]
+    weights = [weight_by_text if kind in BY_TEXT else 1.0 for kind in kinds]
+    return [ask(scene, kind, rng) for kind in rng.choices(kinds, weights, k=TURNS)]
 
 
 def question_record(scene, rng, progress=1.0):
-    """Questions about the picture alone; stage 2 trains on such records too."""
+    """Questions about the picture alone; stage 2 trains on such records as well."""
     return True, some_questions(scene, rng, 0.05, progress)
 
 
 def reading_record(scene, rng):
-    """Questions about a true description in the prompt, with the picture or, half the time, without."""
+    """Questions about a true description in the prompt; half of the records come without the picture."""
     (first, answer), *later = some_questions(scene, rng, 2.0, progress=1.0)
     return rng.random() < 0.5, [(with_description(true_caption(scene), first), answer), *later]
 

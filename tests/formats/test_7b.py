@@ -132,7 +132,7 @@ def test_configurations(name, tmp_path):
     *read, reason = config_of(tmp_path, name)
     assert read == [expected, None, huggingface]
     base = {"v1.6": "Mistral-7B-Instruct-v0.2", "v1.5": "llava-v1.5-7b", "v1.5-hf": "vicuna-7b-v1.5"}
-    assert reason.endswith(f"decoder made from {base.get(name, base['v1.6'])}")
+    assert reason.endswith(f"decoder built on {base.get(name, base['v1.6'])}")
     assert expected.image_tokens((640, 480)) == (2340 if mistral else 576)
 
 
@@ -194,7 +194,7 @@ def test_open_llava_takes_whole_checkpoints(name, tiny, tmp_path, monkeypatch):
     parameters = shapes_of(config_of(folder, name)[0])
     if layout == "hf":  # of the padded vocabulary only the tokenizer's rows, here the tiny one's
         parameters |= dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], (600, 4096))
-    llava, source = loader.open_llava(folder, dtype=torch.bfloat16)
+    llava, weights = loader.open_llava(folder, dtype=torch.bfloat16)
     assert {n: tuple(p.shape) for n, p in llava.named_parameters()} == parameters
-    assert {n: tuple(read().shape) for n, (_, _, read) in source.items()} == parameters
+    assert {n: tuple(weight.read().shape) for n, weight in weights.items()} == parameters
     assert all(p.is_meta and p.dtype == torch.bfloat16 for p in llava.parameters())

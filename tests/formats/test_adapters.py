@@ -128,7 +128,7 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
     llava = load_llava(tiny / V16, adapter=adapter)  # ours
     assert all(torch.equal(llava.get_parameter(name), new[name]) for name in names)
     torch.save(llava_style, file)
-    refuse("projector.safetensors and non_lora_trainables.bin both hold a projector", tiny / V16, adapter=adapter)
+    refuse("both projector.safetensors and non_lora_trainables.bin contain a projector", tiny / V16, adapter=adapter)
     torch.save({}, file)
     assert torch.equal(load_llava(tiny / V16, adapter=adapter).mm_projector[0].bias, new["mm_projector.0.bias"])
 
@@ -266,7 +266,7 @@ def test_what_was_used_is_said(tiny, adapter):
     assert llava.notes[-1].endswith("projector: the adapter's; adapter_model.bin is not read")
     assert llava.mm_projector[0].weight.eq(1).all()
     torch.save(torch.load(adapter / "mm_projector.bin"), adapter / "non_lora_trainables.bin")
-    refuse("non_lora_trainables.bin and mm_projector.bin both hold a projector", tiny / V16, adapter=adapter)
+    refuse("both non_lora_trainables.bin and mm_projector.bin contain a projector", tiny / V16, adapter=adapter)
 
 
 def test_a_newline_beside_the_adapter(tiny, adapter, base):
@@ -282,7 +282,7 @@ def test_a_newline_beside_the_adapter(tiny, adapter, base):
         without.image_newline.copy_(newline)
     assert torch.equal(llava.logits(PROMPT, [picture]), without.logits(PROMPT, [picture]))
     adapter.with_name("newline.bin").rename(adapter / "non_lora_trainables.bin")
-    assert "not used, as the mode is pad" in load_llava(tiny / V16, adapter=adapter, image_mode="pad").notes[-1]
+    assert "not used in pad mode" in load_llava(tiny / V16, adapter=adapter, image_mode="pad").notes[-1]
     read = adapters.read_adapter(adapter, base[V16])
     adapters.write_adapter(adapter.with_name("again"), read)  # as stage 2 does
     assert torch.equal(load_llava(tiny / V16, adapter=adapter.with_name("again")).image_newline, newline)
@@ -300,9 +300,9 @@ def test_numbers_that_are_none(tiny, adapter):
     tensors = read_tensors(adapter)
     wrong = {key: t.clone() for key, t in tensors.items()}
     wrong[f"{LAYER}A.weight"][1, 2] = float("inf")
-    refuse("q_proj.lora_A.weight holds NaN or infinite", tiny / V16, adapter=change(adapter, wrong))
+    refuse("q_proj.lora_A.weight contains NaN or infinite", tiny / V16, adapter=change(adapter, wrong))
     zero = {key: torch.zeros_like(t) if "lora_A" in key else t for key, t in tensors.items()}
-    refuse("changes nothing, lora_A or lora_B is zero", tiny / V16, adapter=change(adapter, zero))
+    refuse("changes nothing: lora_A or lora_B is zero", tiny / V16, adapter=change(adapter, zero))
     change(adapter, tensors)
     torch.save({"model.mm_projector.0.bias": torch.full((32,), float("nan"))}, adapter / "mm_projector.bin")
-    refuse("mm_projector.bin: model.mm_projector.0.bias holds NaN", tiny / V16, adapter=adapter)
+    refuse("mm_projector.bin: model.mm_projector.0.bias contains NaN", tiny / V16, adapter=adapter)

@@ -95,7 +95,7 @@ def test_an_index_that_lies(tiny, tmp_path):
         refuse(f"index.json: {wrong} is not in {last}, but in {where}", folder)
     index.write_text(json.dumps(right))
     save_file(read_tensors(tiny / V16), folder / "model.safetensors")
-    refuse("model.safetensors and model.safetensors.index.json are two sets of weights", folder)
+    refuse("two sets of weights, model.safetensors and model.safetensors.index.json", folder)
 
 
 def test_which_of_several_files_was_used(tiny, tmp_path):
@@ -123,4 +123,4 @@ def test_a_bin_file_from_before_torch_1_6(tiny, tmp_path):
 def test_a_projector_that_holds_no_numbers(tiny, tmp_path):
     tensors = read_tensors(tiny / V15)
     tensors["model.mm_projector.2.bias"][3] = float("nan")
-    refuse("model.safetensors: model.mm_projector.2.bias holds NaN", copy(tiny, V15, tmp_path, tensors))
+    refuse("model.safetensors: model.mm_projector.2.bias contains NaN", copy(tiny, V15, tmp_path, tensors))

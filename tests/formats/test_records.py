@@ -76,14 +76,14 @@ def test_published_forms_are_one_pair(tmp_path, form):
     (tmp_path / "pairs.json").write_text(json.dumps([FORMS[form]]))
     [pair] = data.read_pairs(tmp_path / "pairs.json")
     assert (pair.image, pair.prompt, pair.chosen, pair.rejected) == ("a.jpg", f"<image>\n{QUESTION}", GOOD, BAD)
-    assert pair.chosen_stopped and pair.rejected_stopped and records.kind(FORMS[form]) == "pairs"
+    assert pair.chosen_stopped and pair.rejected_stopped and records.record_kind(FORMS[form]) == "pairs"
 
 
 @pytest.mark.parametrize("change, complaint", [
     ({"prompt": None}, r"chosen is not one user .* but \['assistant'\]; expected: {\"image\": ..., "),
     ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"but \['system', 'user', 'assistant'\]"),
     ({"prompt": [MESSAGE("user", "Q"), MESSAGE("assistant", "A")] * 60}, r"\.\.\."),
-    ({"images": ["a.jpg", "b.jpg"]}, "2 images, a sample has one image"),
+    ({"images": ["a.jpg", "b.jpg"]}, "2 images, but a sample has one"),
     ({"images": [5]}, "image is not a file name"), ({"images": []}, "no image"),
     ({"chosen": [{"type": "image"}]}, r"chosen is not one user .* but \['user', None\]"),
     ({"chosen": " "}, "chosen, assistant: no content")])
@@ -103,9 +103,10 @@ def test_lists_of_names(tmp_path, text):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("[]", "no names in it"), ("\ufeff\r\n", "no names in it"), ('["a.jpg", ', "not JSON"),
-    ('{"image": "a.jpg"}', "holds JSON objects, not names"), ('{"description": 1}', "holds descriptions .*, not names"),
-    (json.dumps([FORMS["POVID"]]), "holds preference pairs .*, not names")])
+    ("[]", "no names of images"), ("\ufeff\r\n", "no names of images"), ('["a.jpg", ', "not JSON"),
+    ('{"image": "a.jpg"}', "contains JSON objects, not names"),
+    ('{"description": 1}', "contains descriptions .*, not names"),
+    (json.dumps([FORMS["POVID"]]), "contains preference pairs .*, not names")])
 def test_what_is_no_list_of_names(tmp_path, text, complaint):
     (tmp_path / "names").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^{tmp_path}/names.*{complaint}"):
@@ -138,7 +139,7 @@ def test_instructions_with_other_than_one_image_are_left_out(tmp_path):
     path.write_text(json.dumps(listed))
     entries, total = data.image_records(path, left_out := {})
     assert [(id, record["image"]) for _, id, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")] and total == 4
-    assert left_out == {"0": f"{path}, record 0: 2 images, a sample has one image",
+    assert left_out == {"0": f"{path}, record 0: 2 images, but a sample has one",
                         "2": f"{path}, record 2: image is not a file name"}
     told = [{"id": 1, "image": "a.jpg", "description": "D"}, {"image": ["b.jpg"], "description": "D"}]
     (tmp_path / "d.json").write_text(json.dumps(told))

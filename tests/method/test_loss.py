@@ -1,4 +1,4 @@
-"""The losses against values worked out by hand. Every literal is derived in the comment beside it."""
+"""The losses against values computed by hand. Every literal is derived in the comment next to it."""
 
 import math
 
@@ -20,8 +20,8 @@ def t(*values):
 
 def test_token_logps_by_hand():
     # Two tokens in the vocabulary. Logits (0, ln 3) are probabilities (1/4, 3/4); (ln 4, 0) are (4/5, 1/5).
-    # Labels [1, 1, 0]: position 0 predicts label 1 with 3/4, position 1 predicts label 0 with 4/5; nothing predicts
-    # the first label, and the last logits predict nothing.
+    # Labels [1, 1, 0]: position 0 predicts label 1 with 3/4, position 1 predicts label 0 with 4/5; nothing
+    # predicts the first label, and the last logits predict nothing.
     logits = torch.tensor([[[0.0, math.log(3)], [math.log(4), 0.0], [7.0, -7.0]]])
     logps = token_logps(logits, torch.tensor([[1, 1, 0]]))
     torch.testing.assert_close(logps, torch.tensor([[0.0, math.log(3 / 4), math.log(4 / 5)]]))
@@ -128,14 +128,16 @@ def test_each_pair_has_its_own_loss():
     together = stic_loss(*values, beta=0.3, alpha=0.1)
     assert together.shape == (5,)
     for i in range(5):
-        torch.testing.assert_close(stic_loss(*(v[i : i + 1] for v in values), beta=0.3, alpha=0.1), together[i : i + 1])
+        alone = stic_loss(*(v[i : i + 1] for v in values), beta=0.3, alpha=0.1)
+        torch.testing.assert_close(alone, together[i : i + 1])
 
 
 # ---------------------------------------------------------------- sft_loss, Algorithm 2
 
 
 def test_sft_by_hand():
-    # As in test_token_logps_by_hand: -ln(3/4) - ln(4/5) = ln(5/3) over two tokens; the first label is not predicted.
+    # As in test_token_logps_by_hand: -ln(3/4) - ln(4/5) = ln(5/3) over two tokens; nothing predicts the first
+    # label.
     logits = torch.tensor([[[0.0, math.log(3)], [math.log(4), 0.0], [7.0, -7.0]]])
     nll, tokens = sft_loss(logits, torch.tensor([[1, 1, 0]]))
     assert nll.item() == pytest.approx(math.log(5 / 3), abs=1e-6) and tokens.item() == 2

@@ -1,6 +1,6 @@
-"""What only a GPU can show; test_gpu.py runs each in a process that sees the machine's GPUs.
+"""Checks that need a GPU; test_gpu.py runs each in a process that sees the machine's GPUs.
 
-  python tests/model/gpu_checks.py                      all of them on cuda
+  python tests/model/gpu_checks.py                      runs all of them on cuda
   python tests/model/gpu_checks.py graphs --device cpu  rehearses one of them
 """
 
@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" /
 import test_lora  # noqa: E402
 import tiny  # noqa: E402
 
-from stic_min import sampler  # noqa: E402
+from stic_min import sampler, slots  # noqa: E402
 from stic_min.cache import Decode, KVCache  # noqa: E402
 from stic_min.images import open_image  # noqa: E402
 from stic_min.loader import load_llava  # noqa: E402
@@ -33,7 +33,7 @@ SHAPES = (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 11008)
 
 
 def graphs(device, folder):
-    """A decode step replayed as a CUDA graph draws the tokens of the eager one."""
+    """Decoding steps replayed as CUDA graphs sample the same tokens as eager ones."""
     images = [open_image(path) for path in sorted((folder / "images").iterdir())]
     prompts = [f"[INST] <image>\nWhat is this, number {i}? [/INST]" for i in range(len(images))]
     for name in ("llava-v1.5-tiny", "llava-v1.6-tiny"):
@@ -41,36 +41,36 @@ def graphs(device, folder):
         for how in ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}):
             rows = prompts, [[image] for image in images], list(range(len(images)))
             replayed = sampler.sample(llava, *rows, max_new_tokens=80, **how)
-            with mock.patch.object(sampler, "GRAPHED", set()):
+            with mock.patch.object(slots, "GRAPHED", set()):
                 eager = sampler.sample(llava, *rows, max_new_tokens=80, **how)
             assert [s.ids for s in replayed] == [s.ids for s in eager]
             assert sum(len(s.ids) for s in eager) > 100
 
 
 def small_updates(device, folder):
-    """LoRA's update is added before bf16 rounds."""
-    made = test_lora.layer(4096, 4096, dtype=torch.bfloat16).to(device)
+    """LoRA's update is added before the sum is rounded to bf16."""
+    layer = test_lora.layer(4096, 4096, dtype=torch.bfloat16).to(device)
     x = torch.randn(512, 4096, device=device).bfloat16()
     for size in test_lora.SIZES[:3]:
-        kept = test_lora.slope(made, x, test_lora.B_of_size(made, x, size), type(made).forward)
-        assert 0.9 < kept < 1.1, (size, kept)
+        slope = test_lora.slope(layer, x, test_lora.B_of_size(layer, x, size), type(layer).forward)
+        assert 0.9 < slope < 1.1, (size, slope)
 
 
 @torch.no_grad()
 def theta_0(device, folder):
     """With B = 0, LoRA on and LoRA off agree bit for bit."""
     for inputs, outputs in SHAPES:
-        made = test_lora.layer(inputs, outputs, dtype=torch.bfloat16).to(device)
+        layer = test_lora.layer(inputs, outputs, dtype=torch.bfloat16).to(device)
         for tokens in (1, 7, 1130):
             x = torch.randn(tokens, inputs, device=device).bfloat16()
-            made.enabled = True
-            theta = made(x)
-            made.enabled = False
-            assert torch.equal(theta, made(x)), (inputs, outputs, tokens)
+            layer.enabled = True
+            theta = layer(x)
+            layer.enabled = False
+            assert torch.equal(theta, layer(x)), (inputs, outputs, tokens)
 
 
 def decode_attention(device, folder):
-    """One token per slot over a cache of unequal rows, against softmax written out in fp32."""
+    """One token per slot over a cache with rows of different lengths, against an explicit softmax in fp32."""
     torch.manual_seed(0)
     heads, shared, D, rows, longest = 32, 8, 128, 5, 384
     config = DecoderConfig(heads * D, 64, 1, heads, shared, 32, 1e-5, 1e4, 512)
@@ -92,30 +92,33 @@ def decode_attention(device, folder):
 
 @torch.no_grad()
 def sampled_logits(device, folder):
-    """Logits for sampling are not rounded to bf16 on their way."""
+    """Logits for sampling are not rounded to bf16 on the way."""
     llava = load_llava(folder / "llava-v1.6-tiny", device=device, dtype=torch.bfloat16)
     x = torch.randn(64, llava.config.decoder.hidden_size, device=device).bfloat16()
     exact = F.linear(x.double(), llava.lm_head.weight.double())
-    error = (sampler.fp32_logits(llava, x) - exact).abs().max() / exact.abs().max()
+    error = (slots.fp32_logits(llava, x) - exact).abs().max() / exact.abs().max()
     assert error < (1e-5 if torch.device(device).type == "cuda" else 1e-2), error
 
 
 def commands(device, folder):
-    """The four commands, in the dtype that a GPU has by default."""
+    """The four commands, in the default dtype on a GPU."""
     at, images = ["--model", folder / "llava-v1.6-tiny", "--device", device], ["--images", folder / "images"]
     few, train = ["--max-new-tokens", 8], [*at, *images, "--lr", 1e-3, "--batch-size", 4, "--lora-r", 4]
-    stage1, pairs, told = folder / "stage1", folder / "pairs.jsonl", folder / "descriptions.jsonl"
+    stage1, pairs, descriptions = (folder / name for name in ("stage1", "pairs.jsonl", "descriptions.jsonl"))
     records = ["--describe", folder / "instructions.json", "--adapter", stage1]
-    stage2 = ["--instructions", folder / "instructions.json", "--descriptions", told, "--adapter", stage1]
-    benchmark = ["--adapter", folder / "stage2", "--data", folder / "scienceqa", "--out", folder / "results", "--dar"]
+    stage2 = ["--instructions", folder / "instructions.json", "--descriptions", descriptions]
+    stage2 += ["--adapter", stage1]
+    benchmark = ["--adapter", folder / "stage2", "--data", folder / "scienceqa"]
+    benchmark += ["--out", folder / "results", "--dar"]
     for script, *args in (
         ["generate_pairs", *at, *images, *few, "--out", pairs],
         ["train_stage1", *train, "--pairs", pairs, "--out", stage1],  # ln 2 is checked before step 1
-        ["generate_pairs", *at, *images, *few, *records, "--out", told],
+        ["generate_pairs", *at, *images, *few, *records, "--out", descriptions],
         ["train_stage2", *train[:-2], *stage2, "--out", folder / "stage2"],
         ["evaluate", "scienceqa", *at, *few, *benchmark],
     ):
-        with mock.patch.object(sys, "argv", [script, *map(str, args)]), contextlib.redirect_stdout(io.StringIO()):
+        command = mock.patch.object(sys, "argv", [script, *map(str, args)])
+        with command, contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module(script).main()
     assert (folder / "results" / "scienceqa-stage2-dar.scores.json").is_file()
 
@@ -125,8 +128,9 @@ CHECKS = {check.__name__: check
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("check", nargs="*", help=f"of {', '.join(CHECKS)} (default: all)")
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
+    parser.add_argument("check", nargs="*", help=f"any of {', '.join(CHECKS)} (default: all)")
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     args = parser.parse_args()
     for name in args.check or CHECKS:

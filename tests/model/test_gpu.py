@@ -1,4 +1,4 @@
-"""The checks of gpu_checks.py, each in a process that sees the machine's GPUs; skipped where there is none."""
+"""The checks of gpu_checks.py, each in a process that sees the machine's GPUs; skipped if there are none."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def gpus():
     return count
 
 
-def test_the_other_tests_see_none():
+def test_other_tests_see_no_gpu():
     assert all(os.environ[name] == "-1" for name in json.loads(os.environ["STIC_GPUS"]))
     done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"], text=True,
                           capture_output=True)
@@ -41,6 +41,6 @@ def test_on_a_gpu(gpus, check):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_all_checks_are_run():
+def test_every_check_is_run():
     checks = runpy.run_path(str(Path(__file__).with_name("gpu_checks.py")))["CHECKS"]
     assert tuple(checks) == CHECKS

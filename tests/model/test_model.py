@@ -207,8 +207,8 @@ def test_bfloat16(tiny, images, name):
 
 # ---------------------------------------------------------------- images in the sequence
 
-# Positions by hand, with 4 x 4 patches per tile. pad: 16. anyres: 16 for the whole image, then the rows of the
-# tiles, each with a newline.
+# Positions by hand, with 4 x 4 patches per tile. pad: 16. anyres: 16 for the whole image, then the rows of
+# the tiles, each with a newline.
 #   300 x 200: 2 x 2 tiles, 8 x 8 patches; 200 * 8 / 300 = 5 rows show the image, (8 - 5) // 2 = 1 is cut off
 #              on both sides: 6 * 9
 #   200 x 280: 2 x 2 tiles again; 200 * 8 / 280 = 5 columns, 1 is cut off on both sides: 8 * 7

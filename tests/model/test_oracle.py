@@ -1,7 +1,7 @@
-"""Parity with the official LLaVA and STIC code: what it computed on tiny checkpoints, read from ../shared/oracle.
+"""Parity with the official LLaVA and STIC code: its results on tiny checkpoints are in ../shared/oracle.
 
-Every case of every fixture file is compared, except those left out below with the reason beside them; counts keep a
-silent skip from hiding.
+Every case of every fixture file is compared, except those left out below with the reason next to them; the
+last test counts the cases, so that none is skipped silently.
 """
 
 import functools
@@ -22,7 +22,16 @@ from safetensors.torch import load_file, save_file
 from stic_min import InputError
 from stic_min.batch import Example, collate
 from stic_min.formats import adapters
-from stic_min.images import best_resolution, corrupt, image_tokens, jitter, make_tiles, normalize, open_image, unpadded
+from stic_min.images import (
+    best_resolution,
+    corrupt,
+    image_tokens,
+    jitter,
+    make_tiles,
+    normalize,
+    open_image,
+    unpadded,
+)
 from stic_min.loader import load_llava
 from stic_min.loss import IGNORE, dpo_loss, sft_loss, stic_loss, token_logps
 from stic_min.sampler import filtered_probs, sample
@@ -32,7 +41,8 @@ ORACLE = SHARED / "oracle"
 if not ORACLE.is_dir():
     pytest.skip(f"no reference data in {ORACLE} (set STIC_SHARED)", allow_module_level=True)
 if int(PIL.__version__.split(".")[0]) < 13:
-    pytest.skip("made with Pillow 13, older ones resize tall pictures a little differently", allow_module_level=True)
+    reason = "the fixtures are from Pillow 13; older versions resize tall images slightly differently"
+    pytest.skip(reason, allow_module_level=True)
 
 # Tolerances of the fixtures' README: absolute, but for the gradients (relative to each tensor's norm).
 PIXELS, FEATURES, LOGITS, LOGP_SUMS, LOSSES, GRADIENTS = 1e-6, 1e-5, 1e-4, 2e-3, 1e-4, 1e-3
@@ -40,9 +50,10 @@ HIDDEN = 2e-4  # the README names none for hidden states, which reach 15 with th
 
 MISTRAL, VICUNA, VICUNA_HF = "tiny-llava-v1.6-mistral", "tiny-llava-v1.5-vicuna", "tiny-llava-1.5-hf"
 V1 = TEMPLATES["vicuna_v1"]
-LLAVA_V1 = Template("llava_v1", V1.system.replace("user", "human"), V1.turn)  # not offered, but its template takes it
+# Not one of TEMPLATES, but Template can express it.
+LLAVA_V1 = Template("llava_v1", V1.system.replace("user", "human"), V1.turn)
 OFFICIAL = TEMPLATES | {"v1": V1, "llava_v1": LLAVA_V1}  # the official names of the templates
-EOS, BLANK, TWO_BLANKS = 2, 28705, 259
+EOS, SPACE, TWO_SPACES = 2, 28705, 259
 
 
 def read(name):
@@ -56,7 +67,8 @@ def arrays(name):
 
 
 def arrays_of(name, case):
-    return {key.removeprefix(f"{case}/"): value for key, value in arrays(name).items() if key.startswith(f"{case}/")}
+    prefix = f"{case}/"
+    return {key.removeprefix(prefix): value for key, value in arrays(name).items() if key.startswith(prefix)}
 
 
 def cases(values, name=lambda case: case.get("id") or case["file"]):
@@ -75,12 +87,12 @@ def matches_summary(tensor, summary):
     close(numbers, [summary[key] for key in ("mean", "std", "min", "max")], FEATURES)
 
 
-def sha256(picture):
-    return hashlib.sha256(picture.tobytes()).hexdigest()
+def sha256(image):
+    return hashlib.sha256(image.tobytes()).hexdigest()
 
 
 @functools.cache
-def picture(name):
+def cached_image(name):
     return open_image(ORACLE / "images" / name)
 
 
@@ -113,9 +125,11 @@ PINPOINTS = PIXEL_FILE["image_grid_pinpoints"]
 
 
 @pytest.mark.parametrize("mode", ["anyres", "pad"])
-@cases(PIXEL_FILE["images"])  # left out: `none` (CLIP's own centre crop) and `without_convert`, which are not offered
+# Left out: `none` (CLIP's own center crop) and `without_convert`, which are not offered.
+@cases(PIXEL_FILE["images"])
 def test_pixels(case, mode):
-    image, expected, stored = picture(case["file"]), case[mode], arrays_of("pixels", case["file"].partition(".")[0])
+    image, expected = cached_image(case["file"]), case[mode]
+    stored = arrays_of("pixels", case["file"].partition(".")[0])
     assert sha256(image) == case["rgb_sha256"], "the image decoder differs"
     tiles = make_tiles(image, mode, 336, PINPOINTS)
     pixels, stride = tiles.pixels if mode == "anyres" else tiles.pixels[0], expected["stride"]
@@ -141,21 +155,23 @@ def test_resolution_table():
     assert len(PIXEL_FILE["resolution_table"]) == 74
 
 
-@cases(read("corruption")["images"])  # left out: `brightness_only` and `hue_only`, torchvision's own functions
+# Left out: `brightness_only` and `hue_only`, torchvision's own functions.
+@cases(read("corruption")["images"])
 def test_corruption(case):
     def matches(actual, expected):
         pixels, stride = torch.from_numpy(np.array(actual)), expected["stride"]
         close(pixels[::stride, ::stride], arrays("corruption")[expected["array"]], 0)
         assert list(actual.size) == expected["size_wh"] and sha256(actual) == expected["rgb_sha256"]
 
-    image = picture(case["file"])
-    drawn = (corrupt(image, seed) for seed in range(100))
-    matches(next(small for small, what in drawn if what["kind"] == "low_resolution"), case["resize20"])
+    image = cached_image(case["file"])
+    corrupted = (corrupt(image, seed) for seed in range(100))
+    matches(next(small for small, how in corrupted if how["kind"] == "low_resolution"), case["resize20"])
     assert len(case["color_jitter"]) == 3
     for expected in case["color_jitter"]:
-        actual, drawn = jitter(image, torch.Generator().manual_seed(expected["torch_manual_seed"]))
-        close([drawn["brightness"], drawn["hue"]], [expected["brightness_factor"], expected["hue_factor"]], PIXELS)
-        assert drawn["brightness_first"] == (expected["fn_idx"].index(0) < expected["fn_idx"].index(3))
+        actual, parameters = jitter(image, torch.Generator().manual_seed(expected["torch_manual_seed"]))
+        close(parameters["brightness"], expected["brightness_factor"], PIXELS)
+        close(parameters["hue"], expected["hue_factor"], PIXELS)
+        assert parameters["brightness_first"] == (expected["fn_idx"].index(0) < expected["fn_idx"].index(3))
         matches(actual, expected)
 
 
@@ -167,11 +183,13 @@ LEGACY = {"A": True, "A_slow": True, "B": False, "B_legacy": True}  # the fixtur
 
 @functools.cache
 def tokenizer(name):
-    return Tokenizer(ORACLE / MISTRAL / "tokenizer.model", legacy=LEGACY[name])  # all checkpoints have this file
+    # All checkpoints have the same tokenizer.model.
+    return Tokenizer(ORACLE / MISTRAL / "tokenizer.model", legacy=LEGACY[name])
 
 
 def has_control_tokens(text):
-    """Left out wherever it occurs: in stic_min, control tokens in text stay text, on purpose (see text.py)."""
+    """Such text is left out everywhere: in stic_min, control tokens in text deliberately stay text (see
+    text.py)."""
     return any(token in text for token in ("<s>", "</s>", "<unk>"))
 
 
@@ -185,14 +203,15 @@ def conversation(tokenizer, template, turns):
     return ids, labels
 
 
-def without_lone_blank(ids, labels):
-    """The official mistral_instruct closes a turn with answer + " " + </s>. The model never generates that blank, so
-    stic_min has none: drop it, also where it has melted with a blank at the answer's own end."""
+def without_lone_space(ids, labels):
+    """The official mistral_instruct ends a turn with answer + " " + </s>. The model never generates that
+    space, so stic_min has none. This drops it, also where it has merged with a space at the end of the
+    answer."""
     kept = []
     for i, label, following in zip(ids, labels, [*ids[1:], None]):
-        if following == EOS and i == TWO_BLANKS:
-            kept.append((BLANK, label if label == IGNORE else BLANK))
-        elif not (following == EOS and i == BLANK):
+        if following == EOS and i == TWO_SPACES:
+            kept.append((SPACE, label if label == IGNORE else SPACE))
+        elif not (following == EOS and i == SPACE):
             kept.append((i, label))
     return [i for i, _ in kept], [label for _, label in kept]
 
@@ -208,7 +227,7 @@ def test_prompt_ids(case):
     for name in LEGACY:
         expected = case[name]
         if template.name == "mistral_instruct":
-            expected, _ = without_lone_blank(expected, expected)
+            expected, _ = without_lone_space(expected, expected)
         assert conversation(tokenizer(name), template, turns)[0] == expected, name
 
 
@@ -220,7 +239,7 @@ def test_raw_encode():
     assert (len(compared), len(TOKENS["raw_encode"])) == (33, 43)
 
 
-def test_decode():  # left out: unstripped text and text with control tokens, which stic_min never makes
+def test_decode():  # left out: unstripped text and text with control tokens, which stic_min never generates
     compared = Counter()
     for case in TOKENS["decode"]:
         for name in ("A", "A_slow", "B"):
@@ -232,13 +251,14 @@ def test_decode():  # left out: unstripped text and text with control tokens, wh
     assert compared == {"A": 50, "A_slow": 54, "B": 54}
 
 
-# Left out: answers with control tokens in them; empty answers, after which the official prompt stays open; what the
-# official tokenizer cut at 64 (stic_min cuts responses only).
+# Left out: answers with control tokens in them; empty answers, after which the official prompt stays open;
+# cases that the official tokenizer truncated to 64 (stic_min truncates responses only).
 LABELS = [
     case | {"id": f"{name}/{case['id']}"}
     for name in ("labels_llava", "labels_stic_sft", "labels_stic_dpo")
     for case in read(name)["cases"]
-    if case["id"].split("/")[-1] not in ("answer_contains_eos", "empty_answer") and case["model_max_length"] == 2048
+    if case["id"].split("/")[-1] not in ("answer_contains_eos", "empty_answer")
+    and case["model_max_length"] == 2048
 ]
 
 
@@ -246,14 +266,14 @@ LABELS = [
 def test_labels(case):
     turns = case["after_preprocess_multimodal"] or case["conversation"]  # null where there is no image
     if turns[0].get("from", turns[0].get("role")) in ("gpt", "assistant"):
-        turns = turns[1:]  # the official code drops what the assistant says first
+        turns = turns[1:]  # the official code drops a first turn of the assistant
     turns = [turn.get("value", turn.get("content")) for turn in turns]
     ids, labels = conversation(tokenizer(case["checkpoint"]), OFFICIAL[case["version"]], turns)
     expected = case["input_ids"], case["labels"]
     if case["version"] == "mistral_instruct":
-        expected = without_lone_blank(*expected)
+        expected = without_lone_space(*expected)
     assert ids == expected[0]
-    if case["warning"] is None:  # else the official length check failed and masked everything; stic_min has no such
+    if case["warning"] is None:  # otherwise the official length check failed and masked everything
         assert labels == expected[1]
     if "prompt" in case:
         assert tokenizer(case["checkpoint"]).encode_prompt(case["prompt"]) == case["prompt_input_ids"]
@@ -266,14 +286,16 @@ FORWARD = [
     for X, prefix, folder in (("A", "", MISTRAL), ("B", "", VICUNA), ("B", "hf-", VICUNA_HF))
     for case in read(f"forward_{X}")["cases"]
 ]
-TRUNCATED = [case for case in FORWARD if case.get("truncated")]  # A19: the official code cuts off the prompt's end
+# A19: the official code cuts off the end of the prompt.
+TRUNCATED = [case for case in FORWARD if case.get("truncated")]
 FORWARD = [case for case in FORWARD if case not in TRUNCATED]
 ADAPTED = [
     case | {"checkpoint": case["id"].partition("/")[0], "arrays": arrays_of("adapter_forward", case["id"])}
     for case in read("adapter_forward")["cases"]
 ]
-MULTI_TURN = {"A17": "mistral_instruct", "B12": "vicuna_v1", "hf-B12": "vicuna_v1"}  # prompts here have one turn only
-# Left out: the official float32 numbers are themselves up to 1.1e-4 away from this forward in float64 (ours: 6e-5).
+# `sample` takes prompts of one turn; these have more.
+MULTI_TURN = {"A17": "mistral_instruct", "B12": "vicuna_v1", "hf-B12": "vicuna_v1"}
+# Left out: the official float32 numbers are up to 1.1e-4 away from this forward pass in float64 (ours: 6e-5).
 INEXACT = (f"{MISTRAL}/lora_nonlora", "logit_max")
 
 
@@ -282,19 +304,19 @@ def model_of(load, case):
     return load(case["checkpoint"], case.get("image_aspect_ratio"), variant)
 
 
-def pictures(case):
-    return [picture(name) for name in case["images"]]
+def case_images(case):
+    return [cached_image(name) for name in case["images"]]
 
 
 def batch_of(llava, case, extra=()):
-    """The case's own ids, with `extra` ones behind."""
-    tiles = [llava.tiles(image) for image in pictures(case)]
+    """The case's ids, followed by `extra` ids."""
+    tiles = [llava.tiles(image) for image in case_images(case)]
     return collate([Example(case["id"], [([*case["input_ids"], *extra], False)], [])], [tiles], llava.config)
 
 
 @torch.no_grad()
 def trace(llava, batch):
-    """Logits (T, V) of every position, and what went through the modules on the way."""
+    """Logits (T, V) at every position, and the intermediate results."""
     seen, batch.scored = {}, torch.arange(len(batch.ids))[None]
     hooks = [
         llava.vision_tower.register_forward_hook(lambda _, args, out: seen.update(vision=out)),
@@ -312,7 +334,8 @@ def check_forward(llava, case):
     batch = batch_of(llava, case)
     assert len(batch.ids) == case["merged_length"]
     assert [llava.config.image_tokens(t.size) for t in batch.tiles] == case["image_tokens"]
-    shapes = [list(t.pixels.shape)[t.grid is None :] for t in batch.tiles]  # the official pad mode has no tile axis
+    # the official pad mode has no tile dimension
+    shapes = [list(t.pixels.shape[1:] if t.grid is None else t.pixels.shape) for t in batch.tiles]
     assert shapes == case.get("pixel_values_shape", [])
     logits, seen = trace(llava, batch)
     embeds, last_hidden, top = seen["embeds"], seen["hidden_2"], case["last_position_top6"]
@@ -333,7 +356,7 @@ def check_forward(llava, case):
     }
     if batch.tiles:
         vision, projected = case["vision_features_summary"], case["projected_summary"]
-        last = vision["shape"][0] - 1  # in anyres of the first picture, in pad mode of all
+        last = vision["shape"][0] - 1  # in anyres mode of the first image, in pad mode of all
         matches_summary(seen["vision"][: last + 1], vision)
         matches_summary(seen["projected"][: last + 1], projected)
         actual["vision_features_tile0"] = seen["vision"][0, ::24], FEATURES
@@ -349,10 +372,10 @@ def check_forward(llava, case):
 def test_forward(load, case):
     llava, ids = model_of(load, case), case["input_ids"]
     if case["id"] not in MULTI_TURN:
-        assert torch.equal(llava.batch(case["conv_prompt"], pictures(case)).ids, batch_of(llava, case).ids)
+        assert torch.equal(llava.batch(case["conv_prompt"], case_images(case)).ids, batch_of(llava, case).ids)
     elif case["checkpoint"] != VICUNA_HF:  # that folder has no tokenizer_config.json to say legacy=false
         turns = ["<image>\nWhat is it?", "It is a test picture.", "Are you sure?"]
-        expected = without_lone_blank(ids, ids)[0] if case["id"] == "A17" else ids
+        expected = without_lone_space(ids, ids)[0] if case["id"] == "A17" else ids
         assert conversation(llava.tokenizer, TEMPLATES[MULTI_TURN[case["id"]]], turns)[0] == expected
     check_forward(llava, case)
 
@@ -360,7 +383,7 @@ def test_forward(load, case):
 @cases(TRUNCATED)
 def test_too_long_is_an_error(load, case):
     with pytest.raises(InputError, match="4096"):
-        load(case["checkpoint"]).batch(case["conv_prompt"], pictures(case))
+        load(case["checkpoint"]).batch(case["conv_prompt"], case_images(case))
 
 
 @cases(ADAPTED)
@@ -370,12 +393,12 @@ def test_adapter_forward(load, case):
 
 @cases(FORWARD + ADAPTED)  # left out: the stored margins, which only say how safe each greedy choice is
 def test_greedy(load, case):
-    llava, expected = model_of(load, case), case["generated_ids"][1:]  # the first is a dummy that is fed to nothing
+    llava, expected = model_of(load, case), case["generated_ids"][1:]  # the first is an unused dummy
     if case["id"] in MULTI_TURN:  # `sample` takes one turn, so here one forward over the expected ids
         logits, _ = trace(llava, batch_of(llava, case, extra=expected[:-1]))
         ids = logits[-len(expected) :].argmax(-1).tolist()
     else:
-        ids = sample(llava, [case["conv_prompt"]], [pictures(case)], [0], max_new_tokens=24)[0].ids
+        ids = sample(llava, [case["conv_prompt"]], [case_images(case)], [0], max_new_tokens=24)[0].ids
     assert ids == expected
     assert llava.tokenizer.decode(ids) == case["generated_text_strip"]
 
@@ -389,7 +412,8 @@ def test_stop(load, monkeypatch, case):
     forward, end = BY_ID[case["case"]], case["eos_token_id_override"]
     llava = load(forward["checkpoint"])
     monkeypatch.setattr(llava.tokenizer, "eos", end or EOS)
-    (row,) = sample(llava, [forward["conv_prompt"]], [pictures(forward)], [0], max_new_tokens=case["max_new_tokens"])
+    prompts, images, limit = [forward["conv_prompt"]], [case_images(forward)], case["max_new_tokens"]
+    (row,) = sample(llava, prompts, images, [0], max_new_tokens=limit)
     assert (row.ids, row.finish) == (case["sequence"][1:], "stop" if end else "length")
     assert llava.tokenizer.decode(row.ids) == case.get("decoded_strip", llava.tokenizer.decode(row.ids))
 
@@ -397,8 +421,8 @@ def test_stop(load, monkeypatch, case):
 @cases(EXTRA["warpers"], lambda c: f"{c['case']}-T{c['temperature']}-p{c['top_p']}-k{c['top_k_effective']}")
 def test_warpers(load, case):
     forward = BY_ID[case["case"]]
-    logits = load(forward["checkpoint"]).logits(forward["conv_prompt"], pictures(forward))[-1:]
-    if top_k := case["top_k_effective"]:  # stic_min has no top-k; the official default of 50 is taken here by hand
+    logits = load(forward["checkpoint"]).logits(forward["conv_prompt"], case_images(forward))[-1:]
+    if top_k := case["top_k_effective"]:  # stic_min has no top-k: the official default of 50 is applied here
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     probs = filtered_probs(logits, case["temperature"], case["top_p"])[0]
     kept = probs.nonzero()[:, 0].tolist()
@@ -415,7 +439,8 @@ SFT_IDS = {case["id"]: case for case in SFT["sft"] if "input_ids" in case}  # th
 
 
 def runs(ids, labels):
-    """[(ids, scored?)] from ids and labels. The fixtures' own ids keep mistral_instruct's lone blanks comparable."""
+    """[(ids, scored?)] from ids and labels. With the fixtures' own ids, mistral_instruct's lone spaces do not
+    matter."""
     pairs = groupby(zip(ids, labels), lambda pair: pair[1] != IGNORE)
     return [([i for i, _ in pair], scored) for scored, pair in pairs]
 
@@ -428,7 +453,7 @@ def test_sft(load, case):
     for i, name in zip(case["examples"], names):
         ids = SFT_IDS[name]["input_ids"]
         examples.append(Example(name, runs(ids, SFT_IDS[name]["labels"]), []))
-        tiles.append([llava.tiles(picture(SFT_DATA[i]["image"]))] if IMAGE in ids else [])
+        tiles.append([llava.tiles(cached_image(SFT_DATA[i]["image"]))] if IMAGE in ids else [])
     batch = collate(examples, tiles, llava.config)
     assert max(span.end - span.start for span in batch.attend.spans) == case["merged_shape"][1]
     logits = llava(batch)
@@ -440,7 +465,7 @@ def test_sft(load, case):
         close(own, arrays("sft")[f"{name}/token_logps"], LOGITS)
 
 
-# ---------------------------------------------------------------- preference optimisation
+# ---------------------------------------------------------------- preference optimization
 
 DPO, DPO_DATA, ANYRES = read("dpo"), read("dpo_data"), SFT["dpo_mistral_anyres"]
 BETA, ALPHA, SIDES = DPO["beta"], DPO["alpha"], ("chosen", "rejected")
@@ -452,18 +477,18 @@ BATCHES = [
 
 
 def pairs(llava, case):
-    """The case as stage 1 lays it out, [prompt | chosen | rejected] in one pass, from the texts."""
+    """The case as stage 1 collates it from the texts, [prompt | chosen | rejected] in one pass."""
     examples, tiles = [], []
     for i in case["examples"]:
         record, tokens = case["combo"]["examples"][i], llava.tokenizer
-        prompt = tokens.encode_prompt(record["prompt"].removesuffix(" "))  # the blank belongs to the answer
+        prompt = tokens.encode_prompt(record["prompt"].removesuffix(" "))  # the space belongs to the answer
         branches = [tokens.encode_response(DPO_DATA[i][side][1]["content"]) for side in SIDES]
         for side, ids in zip(SIDES, branches):
             assert prompt + ids == record[f"{side}_input_ids"]
             assert [IGNORE] * len(prompt) + ids == record[f"{side}_labels"]
         examples.append(Example(case["id"], [(prompt, False)], branches))
-        # Example 3 has no <image>: the official code loads its picture and never uses it.
-        tiles.append([llava.tiles(picture(DPO_DATA[i]["image"]))] if IMAGE in prompt else [])
+        # Example 3 has no <image>: the official code loads its image and never uses it.
+        tiles.append([llava.tiles(cached_image(DPO_DATA[i]["image"]))] if IMAGE in prompt else [])
     return collate(examples, tiles, llava.config)
 
 
@@ -496,7 +521,8 @@ def check_loss(policy, reference, expected):
         close(actual[key][0], value, actual[key][1])
 
 
-# Left out here and below: `official_noisy`, the release's scoring of the rejected answer, which the paper has not.
+# Left out here and below: `official_noisy`, the release's scoring of the rejected answer, which differs from
+# the paper.
 @cases(BATCHES)
 @torch.no_grad()
 def test_dpo(load, case):
@@ -556,7 +582,7 @@ def test_dpo_anyres(load, case):
     logps = {}
     for variant, expected in case["logps"].items():
         llava = load(ANYRES["checkpoint"], "anyres", variant)
-        tiles = [llava.tiles(picture(case["image"]))] if IMAGE in prompt else []
+        tiles = [llava.tiles(cached_image(case["image"]))] if IMAGE in prompt else []
         batch = collate([Example("", [(prompt, False)], [chosen, rejected])], [tiles], llava.config)
         logps[variant] = sums(llava, batch)
         close(logps[variant][:, 0], [expected[side] for side in SIDES], LOGP_SUMS)
@@ -569,7 +595,7 @@ def test_dpo_anyres(load, case):
 
 @functools.cache
 def official(checkpoint):
-    """All tensors under official names, the tower's too where it lies in a folder of its own, and both configs."""
+    """All tensors by their official names, including those of a tower in its own folder, and both configs."""
     config = json.loads((ORACLE / checkpoint / "config.json").read_text())
     folder, weights = ORACLE / config["mm_vision_tower"], {}
     for key, value in load_file(folder / "model.safetensors").items():
@@ -582,8 +608,9 @@ def official(checkpoint):
 
 def huggingface_config(config, vision, layout, rows):
     """config.json as transformers writes it; its version 5 keeps rope_theta in rope_parameters."""
-    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    text = {key: config[key] for key in (*keys, "max_position_embeddings", "rms_norm_eps")} | {"vocab_size": rows}
+    keys = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    keys += ["num_key_value_heads", "max_position_embeddings", "rms_norm_eps"]
+    text = {key: config[key] for key in keys} | {"vocab_size": rows}
     text["model_type"], text["sliding_window"] = config["model_type"].removeprefix("llava_"), None
     rope = {"rope_theta": config.get("rope_theta", 10000.0)}
     text |= {"rope_parameters": rope | {"rope_type": "default"}} if layout.endswith("5") else rope
@@ -604,15 +631,17 @@ def test_huggingface_layouts(load, tmp_path, checkpoint, layout):
         weights[name] = torch.cat([weights[name], torch.ones_like(weights[name][: rows - 32000])])
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(huggingface_config(config, vision, layout, rows)))
-    llava, original = load_llava(tmp_path, tokenizer=ORACLE / checkpoint / "tokenizer.model"), load(checkpoint)
-    assert llava.config == replace(original.config, max_length=llava.config.max_length)  # a key of LLaVA's own
+    original = load(checkpoint)
+    llava = load_llava(tmp_path, tokenizer=ORACLE / checkpoint / "tokenizer.model")
+    # max_length comes from a key that only LLaVA's own configurations have
+    assert llava.config == replace(original.config, max_length=llava.config.max_length)
     case = next(case for case in FORWARD if case["checkpoint"] == checkpoint)
-    expected = original.logits(case["conv_prompt"], pictures(case))
-    close(llava.logits(case["conv_prompt"], pictures(case)), expected, LOGITS)
+    expected = original.logits(case["conv_prompt"], case_images(case))
+    close(llava.logits(case["conv_prompt"], case_images(case)), expected, LOGITS)
 
 
 def test_nothing_was_left_out():
-    """How many cases the parametrised tests above ran on."""
+    """The number of cases in the parametrized tests above."""
     assert (len(PIXEL_FILE["images"]), len(read("corruption")["images"])) == (13, 6)
     assert (len(PROMPTS), len(TOKENS["prompts"])) == (75, 78)
     labels = Counter(case["id"].split("/")[0] for case in LABELS)
@@ -620,6 +649,5 @@ def test_nothing_was_left_out():
     assert sum(case["warning"] is None for case in LABELS) == 108
     assert Counter(case["checkpoint"] for case in FORWARD) == {MISTRAL: 19, VICUNA: 14, VICUNA_HF: 14}
     assert (len(TRUNCATED), len(ADAPTED), len(EXTRA["stop"]), len(EXTRA["warpers"])) == (1, 10, 12, 10)
-    assert (len(SFT["sft"]), len(BATCHES), sum("grad" in case for case in BATCHES), len(ANYRES["examples"])) == (
-        18, 10, 6, 4,
-    )  # fmt: skip
+    assert (len(SFT["sft"]), len(BATCHES), len(ANYRES["examples"])) == (18, 10, 4)
+    assert sum("grad" in case for case in BATCHES) == 6

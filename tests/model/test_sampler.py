@@ -1,7 +1,9 @@
-"""The sampler against the forward pass that the loss sees: what it generates is fed back as one sequence and has to
-have the same log-probs. That covers cache, positions, masks and bookkeeping without a golden file."""
+"""The sampler against the forward pass of the loss: what it generates is fed back as one sequence, which must
+give the same log-probs. That covers cache, positions, masks and bookkeeping without stored values."""
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,21 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from stic_min import InputError, sampler
-from stic_min.batch import Example, collate
+from stic_min import slots as slots_module
 from stic_min.cache import KVCache
 from stic_min.images import open_image
 from stic_min.loader import load_llava
 from stic_min.loss import token_logps
 from stic_min.runtime.work import row_seed
-from stic_min.sampler import Request, filtered_probs, pick, sample, stream
-from stic_min.text import TEMPLATES
+from stic_min.sampler import Request, filtered_probs, pick, sample, sample_naively, stream
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
-# text and the numbers of its pictures: prompts of many lengths, pictures of many shapes, none, two, one in mid-text
+# text and the numbers of its images: prompts of many lengths, images of many shapes; none, two, one in
+# mid-text
 ROWS = [
     ("<image>\nDescribe the image concisely.", [1]),
     ("What is 12 + 30?", []),
-    ("<image>\n<image>\nWhich of the two pictures has a boat in it, and what is in the other?", [2, 7]),
+    ("<image>\n<image>\nWhich of the two images has a boat in it, and what is in the other?", [2, 7]),
     ("Look at this: <image> Is it day or night?", [3]),
     ("<image>", [5]),
 ]
@@ -38,20 +40,20 @@ def llava(tiny, request):
 @pytest.fixture(scope="module")
 def rows(llava, tiny):
     """(prompts, images, seeds) of ROWS."""
-    pictures = {i: open_image(next((tiny / "images").glob(f"scene_0{i}.*"))) for i in range(1, 9)}
-    prompts = [TEMPLATES[llava.config.template].prompt(text) for text, _ in ROWS]
-    return prompts, [[pictures[i] for i in numbers] for _, numbers in ROWS], [100 + i for i in range(len(ROWS))]
+    scenes = {i: open_image(next((tiny / "images").glob(f"scene_0{i}.*"))) for i in range(1, 9)}
+    prompts = [llava.chat_prompt(text, images=0) for text, _ in ROWS]
+    return prompts, [[scenes[i] for i in numbers] for _, numbers in ROWS], [100 + i for i in range(len(ROWS))]
 
 
-def one_sequence(llava, prompt, pictures, ids=(), branches=()):
-    trunk = [(llava.tokenizer.encode_prompt(prompt) + list(ids), False)]
-    return collate([Example("row", trunk, list(branches))], [[llava.tiles(p) for p in pictures]], llava.config)
+def one_sequence(llava, prompt, images, branches=()):
+    ids = llava.tokenizer.encode_prompt(prompt)
+    return llava.single_batch(ids, list(branches), [llava.tiles(image) for image in images])
 
 
 @torch.no_grad()
-def rescored(llava, prompt, pictures, ids):
-    """log p of `ids` behind the prompt, in one forward pass without a cache."""
-    batch = one_sequence(llava, prompt, pictures, branches=[ids])
+def rescored(llava, prompt, images, ids):
+    """log p of `ids` after the prompt, in one forward pass without a cache."""
+    batch = one_sequence(llava, prompt, images, branches=[ids])
     return token_logps(llava(batch), batch.labels)[0, 1:].tolist()
 
 
@@ -69,28 +71,24 @@ def same(samples, expected):
 def test_generate_then_rescore(llava, rows, how):
     samples = sample(llava, *rows, max_new_tokens=24, **how)
     assert sum(len(s.ids) for s in samples) > 60  # enough to mean something, should a row or two end early
-    for prompt, pictures, s in zip(*rows[:2], samples):
-        assert s.logps == pytest.approx(rescored(llava, prompt, pictures, s.ids), abs=1e-4)
+    for prompt, images, s in zip(*rows[:2], samples):
+        assert s.logps == pytest.approx(rescored(llava, prompt, images, s.ids), abs=1e-4)
 
 
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
-def test_against_a_loop_without_cache(llava, rows, how):
-    samples = sample(llava, *rows, max_new_tokens=8, **how)
-    for prompt, pictures, seed, s in zip(*rows, samples):
-        ids, draws = [], torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        while len(ids) < 8 and llava.tokenizer.eos not in ids:
-            batch = one_sequence(llava, prompt, pictures, ids)
-            batch.scored = torch.tensor([[len(batch.ids) - 1]])
-            with torch.no_grad():
-                step = draws[len(ids), None]  # a number for each token
-                ids.append(pick(llava(batch)[0], how["temperature"], how.get("top_p"), step).item())
-        assert s.ids == ids
+def test_against_sampling_without_a_cache(llava, rows, how, monkeypatch):
+    compare = lambda: same(sample(llava, *rows, max_new_tokens=8, **how),
+                           [sample_naively(llava, *row, max_new_tokens=8, **how) for row in zip(*rows)])
+    compare()
+    monkeypatch.setattr(llava.tokenizer, "eos", sample(llava, *rows, max_new_tokens=8, **how)[0].ids[3])
+    compare()  # the first row, at least, stops early
 
 
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_finite_end_it(llava, rows, monkeypatch, how, value):
-    """Of one row in one step, and be it the least likely token's. A row that has ended does not count."""
+def test_logits_that_are_not_finite_are_an_error(llava, rows, monkeypatch, how, value):
+    """Even if it is the logit of one unlikely token, in one row and one step. Rows that have ended do not
+    count."""
     step, count = sampler.pick, []
 
     def breaks(logits, *args):
@@ -100,7 +98,8 @@ def test_logits_that_are_not_finite_end_it(llava, rows, monkeypatch, how, value)
         return step(logits, *args)
 
     monkeypatch.setattr(sampler, "pick", breaks)
-    with pytest.raises(InputError, match="^2: the model's logits in float32 are NaN or infinite; the checkpoint"):
+    message = "^2: the model's logits in float32 are NaN or infinite; the checkpoint"
+    with pytest.raises(InputError, match=message):
         sample(llava, *rows, max_new_tokens=16, **how)
     count.clear()
     sample(llava, *rows, max_new_tokens=4, **how)
@@ -108,10 +107,12 @@ def test_logits_that_are_not_finite_end_it(llava, rows, monkeypatch, how, value)
 
 def test_images_are_a_list_of_images(llava, rows, tiny):
     prompt, [image] = rows[0][0], rows[1][0]
-    for call in llava.logits, lambda p, i: llava.response_logp(p, "Yes", i), lambda p, i: llava.generate([p], [i]):
+    response_logp = lambda prompt, images: llava.response_logp(prompt, "Yes", images)
+    generate = lambda prompt, images: llava.generate([prompt], [images])
+    for call in llava.logits, response_logp, generate:
         with pytest.raises(TypeError, match="images is one Image, it has to be a list of PIL images"):
             call(prompt, image)
-        with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image.open"):
+        with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image"):
             call(prompt, [str(tiny / "images" / "scene_01.jpg")])
     with pytest.raises(TypeError, match="prompts is one str, it has to be a list; images"):
         llava.generate(prompt, [[image]])
@@ -131,32 +132,32 @@ def test_ragged_batch_equals_its_rows(llava, rows, how):
 
 
 def requests(llava, rows, order):
-    """Requests of some of ROWS; pictures that come again are the same Tiles."""
-    tiles = {id(picture): llava.tiles(picture) for pictures in rows[1] for picture in pictures}
+    """Requests of some of ROWS; repeated images are the same Tiles."""
+    tiles = {id(image): llava.tiles(image) for images in rows[1] for image in images}
     for place, i in enumerate(order):
-        prompt, pictures, seed = (column[i] for column in rows)
-        ids = llava.prompt_ids(prompt, pictures)
-        yield Request(place, ids, [tiles[id(picture)] for picture in pictures], seed)
+        prompt, images, seed = (column[i] for column in rows)
+        ids = llava.prompt_ids(prompt, images)
+        yield Request(place, ids, [tiles[id(image)] for image in images], seed)
 
 
 @pytest.mark.parametrize("stride", [1, 5])
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
 def test_slots_are_refilled(llava, rows, how, slots, stride, monkeypatch):
-    """Rows that end at steps of their own make room for others, whose samples are those that they have alone."""
+    """Rows end at different steps and make room for others, which get the same samples as on their own."""
     free = [sample(llava, [p], [i], [s], max_new_tokens=16, **how)[0] for p, i, s in zip(*rows)]
-    monkeypatch.setattr(llava.tokenizer, "eos", free[0].ids[3])  # one row at least is short
+    monkeypatch.setattr(llava.tokenizer, "eos", free[0].ids[3])  # at least one row is short
     alone = [sample(llava, [p], [i], [s], max_new_tokens=16, **how)[0] for p, i, s in zip(*rows)]
     assert len({len(s.ids) for s in alone}) >= 2
-    monkeypatch.setattr(sampler, "STRIDES", {"cpu": stride})  # a GPU looks at every eighth step only
+    monkeypatch.setattr(slots_module, "STRIDES", {"cpu": stride})  # on a GPU, 8 steps at a time
     order = [0, 1, 2, 3, 4, 3, 0, 0, 1]
     got = dict(stream(llava, requests(llava, rows, order), slots=slots, max_new_tokens=16, **how))
     same([got[place] for place in range(len(order))], [alone[i] for i in order])
 
 
 class Recorder(TorchDispatchMode):
-    """A CUDA graph's semantics on the CPU: records the operations without effect; `replay` runs the same operations
-    on the same tensors, and no Python code between them."""
+    """A CUDA graph's semantics on the CPU: records operations without effect; `replay` runs the same
+    operations on the same tensors, without the Python code between them."""
 
     def __enter__(self):
         self.operations, self.before, self.made = [], {}, set()
@@ -168,7 +169,8 @@ class Recorder(TorchDispatchMode):
                 self.before[id(x)] = x, x.clone()
         out = func(*args, **kwargs or {})
         self.operations.append((func, args, kwargs or {}, out))  # keeps all tensors, so that ids stay theirs
-        self.made |= {id(x) for x in tree_leaves(out) if isinstance(x, torch.Tensor) and id(x) not in self.before}
+        new = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor) and id(x) not in self.before]
+        self.made |= {id(x) for x in new}
         return out
 
     def __exit__(self, *error):
@@ -178,9 +180,9 @@ class Recorder(TorchDispatchMode):
 
     def replay(self):
         now = {}
-        own = lambda x: now.get(id(x), x) if isinstance(x, torch.Tensor) else x
+        current = lambda x: now.get(id(x), x) if isinstance(x, torch.Tensor) else x
         for func, args, kwargs, out in self.operations:
-            new = func(*tree_map(own, args), **tree_map(own, kwargs))
+            new = func(*tree_map(current, args), **tree_map(current, kwargs))
             now |= {id(x): y for x, y in zip(tree_leaves(out), tree_leaves(new)) if id(x) in self.made}
 
     def pool(self):
@@ -189,20 +191,42 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
-def test_replayed_steps_give_the_same(llava, rows, how, slots, monkeypatch):
-    """With recorded steps, as on a GPU: nothing in a step may depend on Python, or on a tensor that is replaced."""
+def test_replayed_steps_give_the_same_samples(llava, rows, how, slots, monkeypatch):
+    """With recorded steps, as on a GPU: no step may depend on Python code, or on a tensor that is
+    replaced."""
     alone = [sample(llava, [p], [i], [s], max_new_tokens=40, **how)[0] for p, i, s in zip(*rows)]
     recorders, replays, replay = [], [], Recorder.replay
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: recorders.append(Recorder()) or recorders[-1])
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
     monkeypatch.setattr(Recorder, "replay", lambda self: replays.append(self) or replay(self))
     for name, value in {"GRAPHED": {"cpu"}, "STRIDES": {"cpu": 8}, "WIDTHS": {"cpu": 32}}.items():
-        monkeypatch.setattr(sampler, name, value)
+        monkeypatch.setattr(slots_module, name, value)
     monkeypatch.setattr(KVCache, "chunk", 32)
     order = [1, 3, 0, 4, 2, 1, 3]  # longer ones later, so that the cache grows; then short ones again
     got = dict(stream(llava, requests(llava, rows, order), slots=slots, max_new_tokens=40, **how))
     same([got[place] for place in range(len(order))], [alone[i] for i in order])
     assert len(recorders) > 1 and len(replays) > 3 * len(recorders)
+
+
+@pytest.mark.parametrize("graphed", [set(), {"cpu"}])
+def test_the_cache_is_freed_as_soon_as_the_samples_are_there(llava, rows, monkeypatch, graphed):
+    """Not by the garbage collector, at some later time: on a GPU the next cache would not fit next to this
+    one."""
+    caches = []
+
+    class Cache(KVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            caches.append(weakref.ref(self))
+
+    monkeypatch.setattr(slots_module, "KVCache", Cache)
+    monkeypatch.setattr(slots_module, "GRAPHED", graphed)
+    gc.disable()
+    try:
+        sample(llava, *rows, max_new_tokens=1)
+        assert [cache() for cache in caches] == [None]
+    finally:
+        gc.enable()
 
 
 def test_requests_are_read_as_slots_become_free(llava, rows):
@@ -214,41 +238,42 @@ def test_requests_are_read_as_slots_become_free(llava, rows):
             yield request
 
     samples = stream(llava, watched(), slots=1, max_new_tokens=4)
-    assert read == [] and next(samples)[0] == 0 and len(read) == 3  # the one, the next, and that no other belongs to it
+    assert read == [] and next(samples)[0] == 0
+    assert len(read) == 3  # the first, the next one, and another to see that the next one's group is complete
 
 
 @pytest.mark.parametrize("slots, groups", [(12, [3, 1]), (4, [2, 1, 1]), (1, [1, 1, 1, 1])])
-def test_a_picture_is_prefilled_once(llava, rows, monkeypatch, slots, groups):
-    """Texts on the same picture share everything up to it, and answer as alone; CLIP sees it once for all of them."""
-    picture, template = rows[1][0], TEMPLATES[llava.config.template]
+def test_an_image_is_prefilled_once(llava, rows, monkeypatch, slots, groups):
+    """Prompts about one image share everything up to it, with the same samples as alone; CLIP encodes it
+    once."""
+    image = rows[1][0]
     texts = ["Describe the image.", "What is 12 + 30?", "Is it day or night?"]
-    prompts = [template.prompt(f"<image>\n{text}") for text in texts] + rows[0][3:4]
-    images = [picture, picture, picture, rows[1][3]]
+    prompts = [llava.chat_prompt(text) for text in texts] + rows[0][3:4]
+    images = [image, image, image, rows[1][3]]
     alone = [sample(llava, [p], [i], [7], max_new_tokens=8)[0] for p, i in zip(prompts, images)]
     seen, tower = [], llava.patch_features
     monkeypatch.setattr(llava, "patch_features", lambda tiles: seen.append(len(tiles)) or tower(tiles))
-    tiles = {id(p): llava.tiles(p) for pictures in images for p in pictures}
-    asked = [Request(i, llava.prompt_ids(p, own), [tiles[id(v)] for v in own], 7)
-             for i, (p, own) in enumerate(zip(prompts, images))]  # fmt: skip
-    got = dict(stream(llava, asked, slots=slots, max_new_tokens=8))
+    four = requests(llava, (prompts, images, [7] * 4), range(4))
+    got = dict(stream(llava, four, slots=slots, max_new_tokens=8))
     same([got[i] for i in range(4)], alone)
     assert len(seen) == len(groups)
 
 
-def test_seeds(llava, rows):
+def test_a_sample_depends_on_its_seed_alone(llava, rows):
     draw = lambda seeds, n=16: sample(llava, *rows[:2], seeds, max_new_tokens=n, **SAMPLED)
     first, again, other = draw(rows[2]), draw(rows[2]), draw([s + 1 for s in rows[2]])
     assert [s.ids for s in first] == [s.ids for s in again]
     assert all(a.ids != b.ids for a, b in zip(first, other))
     assert [s.ids[:5] for s in first] == [s.ids for s in draw(rows[2], 5)], "depends on max_new_tokens"
-    torch.manual_seed(1)  # torch's own state has no part in it
+    torch.manual_seed(1)  # torch's global state does not matter
     assert [s.ids for s in first] == [s.ids for s in draw(rows[2])]
 
 
 def test_row_seed():
     # the first 8 bytes of sha256("0\x1fa.jpg\x1fchosen"), halved
     assert row_seed(0, "a.jpg", "chosen") == 6710431053525473600
-    parts = [(0, "a.jpg", "rejected"), (1, "a.jpg", "chosen"), (0, "b.jpg", "chosen"), ("ab", "c"), ("a", "bc")]
+    parts = [(0, "a.jpg", "rejected"), (1, "a.jpg", "chosen"), (0, "b.jpg", "chosen")]
+    parts += [("ab", "c"), ("a", "bc")]
     seeds = {row_seed(*p) for p in parts} | {row_seed(0, "a.jpg", "chosen")}
     assert len(seeds) == 6 and all(0 <= s < 2**63 for s in seeds)
 
@@ -256,12 +281,12 @@ def test_row_seed():
 # ---------------------------------------------------------------- how a row ends
 
 
-def test_rows_stop_at_the_end_token_at_steps_of_their_own(llava, rows, monkeypatch):
+def test_rows_stop_at_the_end_token_at_different_steps(llava, rows, monkeypatch):
     hot = {"max_new_tokens": 40, "temperature": 1.0}
     monkeypatch.setattr(llava.tokenizer, "eos", -1)
     free = sample(llava, *rows, **hot)
     assert all(len(s.ids) == 40 and s.finish == "length" for s in free)
-    # the id that most rows say, at steps of their own, is the end token now
+    # the id that most rows generate, at different steps, becomes the end token
     steps = {i: {s.ids.index(i) for s in free if i in s.ids} for s in free for i in s.ids}
     eos = max(steps, key=lambda i: len(steps[i]))
     assert len(steps[eos]) >= 2
@@ -273,19 +298,19 @@ def test_rows_stop_at_the_end_token_at_steps_of_their_own(llava, rows, monkeypat
         assert s.finish == ("stop" if eos in whole.ids else "length")
 
 
-def test_greedy_stop(llava, rows, monkeypatch):
+def test_greedy_sampling_stops_at_the_end_token(llava, rows, monkeypatch):
     [free] = sample(llava, *[column[:1] for column in rows], max_new_tokens=6)
     for step in (0, 3, 5):
         eos = free.ids[step]
         monkeypatch.setattr(llava.tokenizer, "eos", eos)
         [s] = sample(llava, *[column[:1] for column in rows], max_new_tokens=6)
-        assert s.finish == "stop"  # also where it comes in the last of the steps
+        assert s.finish == "stop"  # even in the last step
         assert s.ids == free.ids[: free.ids.index(eos) + 1] and len(s.logps) == len(s.ids)
-        prompt, [pictures] = rows[0][0], rows[1][:1]
-        assert llava.generate([prompt], [pictures], max_new_tokens=6) == [llava.tokenizer.decode(s.ids)]
+        prompt, [images] = rows[0][0], rows[1][:1]
+        assert llava.generate([prompt], [images], max_new_tokens=6) == [llava.tokenizer.decode(s.ids)]
 
 
-def test_length(llava, rows, monkeypatch):
+def test_finish_by_length(llava, rows, monkeypatch):
     monkeypatch.setattr(llava.tokenizer, "eos", -1)
     long, short = (sample(llava, *rows, max_new_tokens=n) for n in (7, 1))
     for l, s in zip(long, short):
@@ -295,7 +320,7 @@ def test_length(llava, rows, monkeypatch):
     assert [(s.ids, s.finish) for s in sample(llava, *rows, max_new_tokens=0)] == [([], "length")] * len(ROWS)
 
 
-def test_prompts_that_end_in_pictures(llava, rows):
+def test_prompts_that_end_in_images(llava, rows):
     two = rows[1][2]
     [alone] = sample(llava, ["<image><image>"], [two], [1], max_new_tokens=5)
     same(sample(llava, ["<image><image>"] * 2, [two] * 2, [1, 1], max_new_tokens=5), [alone, alone])
@@ -305,7 +330,7 @@ def test_prompts_that_end_in_pictures(llava, rows):
 def test_the_models_last_position(llava, rows, monkeypatch, left):
     monkeypatch.setattr(llava.tokenizer, "eos", -1)
     free = sample(llava, *rows, max_new_tokens=12)
-    lengths = [len(one_sequence(llava, prompt, pictures).ids) for prompt, pictures in zip(*rows[:2])]
+    lengths = [len(one_sequence(llava, prompt, images).ids) for prompt, images in zip(*rows[:2])]
     positions = max(lengths) + left
     decoder = replace(llava.config.decoder, max_positions=positions)
     monkeypatch.setattr(llava, "config", replace(llava.config, decoder=decoder))
@@ -317,10 +342,10 @@ def test_the_models_last_position(llava, rows, monkeypatch, left):
         assert s.logps == pytest.approx(whole.logps[: len(s.ids)], abs=1e-4)
 
 
-# ---------------------------------------------------------------- the draw
+# ---------------------------------------------------------------- picking a token
 
 PROBS = [0.15, 0.5, 0.05, 0.3]
-LOGITS = torch.tensor([PROBS]).log() + 3  # softmax takes no notice of the 3
+LOGITS = torch.tensor([PROBS]).log() + 3  # softmax ignores the constant 3
 
 
 @pytest.mark.parametrize(
@@ -336,14 +361,14 @@ LOGITS = torch.tensor([PROBS]).log() + 3  # softmax takes no notice of the 3
         (1.0, 1e-9, [0, 1, 0, 0]),  # always one
         # temperature 1/2 squares: 0.0225, 0.25, 0.0025, 0.09, in all 0.365
         (0.5, None, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),
-        # and comes first: now the most probable alone reaches 0.6
+        # and comes before top-p: now the most probable token alone reaches 0.6
         (0.5, 0.6, [0, 1, 0, 0]),
         # temperature 2 takes roots: 0.3873, 0.7071, 0.2236, 0.5477, in all 1.8657; the first two hold 0.673
         (2.0, 0.6, [0, 0.7071 / 1.2548, 0, 0.5477 / 1.2548]),
     ],
 )
 def test_filtered_probs(temperature, top_p, expected):
-    rows = torch.cat([LOGITS, LOGITS.flip(-1)])  # each row for itself
+    rows = torch.cat([LOGITS, LOGITS.flip(-1)])  # each row is filtered by itself
     probs = filtered_probs(rows, temperature, top_p)
     torch.testing.assert_close(probs, torch.tensor([expected, expected[::-1]]).float(), rtol=0, atol=1e-4)
     assert [p > 0 for p in probs[0].tolist()] == [e > 0 for e in expected]
@@ -355,7 +380,7 @@ def test_top_p_keeps_the_fewest_that_reach_it():
         assert (filtered_probs(torch.zeros(1, 4), 1.0, top_p) > 0).sum() == kept
 
 
-def test_pick_never_takes_one_of_probability_0():
+def test_pick_never_takes_a_token_of_probability_0():
     # float32 probabilities of many tokens sum to a little more or less than 1
     logits = torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
     logits[:, -1] = -math.inf
@@ -365,11 +390,12 @@ def test_pick_never_takes_one_of_probability_0():
 
 def test_pick_follows_the_distribution():
     n = 2000
-    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # evenly over [0, 1)
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # evenly spaced in [0, 1)
     for top_p, expected in ((None, PROBS), (0.7, [0, 0.625, 0, 0.375])):
         counts = pick(LOGITS.expand(n, -1), 1.0, top_p, uniforms).bincount(minlength=4)
         assert counts.tolist() == pytest.approx([n * p for p in expected], abs=1)
-    # the rows' own logits and uniforms: the distribution function of the first row is 0.15, 0.65, 0.7, 1
+    # each row has its own logits and number; the cumulative distribution of the first row is 0.15, 0.65, 0.7,
+    # 1
     uniforms = torch.tensor([0.0, 0.14, 0.16, 0.64, 0.66, 0.69, 0.71, 1 - 2**-53], dtype=torch.float64)
     assert pick(LOGITS.expand(8, -1), 1.0, None, uniforms).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     both = torch.cat([LOGITS, LOGITS.flip(-1)])
@@ -379,9 +405,10 @@ def test_pick_follows_the_distribution():
 def test_pick_at_the_edges():
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     logits = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf]]).expand(2, -1)
-    assert pick(logits, 1.0, None, ends).tolist() == [1, 2]  # never one of probability 0
+    assert pick(logits, 1.0, None, ends).tolist() == [1, 2]  # never a token of probability 0
     assert pick(LOGITS.expand(2, -1), 1.0, 0.7, ends).tolist() == [1, 3]
-    assert pick(torch.cat([LOGITS, LOGITS.flip(-1)]), 0, 0.1, ends).tolist() == [1, 2]  # temperature 0: the largest
+    both = torch.cat([LOGITS, LOGITS.flip(-1)])
+    assert pick(both, 0, 0.1, ends).tolist() == [1, 2]  # temperature 0: the largest
 
 
 # ---------------------------------------------------------------- strings
@@ -393,12 +420,13 @@ def test_generate(llava, rows):
     how = {"max_new_tokens": 12, "temperature": 1.0}
     texts = llava.generate(prompts, images, **how, seed=4)
     assert all(isinstance(t, str) and t == t.strip() and t for t in texts)
-    assert len({texts[0], texts[5], texts[6]}) == 3  # equal prompts get samples of their own
-    for prompt, pictures, text in zip(prompts[:5], images, texts):  # and no row minds the others
-        assert llava.generate([prompt], [pictures], **how, seed=4) == [text]
-        assert llava.generate([prompt], [pictures], **how, seed=5) != [text]
+    assert len({texts[0], texts[5], texts[6]}) == 3  # equal prompts get different samples
+    for prompt, shown, text in zip(prompts[:5], images, texts):  # and no row depends on the others
+        assert llava.generate([prompt], [shown], **how, seed=4) == [text]
+        assert llava.generate([prompt], [shown], **how, seed=5) != [text]
     seeds = [row_seed(4, prompt, 0) for prompt in prompts[:5]]
     ids = [s.ids for s in sample(llava, prompts[:5], images[:5], seeds, **how)]
     assert [llava.tokenizer.decode(i) for i in ids] == texts[:5]
     greedy = llava.generate(prompts, images, max_new_tokens=12)
-    assert greedy[0] == greedy[5] == greedy[6] == llava.generate(prompts[:1], images[:1], max_new_tokens=12, seed=9)[0]
+    [alone] = llava.generate(prompts[:1], images[:1], max_new_tokens=12, seed=9)
+    assert greedy[0] == greedy[5] == greedy[6] == alone

@@ -1,10 +1,12 @@
 """Fixtures of several test files about what surrounds a run."""
 
+import functools
 import json
 from types import SimpleNamespace
 
 import pytest
-from commands import call
+from chain import chain
+from commands import call, call_two_ranks
 
 
 def turns(answer):
@@ -12,7 +14,26 @@ def turns(answer):
     return [user, {"role": "assistant", "content": answer}]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
+def two_rank_chains(tiny, tmp_path_factory):
+    """model -> the folder of its chain of commands on two ranks, run once for all tests."""
+
+    @functools.cache
+    def run(model):
+        out = tmp_path_factory.mktemp(f"{model}-two-ranks")
+        call_two_ranks(*chain(model, tiny, out).values())
+        return out
+
+    return run
+
+
+@pytest.fixture
+def two_ranks(runs, two_rank_chains):
+    """The same commands as in `runs`, on two ranks: the folder of their files."""
+    return two_rank_chains(runs.model.name)
+
+
+@pytest.fixture(scope="session")
 def made(tiny, tmp_path_factory):
     """Forty pairs, the command that trains on them a pair a step, and the run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("robust")

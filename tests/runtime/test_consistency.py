@@ -68,7 +68,7 @@ def test_pairs_of_another_model(world, capsys):
         f"{of} model with adapter stage1, but training starts from model"]
     flags = "--pairs", edited(world, "generated.jsonl", fingerprint="0" * 12)
     [warning] = warnings(world, capsys, "stage1", *flags)
-    assert warning.endswith("from model (same names, but other weights, --vision or --tokenizer)")
+    assert warning.endswith("from model (same names, but different weights, --vision or --tokenizer)")
     flags = "--pairs", edited(world, "generated.jsonl", template="mistral_instruct")
     assert warnings(world, capsys, "stage1", *flags) == [
         "W/edited.jsonl was generated with the template mistral_instruct, but training uses vicuna_v1"]
@@ -199,7 +199,7 @@ def test_instructions_with_two_images_are_left_out(world, capsys, tmp_path, name
         "--instructions", tmp_path / RECORDS, "--descriptions", tmp_path / TOLD]
     assert outcome(world, name, *flags, "--out", tmp_path / "out") == 0
     out, lines = said(capsys)
-    assert "1 records left out, the first: " in out and "record 1: 2 images, a sample has one" in out and not lines
+    assert "1 records left out, the first: " in out and "record 1: 2 images, but a sample has one" in out and not lines
 
 
 @pytest.mark.parametrize("out, message", [("images", "is a folder"), (f"{PAIRS}/new.jsonl", "can't write to")])

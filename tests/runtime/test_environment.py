@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -144,14 +145,14 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
     (OSError(errno.ENOSPC, "No space left on device"), "error: writing: No space left on device"),
     (OSError(errno.EIO, "Input/output error"), "error: reading or writing: Input/output error"),
     (OSError(errno.ESTALE, "Stale file handle"), "error: reading or writing: Stale file handle"),
-    (RuntimeError("can't start new thread"), "error: can't start a thread: the limit of processes (ulimit -u)"),
+    (RuntimeError("can't start new thread"), "error: can't start a thread: the limit on processes (ulimit -u)"),
     (MemoryError(), "error: out of memory (of the machine). Training: "),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB"),
      "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB). Training: "),
     (dist.DistBackendError("NCCL error in: a.cpp:3690, invalid usage\nLast error:\nDuplicate GPU detected : rank 1"),
      "error: the ranks can't reach each other: Duplicate GPU detected : rank 1"),
     (UnicodeEncodeError("utf-8", "x" * 999 + "\udce9.jpg", 999, 1000, "surrogates not allowed"),
-     f"error: '{'x' * 40}\\udce9.jpg' can't be written in utf-8: a file or folder has to be renamed"),
+     f"error: '{'x' * 40}\\udce9.jpg' can't be written in utf-8: rename the file or folder"),
     (UnicodeEncodeError("ascii", "caf\xe9", 3, 4, "ordinal not in range(128)"),
      "error: 'caf\\xe9' can't be written in ascii: set PYTHONUTF8=1")])  # fmt: skip
 def test_what_a_user_or_a_machine_causes_is_one_line(monkeypatch, capsys, error, says):
@@ -218,7 +219,7 @@ process.run(main)
 """)
     done = python(script, env=ASCII, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "warning: this locale has file names in ascii: if some are not, set PYTHONUTF8=1" in done.stderr
+    assert "warning: this locale encodes file names in ascii: if some of yours differ, set PYTHONUTF8=1" in done.stderr
     assert r"skipped: image name 'caf\udcc3\udca9.jpg' is not valid Unicode" in done.stderr
     assert (tmp_path / "merged" / "config.json").is_file() and (tmp_path / "results" / "tables.md").is_file()
 
@@ -319,20 +320,21 @@ def test_a_checkpoint_without_a_record_can_be_resumed(made, tmp_path, damage):
 def test_the_commit(monkeypatch, tmp_path):
     git = lambda *args: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a", *args],
                                        check=True, capture_output=True, text=True).stdout.strip()  # fmt: skip
-    code = tmp_path / "stic_min"
-    code.mkdir()
-    (code / "provenance.py").write_text("")
-    monkeypatch.setattr(provenance, "__file__", str(code / "provenance.py"))
+    file = Path(provenance.__file__).relative_to(ROOT)
+    code = tmp_path / file
+    code.parent.mkdir(parents=True)
+    code.write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(code))
     assert provenance.commit() is None
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "a")
     commit = git("rev-parse", "HEAD")
     assert provenance.commit() == commit
-    (code / "provenance.py").write_text("changed")
+    code.write_text("changed")
     assert provenance.commit() == f"{commit}-dirty"
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "env" / "stic_min" / "provenance.py"))  # of another
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "env" / file))  # installed in another repository
     assert provenance.commit() is None
-    monkeypatch.setattr(provenance, "__file__", str(code / "provenance.py"))
+    monkeypatch.setattr(provenance, "__file__", str(code))
     monkeypatch.setenv("PATH", "")
     assert provenance.commit() is None

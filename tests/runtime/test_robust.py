@@ -2,7 +2,6 @@
 one line says what happened, and the same command gives what it would have given. `drill.py` does it at random."""
 
 import ast
-import contextlib
 import json
 import math
 import os
@@ -11,13 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from chain import identical, log, stop_after
-from commands import ENV, ROOT, call, ended, start, torchrun, wait_for
+from commands import ENV, ROOT, call, call_ranks, call_two_ranks, ended, start, torchrun, wait_for
 
 from stic_min import InputError, check, training
 from stic_min.loader import load_llava
@@ -80,19 +78,14 @@ def test_within_a_step_the_last_one_is_saved(made, tmp_path):
     assert identical(tmp_path, made.fours)
 
 
-def patched(code, script, *args):
-    """The command, with a few lines of Python in front of it."""
-    run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    imports = ["from stic_min import checkpoint, training", "from stic_min.runtime.process import Stop"]
-    lines = ["import os, runpy, signal, sys, time", *imports, *code, run]
-    return [sys.executable, "-uc", "\n".join(lines), f"{script}.py", *map(str, args)]
+IMPORTS = ["import os, signal, sys, time", "from stic_min import checkpoint, training",
+           "from stic_min.runtime.process import Stop"]  # fmt: skip
 
 
 def test_a_run_that_hangs_is_ended(made, tmp_path):
     """As one whose other rank has died on a GPU: it never comes to look at the signal."""
     hang = ["Stop.patience = 1", "training.Run.collate = lambda *_: time.sleep(60)"]
-    command = patched(hang, *made.command, "--out", tmp_path)
-    process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start(*made.command, "--out", tmp_path, code=[*IMPORTS, *hang])
     wait_for((tmp_path / ".lock").exists)
     time.sleep(0.5)
     process.terminate()
@@ -105,18 +98,18 @@ def test_ctrl_c_also_ends_the_tee_behind_a_pipe(made, tmp_path):
     """`train_stage1.py ... | tee log`: nobody reads any more when the run says what it does."""
     slow = ["backward = training.Run.backward",
             "training.Run.backward = lambda *args: [time.sleep(0.1), backward(*args)]"]  # fmt: skip
-    command = [*made.command, "--batch-size", 1, "--out", tmp_path]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(patched(slow, *command), cwd=ROOT, env=ENV, text=True, **pipes)
-    wait_for(after_steps(1, tmp_path))
-    process.stdout.close()
-    wait_for(after_steps(12, tmp_path))  # a line was due
+    command, pipe = [*made.command, "--batch-size", 1, "--out", tmp_path / "out"], tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = start(*command, code=[*IMPORTS, *slow], stdout=pipe)
+    with open(pipe):
+        wait_for(after_steps(1, tmp_path / "out"))
+    wait_for(after_steps(12, tmp_path / "out"))  # a line was due
     process.send_signal(signal.SIGINT)
-    said = process.stderr.read()
-    step = len(log(tmp_path))
-    assert process.wait(timeout=60) == 130 and SAID.format(step) in said and "Traceback" not in said
+    _, said = process.communicate(timeout=60)
+    step = len(log(tmp_path / "out"))
+    assert process.returncode == 130 and SAID.format(step) in said and "Traceback" not in said
     call(*command)
-    assert identical(tmp_path, made.whole)
+    assert identical(tmp_path / "out", made.whole)
 
 
 @pytest.mark.parametrize("when", ["save", "finish"])
@@ -127,11 +120,11 @@ def test_a_signal_while_it_writes_waits(made, tmp_path, when):
             *["    os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.3)"] * 2, f"    {name} = write",
             "    return write(*args)", f"{name} = slowly"]  # fmt: skip
     command = [*made.command[:-1], 4, "--batch-size", 4, "--out", tmp_path]  # --save-every 4
-    done = subprocess.run(patched(slow, *command), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
+    _, said = start(*command, code=[*IMPORTS, *slow]).communicate(timeout=100)
     if when == "save":
-        assert done.stderr.splitlines()[-1] == SAID.format(4) and (tmp_path / "checkpoint-4").is_dir()
+        assert said.splitlines()[-1] == SAID.format(4) and (tmp_path / "checkpoint-4").is_dir()
         call(*command)
-    assert "Traceback" not in done.stderr and identical(tmp_path, made.fours)
+    assert "Traceback" not in said and identical(tmp_path, made.fours)
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
@@ -196,8 +189,7 @@ def test_how_many_checkpoints_are_kept(made, tmp_path, keep, left):
 @pytest.mark.parametrize("n", [1, 4])
 def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(made, tmp_path, n, of_two_ranks):
     shutil.copytree(of_two_ranks, tmp_path / "out")
-    process = start(*made.command, "--batch-size", 4, "--out", tmp_path / "out", ranks=n)
-    assert process.communicate(timeout=200) and process.returncode == 0
+    call_ranks(n, [*made.command, "--batch-size", 4, "--out", tmp_path / "out"])
     assert len(log(tmp_path / "out")) == 10
     for ours, theirs in zip(log(tmp_path / "out"), log(made.fours), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
@@ -207,14 +199,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_any_number(made, tmp_path, n, of
 def of_two_ranks(made, tmp_path_factory):
     """Killed in the middle of stage 1, on two ranks, sharded."""
     out = tmp_path_factory.mktemp("two") / "out"
-    command = [*made.command[:-1], 5, "--batch-size", 4, "--out", out]
-    process = start(*command, ranks=2)
-    wait_for((out / "checkpoint-5").is_dir)
-    for command in Path("/proc").glob("[0-9]*/cmdline"):  # torchrun's ranks are in sessions of their own
-        with contextlib.suppress(OSError):
-            if str(out) in command.read_text():
-                os.kill(int(command.parent.name), signal.SIGKILL)
-    process.communicate()
+    success, _ = call_two_ranks(("kill", 6), [*made.command[:-1], 5, "--batch-size", 4, "--out", out], check=False)
+    assert not success and (out / "checkpoint-5").is_dir()
     return out
 
 
@@ -282,12 +268,9 @@ def test_a_loss_that_is_no_number_names_the_batch(made, tmp_path):
     assert "resuming after step 4" in call(*command) and len(log(tmp_path)) == 20
 
 
-def limited(command, size, out):
+def limited(command, size):
     """Runs it where no file may grow beyond `size` bytes, as on a full disk."""
-    import resource
-
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    process = start(*command, preexec_fn=limit)
+    process = start(*command, code=["import resource", f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"])
     said = process.communicate(timeout=60)[1].splitlines()
     return process.returncode, said[-1], [line for line in said if "Traceback" in line]
 
@@ -295,7 +278,7 @@ def limited(command, size, out):
 def test_a_full_disk_leaves_the_last_checkpoint_whole(made, tmp_path):
     command = stopped(made, tmp_path, 7)
     size = (tmp_path / "checkpoint-6" / "adapter_model.safetensors").stat().st_size + 1000
-    status, said, traces = limited(command, size, tmp_path)
+    status, said, traces = limited(command, size)
     assert status == 1 and said.startswith(f"error: can't write a checkpoint of step 8 to {tmp_path} (") and not traces
     assert said.endswith(f"{tmp_path}/checkpoint-6 is whole, and the same command goes on from there")
     assert not (tmp_path / "checkpoint.new").exists()  # it would keep the disk full
@@ -305,7 +288,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(made, tmp_path):
 def test_a_full_disk_while_generating(tiny, tmp_path):
     command = ["generate_pairs", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
                "--max-new-tokens", 16, "--out"]  # fmt: skip
-    status, said, traces = limited([*command, tmp_path / "out.jsonl"], 5000, tmp_path)
+    status, said, traces = limited([*command, tmp_path / "out.jsonl"], 5000)
     assert said == f"error: can't write to {tmp_path}/out.jsonl: File too large; its existing content is kept"
     assert status == 1 and not traces
     assert (tmp_path / "out.jsonl").read_text().count("\n") >= 1
@@ -327,7 +310,7 @@ def test_what_all_ranks_find_wrong_is_said_once(made, tmp_path):
     process = start(*made.command, "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "out", ranks=2)
     said = process.communicate(timeout=60)[1].splitlines()
     assert sum(line == f"error: can't read {tmp_path}/none.jsonl: No such file or directory" for line in said) == 1
-    assert not any("train_stage1.py\", line" in line or "process.py" in line for line in said)  # of no trace of ours
+    assert not any("train_stage1.py\", line" in line or "runtime/process.py" in line for line in said)  # of no trace of ours
 
 
 @pytest.mark.parametrize("fails, says", [

@@ -1,5 +1,5 @@
-"""What the benchmarks share: models of three sizes with the same random weights in stic_min and transformers, drawn
-pictures, and alternating runs with medians."""
+"""Shared by the speed scripts: models of three sizes with the same random weights in stic_min and
+transformers, synthetic images, and interleaved runs with medians."""
 
 import ctypes
 import json
@@ -14,9 +14,9 @@ import torch
 import transformers as hf
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scripts run from any folder
 
-from stic_min import check
+from stic_min import cost
 from stic_min.clip import ClipConfig
 from stic_min.formats.tensors import canonical
 from stic_min.llava import LLaVA, LlavaConfig
@@ -33,7 +33,7 @@ VOCABULARY = 32000
 
 
 class Tokenizer:
-    """Prompts are ids here, and no row ends by itself."""
+    """Stands in for a tokenizer: prompts are token ids already, and no sequence ends by itself."""
 
     eos = -1
 
@@ -46,7 +46,7 @@ def configuration(size, image_mode):
 
 
 def build_ours(size, image_mode, device, dtype, seed=0):
-    """Ours with random weights."""
+    """stic_min's LLaVA with random weights."""
     with torch.device(device):
         torch.manual_seed(seed)
         llava = LLaVA(configuration(size, image_mode), Tokenizer())
@@ -82,33 +82,33 @@ def build(size, image_mode, device, dtype, seed=0):
     return ours, theirs
 
 
-def pictures(count, size=(640, 480), seed=0):
-    """Drawn pictures; what is on them does not matter, their size does."""
+def synthetic_images(count, size=(640, 480), seed=0):
+    """Images of random circles; only their size matters."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    images = []
     for _ in range(count):
-        picture = Image.new("RGB", size, tuple(torch.randint(256, (3,), generator=generator).tolist()))
-        pen = ImageDraw.Draw(picture)
+        image = Image.new("RGB", size, tuple(torch.randint(256, (3,), generator=generator).tolist()))
+        pen = ImageDraw.Draw(image)
         for _ in range(8):
             x, y, r, *color = torch.randint(20, 256, (6,), generator=generator).tolist()
             pen.ellipse((2 * x - r, 2 * y - r, 2 * x + r, 2 * y + r), fill=tuple(color))
-        made.append(picture)
-    return made
+        images.append(image)
+    return images
 
 
 def alternate(runs, repeat):
-    """{name: function} -> {name: [seconds]}; one round to warm up, then `repeat` rounds of all in turn."""
+    """{name: function} -> {name: [seconds]}: a warm-up round, then `repeat` rounds that run each in turn."""
     times = {name: [] for name in runs}
-    for round in range(repeat + 1):
+    for round_number in range(repeat + 1):
         for name, run in runs.items():
-            print(f"\r\x1b[Kround {round}/{repeat}: {name}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[Kround {round_number}/{repeat}: {name}", end="", file=sys.stderr, flush=True)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             begin = time.perf_counter()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if round:
+            if round_number:
                 times[name].append(time.perf_counter() - begin)
     print("\r\x1b[K", end="", file=sys.stderr)
     return times
@@ -119,29 +119,33 @@ def median(seconds):
 
 
 def peak_memory(step, device):
-    """Bytes that a step takes at its peak, over what there was before; the second of two, when all is set up."""
+    """Peak bytes of a step above the memory in use before it; the second of two steps is measured."""
     step()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         step()
         return torch.cuda.max_memory_allocated(device) - before
-    resident = lambda name: int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
     step()
-    return resident("VmHWM") - before
+    return resident_memory("VmHWM") - before
+
+
+def resident_memory(field="VmRSS"):
+    """Bytes of this process's memory, from Linux's /proc."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def memory_of_each(module, names):
-    """{name: GiB} of what `module` says with --memory-of, in processes of their own. To be called before this one
-    holds the models itself."""
+    """{name: GiB} as printed by `module --memory-of name`, each in a separate process. Call it before this
+    process builds the models."""
     memory = {}
     for name in names:
         command = [sys.executable, module, *sys.argv[1:], "--memory-of", name]
-        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        memory[name] = json.loads(said.splitlines()[-1]) / 2**30
+        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        memory[name] = json.loads(output.splitlines()[-1]) / 2**30
     return memory
 
 
@@ -152,50 +156,54 @@ def table(header, rows):
 
 
 def bandwidth(device):
-    """Bytes a second that a plain sum over 1 GiB reads."""
+    """Bytes per second read by a plain sum over 1 GiB."""
     data = torch.ones(1 << 28, device=device)
     return data.numel() * 4 / median(alternate({"bandwidth": lambda: data.sum().item()}, 5)["bandwidth"])
 
 
-# ---------------------------------------------------------------- needed arithmetic
+# ---------------------------------------------------------------- required FLOPs
 
-# Dense bf16 operations a second, as the data sheets have them.
+# Dense bf16 operations per second, from the data sheets.
 DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def peak_flops(device, dtype):
-    """(operations a second, where that is from): the data sheet's, or what a large matrix product reaches here."""
+    """(operations per second, source): from the data sheet, or measured with a large matrix product."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         for name, flops in DATA_SHEET.items():
             if name in torch.cuda.get_device_name(device):
-                return flops, f"{name}'s data sheet"
+                return flops, f"{name} data sheet"
     n = 8192 if device.type == "cuda" else 2048
     x = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / min(alternate({"matrix product": lambda: x @ x}, 5)["matrix product"]), "a large matrix product"
+    seconds = min(alternate({"matrix product": lambda: x @ x}, 5)["matrix product"])
+    return 2 * n**3 / seconds, "a large matrix product"
 
 
 def needed_flops(batch, config, r, reference):
-    """Of a training step on `batch`, as check.decoder_flops counts, and CLIP once for each picture."""
+    """FLOPs of a training step on `batch`: the decoder by cost.decoder_flops, and CLIP once per image."""
     spans = [(span.end - span.start, span.prefix[1] - span.prefix[0]) for span in batch.attend.spans]
-    decoder = check.decoder_flops(config.decoder, spans, int((batch.labels != IGNORE).sum()), r, reference)
+    decoder = cost.decoder_flops(config.decoder, spans, int((batch.labels != IGNORE).sum()), r, reference)
     vision, C, Cv = config.vision, config.decoder.hidden_size, config.vision.hidden_size
     patches = sum(len(t.pixels) for t in batch.tiles) * vision.patches**2
+    layers = vision.num_hidden_layers - 1  # CLIP's last layer is unused
     layer = 8 * Cv**2 + 4 * Cv * vision.intermediate_size + 4 * vision.patches**2 * Cv
     projector = 2 * Cv * C + 2 * C * C
-    return decoder + patches * ((vision.num_hidden_layers - 1) * layer + projector)  # its last layer is not used
+    return decoder + patches * (layers * layer + projector)
 
 
 def compare(module, names, make, args, title, flops):
-    """Median time, its ratio to ours, the share of the peak that the needed `flops` are, and peak memory of the steps
-    make(name, args), as a table."""
+    """Prints a table of the steps make(name, args): median time, ratio to ours, MFU for the required `flops`,
+    and peak memory."""
     memory = memory_of_each(module, names)
     steps = {name: make(name, args) for name in names}
     print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
     times = {name: median(seconds) for name, seconds in alternate(steps, args.repeat).items()}
-    whole, (peak, source) = times["stic_min"], peak_flops(torch.device(args.device), getattr(torch, args.dtype))
+    ours = times["stic_min"]
+    peak, source = peak_flops(torch.device(args.device), getattr(torch, args.dtype))
     rows = [
-        [name, f"{s:.3g} s", f"{s / whole:.2f}", f"{flops / s / peak:.0%}", f"{memory[name]:.2f} GiB"]
+        [name, f"{s:.3g} s", f"{s / ours:.2f}", f"{flops / s / peak:.0%}", f"{memory[name]:.2f} GiB"]
         for name, s in times.items()
     ]
     table([title, "median", "ratio", "MFU", "peak memory"], rows)
-    print(f"needed: {flops / 1e12:.3g} TFLOP; roofline: {flops / peak:.3g} s at {peak / 1e12:.3g} TFLOP/s ({source})")
+    roofline = f"{flops / peak:.3g} s at {peak / 1e12:.3g} TFLOP/s ({source})"
+    print(f"required: {flops / 1e12:.3g} TFLOP; roofline: {roofline}")

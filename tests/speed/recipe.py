@@ -1,11 +1,12 @@
-"""How long the paper's whole self-training takes on this device: 6k pairs, stage 1, 5k descriptions, stage 2, each
-measured on a few samples and scaled up.
+"""Projects how long the paper's whole recipe takes on this device: 6k pairs, stage 1, 5k descriptions,
+stage 2. Each step is measured on a few samples and scaled up.
 
-  python tests/speed/recipe.py --size 7b --device cuda --dtype bfloat16 --slots 64 --pictures 96 --micro-batch 4
+  python tests/speed/recipe.py --size 7b --device cuda --dtype bfloat16 --slots 64 --pictures 96 \\
+      --micro-batch 4
 
-As the scripts run it by default with LLaVA-v1.6: pictures of 640x480, generated in anyres and trained in pad mode, half
-of the rejected answers from a corrupted picture. Random weights, so all answers are as long as --tokens says. Not
-counted: reading the checkpoint, checking the pictures, the optimizer's own step.
+Settings are the scripts' defaults for LLaVA-v1.6: images of 640x480, anyres for generation and pad mode for
+training, half of the rejected responses from a corrupted image. With random weights, every response has
+--tokens tokens. Not included: loading the checkpoint, verifying the images, the optimizer step.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import stage1
 import stage2
 import torch
-from common import VOCABULARY, alternate, build_ours, median, pictures, table
+from common import VOCABULARY, alternate, build_ours, median, synthetic_images, table
 
 from stic_min import sampler
 from stic_min.images import corrupt
@@ -28,21 +29,23 @@ from stic_min.text import IMAGE
 PAIRS, INSTRUCTIONS = 6000, 5000
 
 
-def seconds_a_picture(llava, args, rows):
-    """Of generation; rows(picture, number) -> [(text's length, picture)], as generate_pairs.py asks for them."""
+def seconds_per_image(llava, args, queries):
+    """Generation time. queries(image, number) -> [(tokens of the prompt, image)], as in generate_pairs.py."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, VOCABULARY, (200,), generator=generator).tolist()
 
     def prepare(item):
-        number, picture = item
-        made = rows(picture, number)
-        tiles = {id(p): llava.tiles(p) for _, p in made}
-        return [sampler.Request((number, i), [1, 2, IMAGE, *text[:n]], [tiles[id(p)]], i)
-                for i, (n, p) in enumerate(made)]  # fmt: skip
+        number, image = item
+        prompts = queries(image, number)
+        tiles = {id(im): llava.tiles(im) for _, im in prompts}
+        return [sampler.Request((number, i), [1, 2, IMAGE, *text[:n]], [tiles[id(im)]], i)
+                for i, (n, im) in enumerate(prompts)]  # fmt: skip
 
     def run(count):
-        requests = (request for made in prefetch(prepare, enumerate(pictures(count))) for request in made)
-        for _ in sampler.stream(llava, requests, slots=args.slots, max_new_tokens=args.tokens, temperature=0.2):
+        groups = prefetch(prepare, enumerate(synthetic_images(count)))
+        requests = (request for group in groups for request in group)
+        sampling = {"max_new_tokens": args.tokens, "temperature": 0.2}
+        for _ in sampler.stream(llava, requests, slots=args.slots, **sampling):
             pass
         if llava.device.type == "cuda":
             torch.cuda.synchronize()
@@ -53,44 +56,48 @@ def seconds_a_picture(llava, args, rows):
     return (time.perf_counter() - begin) / args.pictures
 
 
-def seconds_a_sample(step, args):
+def seconds_per_sample(step, args):
     return median(alternate({"training": step}, args.repeat)["training"]) / args.micro_batch
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
-    parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=250, help="of each answer")
-    parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=1)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=8, help="number of images for the measurement")
+    parser.add_argument("--tokens", type=int, default=250, help="tokens per response")
+    parser.add_argument("--slots", type=int, default=8, help="sequences that the sampler decodes at a time")
+    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=1, help="samples per step")
+    parser.add_argument("--repeat", type=int, default=5, help="number of measured training rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     args = parser.parse_args()
     device, dtype = start_device(args.device), getattr(torch, args.dtype)
 
     llava = build_ours(args.size, "anyres", device, dtype)
-    # The step-by-step prompt, and a captioning prompt on the corrupted picture or a prompt that invites invention.
-    pair = lambda picture, i: [(160, picture), (20, picture if i % 2 else corrupt(picture, seed=i)[0])]
-    pairs = seconds_a_picture(llava, args, pair)
-    descriptions = seconds_a_picture(llava, args, lambda picture, i: [(20, picture)])
-    tokens = 2 * args.tokens / pairs
+    # Step-by-step prompt; captioning prompt on the corrupted image, or hallucination-inducing prompt.
+    pair = lambda image, i: [(160, image), (20, image if i % 2 else corrupt(image, seed=i)[0])]
+    description = lambda image, i: [(20, image)]
+    seconds = {}
+    seconds["pairs"] = seconds_per_image(llava, args, pair)
+    seconds["descriptions"] = seconds_per_image(llava, args, description)
     del llava
 
-    how = SimpleNamespace(image_mode="pad", micro_batch=args.micro_batch, text=30, chosen=args.tokens + 1,
-                          rejected=args.tokens + 1, r=128)  # fmt: skip
-    first = seconds_a_sample(stage1.ours_step(how, build_ours(args.size, "pad", device, dtype)), args)
-    second = seconds_a_sample(stage2.ours_step(how, build_ours(args.size, "pad", device, dtype)), args)
+    settings = SimpleNamespace(image_mode="pad", micro_batch=args.micro_batch, text=30,
+                               chosen=args.tokens + 1, rejected=args.tokens + 1, r=128)  # fmt: skip
+    for name, stage in (("stage 1", stage1), ("stage 2", stage2)):
+        step = stage.ours_step(settings, build_ours(args.size, "pad", device, dtype))
+        seconds[name] = seconds_per_sample(step, args)
+        del step
 
-    rows, whole = [], 0
-    for name, seconds, count in (("pairs", pairs, PAIRS), ("stage 1", first, PAIRS),
-                                 ("descriptions", descriptions, INSTRUCTIONS), ("stage 2", second, INSTRUCTIONS)):
-        whole += seconds * count
-        rows.append([name, f"{seconds:.3g} s", str(count), f"{seconds * count / 60:.1f} min"])
-    table(["", "a sample", "samples", "in all"], [*rows, ["whole recipe", "", "", f"{whole / 60:.1f} min"]])
-    print(f"pairs: {tokens:.0f} generated tokens/s, end to end; waves of {args.slots} rows, "
-          f"{math.ceil(2 * args.pictures / args.slots)} measured")
+    counts = {"pairs": PAIRS, "stage 1": PAIRS, "descriptions": INSTRUCTIONS, "stage 2": INSTRUCTIONS}
+    minutes = {name: seconds[name] * count / 60 for name, count in counts.items()}
+    rows = [[name, f"{seconds[name]:.3g} s", str(count), f"{minutes[name]:.1f} min"]
+            for name, count in counts.items()]  # fmt: skip
+    rows.append(["whole recipe", "", "", f"{sum(minutes.values()):.1f} min"])
+    table(["", "per sample", "samples", "total"], rows)
+    waves = math.ceil(2 * args.pictures / args.slots)
+    print(f"pairs: {2 * args.tokens / seconds['pairs']:.0f} generated tokens/s, end to end; {waves} waves of "
+          f"{args.slots} sequences measured")
 
 
 if __name__ == "__main__":

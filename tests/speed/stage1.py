@@ -1,11 +1,12 @@
-"""A stage-1 micro-batch (reference, policy, backward) against TRL's DPO trainer and the release's four forwards.
+"""A stage-1 micro-batch (reference, policy, backward), compared with TRL's DPOTrainer and the release.
 
   python tests/speed/stage1.py --size small --image-mode pad
 
-Peers: TRL's DPOTrainer with peft on transformers' LLaVA, its own loss on the padded batch; and what the authors'
-trainer does, a forward of policy and of reference for each response, with the logits of the whole sequence. LoRA on all
-linears of the decoder, no optimizer, projector frozen as the peers have it. Peers whose dtype is not fp32 run under
-autocast, as their trainers do. Peak memory is what a step takes over what was there, in a process of its own for each.
+The peers: TRL's DPOTrainer with peft on transformers' LLaVA, with its own loss (without alpha * NLL) on the
+padded batch; and the scheme of the authors' trainer, four forward passes per pair (policy and reference on
+each response) with the logits of the whole sequence. LoRA on all linear layers of the decoder, no optimizer
+step, and a frozen projector, as in the peers. In bf16 and fp16 the peers run under autocast, as their
+trainers do. Peak memory is measured above the memory in use before the step, in a separate process per run.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import logging
 import tempfile
 
 import torch
-from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, pictures
+from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, synthetic_images
 
 from stic_min import lora
 from stic_min.batch import Example, collate
@@ -28,10 +29,11 @@ BETA, ALPHA = 0.1, 1 / 1024
 
 
 def samples(args, config):
-    """[(tiles of a picture, ids: prompt in front of it and behind it, [chosen, rejected])]."""
+    """[(tiles of an image, prompt ids before it, prompt ids after it, [chosen ids, rejected ids])]."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
-    tiles = [make_tiles(picture, args.image_mode, 336, config.pinpoints) for picture in pictures(args.micro_batch)]
+    images = synthetic_images(args.micro_batch)
+    tiles = [make_tiles(image, args.image_mode, 336, config.pinpoints) for image in images]
     return [(t, [1, 2], ids(args.text), [ids(args.chosen), ids(args.rejected)]) for t in tiles]
 
 
@@ -59,15 +61,19 @@ def ours_step(args, llava):
 
 
 def peer_inputs(args, config, device, dtype):
-    """All chosen, then all rejected, as a padded batch, each with its picture, as TRL lays them out."""
+    """A padded batch in TRL's layout: all chosen sequences, then all rejected ones, each with its image."""
     prompts, responses, tiles = [], [], []
     for which in (0, 1):
-        for own, before, text, both in samples(args, config):
-            prompts.append(before + [VOCABULARY] * config.image_tokens(own.size) + text)
-            responses.append(both[which])
-            tiles.append(own)
+        for image_tiles, before, after, pair in samples(args, config):
+            prompts.append(before + [VOCABULARY] * config.image_tokens(image_tiles.size) + after)
+            responses.append(pair[which])
+            tiles.append(image_tiles)
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses))
-    rows = lambda row: torch.tensor([r + [0] * (longest - len(r)) for r in map(row, prompts, responses)], device=device)
+
+    def rows(row):
+        padded = [r + [0] * (longest - len(r)) for r in map(row, prompts, responses)]
+        return torch.tensor(padded, device=device)
+
     inputs = {
         "input_ids": rows(lambda p, r: p + r),
         "attention_mask": rows(lambda p, r: [1] * len(p + r)),
@@ -99,11 +105,12 @@ def trl_step(args, theirs, config):
     from trl import DPOConfig, DPOTrainer
 
     words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "</s>": 2}, unk_token="<unk>"))
-    words = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}
+    words = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     with tempfile.TemporaryDirectory() as folder:
-        settings = DPOConfig(output_dir=folder, report_to=[], use_cpu=args.device == "cpu", bf16=False, beta=BETA,
-                             gradient_checkpointing=False, max_length=None)  # fmt: skip
-        pair = Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}])  # the trainer wants one to start
+        settings = DPOConfig(output_dir=folder, report_to=[], use_cpu=args.device == "cpu", bf16=False,
+                             beta=BETA, gradient_checkpointing=False, max_length=None)  # fmt: skip
+        pair = Dataset.from_list([{"prompt": "a", "chosen": "a", "rejected": "a"}])  # the trainer needs one
         trainer = DPOTrainer(theirs, args=settings, train_dataset=pair, processing_class=words,
                              peft_config=peft_config(args))  # fmt: skip
     trainer.model.train()
@@ -122,27 +129,27 @@ def release_step(args, theirs, config):
     from peft import get_peft_model
 
     model = get_peft_model(theirs, peft_config(args)).train()
-    all = peer_inputs(args, config, next(model.parameters()).device, theirs.dtype)
+    batch = peer_inputs(args, config, next(model.parameters()).device, theirs.dtype)
     pairs = [(i, i + args.micro_batch) for i in range(args.micro_batch)]
 
     def logp(row):
-        end = int(all["attention_mask"][row].sum())
-        inputs = {name: value[row : row + 1] for name, value in all.items() if name != "completion_mask"}
+        end = int(batch["attention_mask"][row].sum())
+        inputs = {name: value[row : row + 1] for name, value in batch.items() if name != "completion_mask"}
         inputs |= {name: inputs[name][:, :end] for name in ("input_ids", "attention_mask")}
         logits = model(**inputs, use_cache=False).logits[:, :-1].float()  # of the whole sequence
         taken = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None])[..., 0]
-        return (taken * all["completion_mask"][row : row + 1, 1:end]).sum(-1)
+        return (taken * batch["completion_mask"][row : row + 1, 1:end]).sum(-1)
 
     def step():
-        whole = 0.0
+        total = 0.0
         for w, l in pairs:
             with autocast(args):
                 with torch.no_grad(), model.disable_adapter():
                     reference = logp(w), logp(l)
                 loss = stic_loss(logp(w), logp(l), *reference, BETA, ALPHA).mean() / args.micro_batch
             loss.backward()
-            whole += loss.item()
-        return whole
+            total += loss.item()
+        return total
 
     return step
 
@@ -160,12 +167,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
     parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad")
-    parser.add_argument("--text", type=int, default=30, help="tokens of the prompt behind the picture")
-    parser.add_argument("--chosen", type=int, default=270, help="tokens")
-    parser.add_argument("--rejected", type=int, default=230, help="tokens")
-    parser.add_argument("--micro-batch", type=int, default=1, help="pairs")
-    parser.add_argument("--r", type=int, default=128, help="LoRA's")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--text", type=int, default=30, help="tokens of the prompt after the image")
+    parser.add_argument("--chosen", type=int, default=270, help="tokens of the chosen response")
+    parser.add_argument("--rejected", type=int, default=230, help="tokens of the rejected response")
+    parser.add_argument("--micro-batch", type=int, default=1, help="pairs per step")
+    parser.add_argument("--r", type=int, default=128, help="LoRA rank")
+    parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", choices=list(STEPS), help=argparse.SUPPRESS)
@@ -177,7 +184,6 @@ def main():
         return
     config = configuration(args.size, args.image_mode)
     flops = needed_flops(ours_batch(args, config), config, args.r, reference=True)
-    # TRL's loss has no alpha * NLL.
     compare(__file__, STEPS, make, args, f"a step of {args.micro_batch} pair(s)", flops)
 
 

@@ -1,16 +1,18 @@
-"""A stage-2 micro-batch (description, instruction, answer: forward and backward) against peft LoRA on transformers.
+"""A stage-2 micro-batch (forward and backward on description, instruction and answer), compared with
+transformers and peft.
 
   python tests/speed/stage2.py --size small --image-mode pad
 
-The peer pads the micro-batch to its longest row and takes the logits of whole sequences, as transformers' Trainer does;
-ours is one flat row without padding, with logits at the answers alone. The same loss, printed for both.
+The peer pads the micro-batch to its longest sequence and computes logits at all positions, like transformers'
+Trainer. Ours is one flat sequence without padding, with logits at the answers only. Both losses are printed;
+they are the same.
 """
 
 import argparse
 import json
 
 import torch
-from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, pictures
+from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, synthetic_images
 from stage1 import autocast, peft_config
 from torch.nn import functional as F
 
@@ -22,14 +24,15 @@ from stic_min.runtime import flags
 from stic_min.runtime.ranks import start_device
 from stic_min.text import IMAGE
 
-LENGTHS = ((260, 30), (320, 120), (220, 60), (290, 200))  # tokens of description and instruction, of the answer
+LENGTHS = ((260, 30), (320, 120), (220, 60), (290, 200))  # tokens: prompt with description, answer
 
 
 def samples(args, config):
     """[(tiles, prompt ids with one IMAGE, answer ids)]."""
     generator = torch.Generator().manual_seed(0)
     ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
-    tiles = [make_tiles(picture, args.image_mode, 336, config.pinpoints) for picture in pictures(args.micro_batch)]
+    images = synthetic_images(args.micro_batch)
+    tiles = [make_tiles(image, args.image_mode, 336, config.pinpoints) for image in images]
     return [(t, [1, 2, IMAGE, *ids(n)], ids(m)) for t, (n, m) in zip(tiles, LENGTHS)]
 
 
@@ -55,14 +58,18 @@ def peer_step(args, theirs, config):
     from peft import get_peft_model
 
     model = get_peft_model(theirs, peft_config(args)).train()
-    ids, labels, rows = [], [], samples(args, config)
+    rows = samples(args, config)
+    ids, labels = [], []
     for tiles, prompt, answer in rows:
-        marks = [VOCABULARY] * config.image_tokens(tiles.size)
-        prompt = sum(([i] if i != IMAGE else marks for i in prompt), [])
+        image_ids = [VOCABULARY] * config.image_tokens(tiles.size)
+        prompt = sum(([i] if i != IMAGE else image_ids for i in prompt), [])
         ids.append(prompt + answer)
         labels.append([-100] * len(prompt) + answer)
     longest = max(map(len, ids))
-    tensor = lambda rows, pad: torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=args.device)
+
+    def tensor(rows, pad):
+        return torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=args.device)
+
     inputs = {"input_ids": tensor(ids, 0), "attention_mask": tensor([[1] * len(row) for row in ids], 0)}
     stack = torch.stack if args.image_mode == "anyres" else torch.cat
     inputs["pixel_values"] = stack([tiles.pixels for tiles, _, _ in rows]).to(args.device, theirs.dtype)
@@ -93,9 +100,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
     parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad")
-    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=4)
-    parser.add_argument("--r", type=int, default=128, help="LoRA's")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=4, help="samples per step")
+    parser.add_argument("--r", type=int, default=128, help="LoRA rank")
+    parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)

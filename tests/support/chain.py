@@ -1,10 +1,12 @@
 """The whole method as a chain of commands on a tiny checkpoint, and how two training runs are compared."""
 
+import json
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from commands import lines
+from commands import call, lines, run_script
 from safetensors.torch import load_file
 
 from stic_min import training
@@ -70,6 +72,19 @@ def chain(model, tiny, out):
         "direct": ["evaluate", *benchmark, *few],
         "dar": ["evaluate", *benchmark, *few, "--dar"],
     }
+
+
+def run_chain(model, tiny, out):
+    """All commands on one rank: v1.6's in processes of their own, v1.5's in this one."""
+    commands = chain(model, tiny, out)
+    run = run_script if "v1.6" in model else call
+    printed = {step: run(*command) for step, command in commands.items()}
+    return SimpleNamespace(model=tiny / model, tiny=tiny, out=out, printed=printed, commands=commands)
+
+
+def with_images(tiny):
+    """The instruction records that have an image."""
+    return [record for record in json.loads((tiny / "instructions.json").read_text()) if "image" in record]
 
 
 def identical(a, b):

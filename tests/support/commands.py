@@ -1,7 +1,8 @@
-"""Runs the commands as a user does: in processes of their own, on two ranks under torchrun, or in this process.
+"""Runs the commands as a user does: in processes of their own, on several ranks, or in this process.
 
-Starting Python and importing torch takes seconds. Where the process boundary is not the point, `call` runs a script's
-main in this process, and `call_two_ranks` runs several commands under one torchrun, with this file as the script.
+Importing torch and our modules takes four seconds. So `start` forks its process from one that has done that
+(forked.py); only `run` really starts Python. Where the process boundary is not the point, `call` runs a script's main
+in this process, and `call_ranks` runs several commands in one start of all ranks, with this file as the script.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from unittest import mock
+
+from forked import Forked
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"}
@@ -36,10 +39,17 @@ def run(*args, check=True):
 
 
 def start(script, *args, ranks=1, **options):
-    """A command in the background, in a session of its own -> the running process."""
-    command = [sys.executable, *torchrun(ranks), f"{script}.py", *map(str, args)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=ENV, start_new_session=True, **pipes, **options)
+    """A command in the background; torchrun starts its ranks if there are several -> the running process."""
+    name = script if "." in script else ROOT / f"{script}.py"  # a module of the package, or a script
+    return Forked([*torchrun(ranks)[1:], name, *args], ROOT, ENV, **options)
+
+
+def run_script(script, *args):
+    """A command in a process of its own -> stdout."""
+    process = start(script, *args)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{script} {args}\n{out}\n{err}"
+    return out
 
 
 def call(script, *args):
@@ -64,9 +74,25 @@ def ended(script, *args):
     return 0, ""
 
 
+def call_ranks(count, *commands, check=True):
+    """Several commands, one start of all ranks -> (whether all ended well, rank 0's stdout).
+
+    ("kill", N) instead of a command: in those after it, rank 0 dies by SIGKILL after step N. No torchrun is involved.
+    """
+    job = {"WORLD_SIZE": f"{count}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{free_port()}"}
+    argv = [__file__, json.dumps(commands, default=str)]
+    ranks = [Forked(argv, ROOT, ENV | job | {"RANK": f"{r}", "LOCAL_RANK": f"{r}"}) for r in range(count)]
+    wait_for(lambda: all(rank.poll() == 0 for rank in ranks) or any(rank.poll() for rank in ranks), seconds=300)
+    success = all(rank.poll() == 0 for rank in ranks)
+    for rank in ranks:  # as torchrun does when one has failed
+        rank.kill()
+    outputs = [rank.communicate() for rank in ranks]
+    assert success or not check, f"{commands}\n" + "\n".join(err for _, err in outputs)
+    return success, outputs[0][0]
+
+
 def call_two_ranks(*commands, check=True):
-    """Several commands, one start of Python. ("kill", N) instead of one: later ones die by SIGKILL after step N."""
-    return run(*torchrun(2), __file__, json.dumps(commands, default=str), check=check)
+    return call_ranks(2, *commands, check=check)
 
 
 def lines(path):
@@ -92,7 +118,7 @@ def wait_for(condition, seconds=60):
         time.sleep(0.002)
 
 
-# ---------------------------------------------------------------- under torchrun
+# ---------------------------------------------------------------- one of several ranks
 
 
 def die_after(step):
@@ -114,8 +140,10 @@ def main():
             die_after(*rest)
         else:
             print(call(name, *rest))
-            dist.barrier()  # the next command reads what the first rank wrote
-    dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.barrier()  # the next command reads what the first rank wrote
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # gloo's threads now and then abort a process that ends in the ordinary way
 

@@ -1,0 +1,128 @@
+"""train_stage1.py: the whole stage against Eq. 4.1 and AdamW worked out by hand, then its details."""
+
+import json
+import math
+
+import pytest
+import torch
+from by_hand import assert_trained_like, logps_by_hand, train_by_hand
+from chain import STEPS, log, tensors
+from commands import call, lines
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from stic_min import data, lora
+from stic_min.formats.adapters import PREFIX
+from stic_min.loader import load_llava
+
+
+def test_stage1_by_hand(runs, tmp_path):
+    """Eq. 4.1 pair by pair, with a second model as theta_0, and AdamW by hand.
+
+    One pair has two equal responses. Only its NLL counts: margin and accuracy are means over the other pairs.
+    """
+    beta, alpha, equal = 2.0, 0.5, 2
+    records = lines(runs.out / "pairs.jsonl")
+    for name in ("", "_finish"):
+        records[equal][f"rejected{name}"] = records[equal][f"chosen{name}"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--beta", beta, "--alpha", alpha, "--projector-lr", 5e-4, "--pairs", tmp_path / "pairs.jsonl"]
+    call(*runs.commands["stage1"], *flags, "--out", tmp_path / "out")
+
+    policy, theta_0 = (load_llava(runs.model, image_mode="pad") for _ in range(2))
+    adapter = lora.new_adapter(policy, 4, 8, 0.0, seed=0)
+    lora.attach(policy, adapter)
+    for name, value in adapter.tensors.items():
+        policy.get_parameter(name).data.copy_(value)
+    pairs = data.read_pairs(tmp_path / "pairs.jsonl")
+    items = [data.pair_item(pair, policy, runs.tiny / "images", 1024) for pair in pairs]
+    expected = []  # log.jsonl, step by step
+
+    def loss(indices):
+        """The mean of Eq. 4.1 over the pairs of one global batch."""
+        terms, margins = [], []
+        for i in indices:
+            logp_w, logp_l = logps_by_hand(policy, items[i])
+            ref_logp_w, ref_logp_l = logps_by_hand(theta_0, items[i])
+            reward_w = beta * (logp_w - ref_logp_w)
+            reward_l = beta * (logp_l - ref_logp_l)
+            dpo = -F.logsigmoid(reward_w - reward_l)
+            nll = -alpha * logp_w
+            terms.append({"loss": dpo + nll, "dpo": dpo, "alpha_nll": nll, "logp_chosen": logp_w,
+                          "logp_rejected": logp_l, "reward_chosen": reward_w, "reward_rejected": reward_l})
+            if i != equal:
+                margins.append(reward_w - reward_l)
+        means = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]}
+        expected.append({name: mean.item() for name, mean in means.items()})
+        expected[-1]["margin"] = sum(margins).item() / len(margins)
+        expected[-1]["accuracy"] = sum(margin.item() > 0 for margin in margins) / len(margins)
+        expected[-1]["equal"] = indices.count(equal)
+        return means["loss"]
+
+    batches = data.global_batches([item.length for item in items], 3, seed=0)
+    losses = [lambda batch=batch: loss(batch) for batch in batches]
+    norms = train_by_hand(policy, losses, lr=1e-3, projector_lr=5e-4)
+    assert max(norms) > 1.2 * min(norms) > 1.2  # clipping is active, and differs from step to step
+    for record, values, norm in zip(log(tmp_path / "out"), expected, norms, strict=True):
+        assert record == pytest.approx(record | values | {"grad_norm": norm}, rel=1e-3, abs=1e-4)
+    assert_trained_like(policy, tmp_path / "out", projector_lr=5e-4)
+
+
+def test_stage1_starts_at_theta_0(runs):
+    records = log(runs.out / "stage1")
+    names = {"step", "loss", "dpo", "alpha_nll", "margin", "accuracy", "equal", "logp_chosen",
+             "logp_rejected", "reward_chosen", "reward_rejected", "grad_norm", "lr"}  # fmt: skip
+    assert [r["step"] for r in records] == list(range(1, STEPS + 1))
+    assert all(set(record) == names for record in records)
+    assert records[0]["dpo"] == pytest.approx(math.log(2), abs=1e-5) and abs(records[0]["margin"]) < 1e-6
+    assert all(abs(r["margin"]) > 1e-6 for r in records[1:])
+    assert all(r["loss"] == pytest.approx(r["dpo"] + r["alpha_nll"], abs=1e-6) for r in records)
+    assert [r["lr"] for r in records] == pytest.approx([1e-3, 1e-3, 0.5e-3])  # warm-up, then a cosine
+    printed = runs.printed["stage1"]
+    assert "8 pairs, 0 cut to 1024 tokens" in printed and f"step {STEPS}/{STEPS}" in printed
+
+
+def test_there_is_no_weight_decay(runs, tmp_path):
+    """With B = 0 the first gradient of A is zero, so the first step leaves A unchanged."""
+    call(*runs.commands["stage1"], "--batch-size", 8, "--out", tmp_path)
+    after = load_file(tmp_path / "adapter_model.safetensors")
+    adapter = lora.new_adapter(load_llava(runs.model), 4, 8, 0.0, seed=0)
+    for name, before in adapter.tensors.items():
+        assert torch.equal(after[f"{PREFIX}{name}.weight"], before) is ("lora_A" in name)
+
+
+def test_trained_weights_are_float32_in_a_bfloat16_model(runs, tmp_path):
+    """Steps of 1e-6 on weights of about 0.1, which bfloat16 would round away."""
+    rates = ["--lr", 1e-6, "--projector-lr", 1e-6]
+    call(*runs.commands["stage1"], "--dtype", "bfloat16", *rates, "--out", tmp_path)
+    llava = load_llava(runs.model)
+    adapter = lora.new_adapter(llava, 4, 8, 0.0, seed=0)
+    before = {f"{PREFIX}{name}.weight": value for name, value in adapter.tensors.items()}
+    before |= {f"model.{name}": p for name, p in llava.named_parameters() if name.startswith("mm_projector.")}
+    after = tensors(tmp_path)
+    assert set(after) == set(before) and {v.dtype for v in after.values()} == {torch.float32}
+    for name, value in after.items():
+        assert 1e-7 < (value - before[name]).abs().max() < 1e-5, name
+    first = log(tmp_path)[0]  # in bfloat16, too, theta equals theta_0 bit for bit
+    assert first["dpo"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["margin"] == first["reward_chosen"] == 0
+
+
+def test_a_batch_of_equal_pairs_has_no_margin(runs, tmp_path):
+    pair = lines(runs.out / "pairs.jsonl")[0]
+    equal = pair | {"rejected": pair["chosen"], "rejected_finish": pair["chosen_finish"]}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [pair, equal, equal])))
+    flags = ["--pairs", tmp_path / "pairs.jsonl", "--batch-size", 1]
+    call(*runs.commands["stage1"], *flags, "--out", tmp_path / "out")
+    records = log(tmp_path / "out")
+    assert sum(r["equal"] for r in records) == 2
+    assert all(("margin" in r, "accuracy" in r) == (not r["equal"],) * 2 for r in records)
+
+
+def test_stage1_learns_a_repeated_pair(runs, tmp_path):
+    pair = lines(runs.out / "pairs.jsonl")[0]
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 6)
+    flags = ["--pairs", tmp_path / "pairs.jsonl", "--batch-size", 1]
+    call(*runs.commands["stage1"], *flags, "--out", tmp_path / "out")
+    margins, losses = ([record[key] for record in log(tmp_path / "out")] for key in ("margin", "loss"))
+    assert margins == sorted(margins) and losses == sorted(losses, reverse=True) and margins[-1] > 0.1

@@ -1,0 +1,64 @@
+"""Commands that were killed resume where they were, and end with what an undisturbed run gives."""
+
+import json
+import signal
+
+import pytest
+from chain import STEPS, distance, identical, log, with_images
+from commands import call, call_two_ranks, lines, start, wait_for
+
+from stic_min import InputError
+
+
+@pytest.mark.parametrize("step, file", [("pairs", "pairs.jsonl"), ("describe", "descriptions.jsonl")])
+def test_a_restart_makes_only_what_is_missing(runs, step, file, tmp_path):
+    command, whole = [*runs.commands[step], "--out", tmp_path / file], (runs.out / file).read_bytes()
+    first, _, third, fourth, fifth, *_ = whole.splitlines(keepends=True)
+    (tmp_path / file).write_bytes(first + third + fourth[:40])  # one is lost, a kill cut the last in two
+    (tmp_path / f"{file}.part1").write_bytes(fifth + b"{")  # another rank's
+    for there in (3, 8):
+        assert f"{there} of them already in" in call(*command)
+        assert (tmp_path / file).read_bytes() == whole and [f.name for f in tmp_path.iterdir()] == [file]
+    with pytest.raises(InputError, match=f"{file} was written with seed 0, but this run has 1"):
+        call(*command, "--seed", 1)
+    assert (tmp_path / file).read_bytes() == whole
+
+
+@pytest.mark.parametrize("runs", ["llava-v1.5-tiny"], indirect=True)
+def test_stage1_on_two_ranks_survives_a_kill(runs, tmp_path):
+    command = [*runs.commands["stage1"], "--batch-size", 1, "--save-every", 2]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    success, _ = call_two_ranks(("kill", 5), [*command, "--out", killed], check=False)
+    assert not success
+    assert len(log(killed)) == 5 and (killed / "checkpoint-4").is_dir()  # step 5 is logged and lost
+    _, printed = call_two_ranks([*command, "--out", killed], [*command, "--out", whole])
+    assert "resuming after step 4" in printed and len(log(whole)) == 8
+    assert identical(killed, whole) and not list(killed.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("runs", ["llava-v1.6-tiny"], indirect=True)
+def test_stage2_survives_a_kill_at_any_moment(runs, tmp_path):
+    described = lines(runs.out / "descriptions.jsonl")
+    copies = lambda records: [r | {"id": f"{r['id']}-{copy}"} for r in records for copy in range(5)]  # time to kill it
+    (tmp_path / "instructions.json").write_text(json.dumps(copies(with_images(runs.tiny))))
+    (tmp_path / "descriptions.jsonl").write_text("\n".join(map(json.dumps, copies(described))))
+    script, *args = [*runs.commands["stage2"], "--instructions", tmp_path / "instructions.json", "--descriptions",
+                     tmp_path / "descriptions.jsonl", "--lora-dropout", 0.05, "--batch-size", 1, "--save-every", 1]
+    killed, whole, plain = tmp_path / "killed", tmp_path / "whole", tmp_path / "plain"
+    process = start(script, *args, "--out", killed)
+    wait_for(lambda: process.poll() is not None or list(killed.glob("checkpoint-[0-9]*")))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (killed / "adapter_config.json").exists()
+    assert "resuming after step" in call(script, *args, "--out", killed)
+    call(script, *args, "--out", whole)
+    assert identical(killed, whole) and len(log(whole)) == 40
+    call(script, *args, "--lora-dropout", 0, "--out", plain)
+    assert distance(plain, whole) > 1e-6  # dropout was on
+
+
+def test_what_a_killed_run_left_at_the_top_is_not_taken_for_its_own(runs, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("projector.safetensors", "log.jsonl"):
+        (tmp_path / "out" / name).write_bytes((runs.out / "stage1" / name).read_bytes())
+    call(*runs.commands["stage1"], "--projector-lr", 0, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "projector.safetensors").exists() and len(log(tmp_path / "out")) == STEPS
