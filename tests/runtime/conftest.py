@@ -30,7 +30,7 @@ def two_ranks(runs, two_rank_chains):
 
 @pytest.fixture(scope="session")
 def stage1(tiny, tmp_path_factory):
-    """Forty pairs, a command that trains on them, and two undisturbed runs: `ones` and `fours`, by batch size."""
+    """Forty pairs, a command that trains on them, and two undisturbed runs, with batches of 1 and of 4."""
     folder = tmp_path_factory.mktemp("stage1")
     images = sorted(path.name for path in (tiny / "images").iterdir())
     words = "a red house, a blue boat and the yellow sun over green grass".split()
@@ -40,8 +40,9 @@ def stage1(tiny, tmp_path_factory):
         rejected = " ".join(words[::-1][: 3 + i % 7])
         pairs.append(pair(images[i % len(images)], chosen, rejected))
     write(folder / "pairs.jsonl", pairs)
-    command = ["train_stage1", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
-               "--pairs", folder / "pairs.jsonl", "--lora-r", 4, "--lr", 1e-3, "--save-every", 1000]  # fmt: skip
+    data = ["--images", tiny / "images", "--pairs", folder / "pairs.jsonl"]
+    command = ["train_stage1", "--model", tiny / "llava-v1.5-tiny", "--device", "cpu", *data, "--lora-r", 4,
+               "--lr", 1e-3, "--save-every", 1000]  # fmt: skip
     call(*command, "--batch-size", 1, "--out", folder / "ones")
     call(*command, "--batch-size", 4, "--out", folder / "fours")
     return SimpleNamespace(command=command, folder=folder, ones=folder / "ones", fours=folder / "fours")
