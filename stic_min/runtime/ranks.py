@@ -86,8 +86,8 @@ class Ranks:
         visible = self.gather(wait_until(has_token))
         if not all(visible):
             rank = visible.index(False)
-            raise InputError(f"--out must be on a disk that all nodes share: rank {rank} does not see what rank "
-                             f"0 writes next to {out}")  # fmt: skip
+            raise InputError(f"--out must be on a disk that all nodes share: rank {rank} does not see what "
+                             f"rank 0 writes next to {out}")  # fmt: skip
         first, *others = self.gather(settings)
         for rank, other in enumerate(others, 1):
             for name in first:

@@ -1,5 +1,6 @@
-"""LLaVA-v1.6-mistral-7b and v1.5-7b for real, on the meta device: the published config.json files give models whose
-parameters are exactly the published tensors. Keys and shapes are written out here, not taken from our modules."""
+"""The real LLaVA-v1.6-mistral-7b and v1.5-7b, on the meta device: the published config.json files give models
+whose parameters are exactly the published tensors. Keys and shapes are spelled out here, not taken from our
+modules."""
 
 import json
 import math
@@ -21,7 +22,8 @@ CONFIGS = {"v1.6": V16, "v1.5": V15, "v1.6-hf": HF16, "v1.5-hf": HF15}
 
 # ---------------------------------------------------------------- keys and shapes as published
 
-# Where each layout has its parts. In transformers' files the projector's two layers are linear_1 and linear_2.
+# The key prefixes of each layout. In transformers' files the projector's two layers are linear_1 and
+# linear_2.
 HF_PROJECTOR = {"0": "multi_modal_projector.linear_1", "2": "multi_modal_projector.linear_2"}
 LAYOUTS = {
     "original": dict(
@@ -35,7 +37,8 @@ LAYOUTS = {
     ),
     "hf-memory": dict(  # module names of 4.52 to 4.57, in state dicts written directly
         decoder="model.language_model.", lm_head="lm_head", newline="model.image_newline",
-        tower="model.vision_tower.vision_model.", projector={i: "model." + p for i, p in HF_PROJECTOR.items()},
+        tower="model.vision_tower.vision_model.",
+        projector={i: "model." + p for i, p in HF_PROJECTOR.items()},
     ),
 }  # fmt: skip
 LAYOUTS["hf-fresh-5"] = LAYOUTS["hf"] | {"tower": "vision_tower."}  # 5.x, saved without having been loaded
@@ -61,7 +64,8 @@ def tower_keys(prefix):
 
 
 def published(version, layout):
-    """{key: shape} of all tensors in the checkpoint. Original v1.5 has no tower; transformers pads the vocabulary."""
+    """{key: shape} of all tensors in the checkpoint. Original v1.5 has no tower; transformers pads the
+    vocabulary."""
     (kv, mlp), at = {"v1.6": (1024, 14336), "v1.5": (4096, 11008)}[version], LAYOUTS[layout]
     vocabulary = 32000 if layout == "original" else 32064
     keys = {f"{at['decoder']}embed_tokens.weight": (vocabulary, 4096), f"{at['decoder']}norm.weight": (4096,)}
@@ -86,8 +90,10 @@ def published(version, layout):
     return keys | (tower_keys(at["tower"]) if (version, layout) != ("v1.5", "original") else {})
 
 
-# Our names of the 18 tensors that nothing needs.
-UNUSED = {name for name in tower_keys("vision_tower.") if "encoder.layers.23." in name or "post_layernorm" in name}
+# Our names of the 18 tensors that the model does not use.
+UNUSED = {
+    name for name in tower_keys("vision_tower.") if "encoder.layers.23." in name or "post_layernorm" in name
+}
 
 
 def count(shapes):
@@ -109,7 +115,7 @@ def shapes_of(config):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configurations(name, tmp_path):
-    """Every number of the sparse files too, whose missing keys are transformers' class defaults."""
+    """Every number, also of sparse files, whose missing keys are transformers' class defaults."""
     mistral, huggingface = name.startswith("v1.6"), name.endswith("hf")
     expected = LlavaConfig(
         DecoderConfig(
@@ -174,15 +180,20 @@ def test_lora_counts(version, expected, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_open_llava_takes_whole_checkpoints(name, tiny, tmp_path, monkeypatch):
-    """The loader's own way through the folders, with files whose tensors have shapes but no bytes."""
+def test_open_llava_opens_full_checkpoints(name, tiny, tmp_path, monkeypatch):
+    """The loader on complete folders, whose tensors have shapes but no data."""
     folder, tower = tmp_path / name, tmp_path / V15["mm_vision_tower"]
     version, layout = name[:4], "hf" if name.endswith("hf") else "original"
     contents = {folder: published(version, layout)}
     if name == "v1.5":
-        contents[folder] |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(32)}  # 4.31
+        contents[folder] |= {
+            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in range(32)
+        }  # 4.31
         contents[tower] = tower_keys("vision_model.") | {"vision_model.embeddings.position_ids": (1, 577)}
-        contents[tower] |= {"text_model.final_layer_norm.weight": (768,), "visual_projection.weight": (768, 1024)}
+        contents[tower] |= {
+            "text_model.final_layer_norm.weight": (768,),
+            "visual_projection.weight": (768, 1024),
+        }
     for place in contents:
         place.mkdir(parents=True)
         (place / "model.safetensors").touch()
@@ -192,7 +203,7 @@ def test_open_llava_takes_whole_checkpoints(name, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "open_shard", lambda file: hollow(contents[file.parent]))
 
     parameters = shapes_of(config_of(folder, name)[0])
-    if layout == "hf":  # of the padded vocabulary only the tokenizer's rows, here the tiny one's
+    if layout == "hf":  # of the padded vocabulary only the tokenizer's rows, here those of the tiny one
         parameters |= dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], (600, 4096))
     llava, weights = loader.open_llava(folder, dtype=torch.bfloat16)
     assert {n: tuple(p.shape) for n, p in llava.named_parameters()} == parameters

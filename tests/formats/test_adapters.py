@@ -1,4 +1,5 @@
-"""Adapters on disk: written for peft and read from it with the same logits, and refused where they do not fit."""
+"""Adapters on disk: written for PEFT and read from it with the same logits; those that do not fit are an
+error."""
 
 import json
 import re
@@ -28,9 +29,9 @@ def base(tiny):
 @pytest.fixture
 def adapter(base, tmp_path):
     """Folder with an adapter for V16 whose B is not zero."""
-    made = lora.new_adapter(base[V16], r=4, alpha=8, dropout=0.0, seed=0)
-    made.tensors |= {name: 0.1 + t for name, t in made.tensors.items() if name.endswith("B")}
-    adapters.write_adapter(tmp_path / "adapter", made)
+    adapter = lora.new_adapter(base[V16], r=4, alpha=8, dropout=0.0, seed=0)
+    adapter.tensors |= {name: 0.1 + t for name, t in adapter.tensors.items() if name.endswith("B")}
+    adapters.write_adapter(tmp_path / "adapter", adapter)
     return tmp_path / "adapter"
 
 
@@ -47,11 +48,18 @@ def peft_model(tiny, name):
     """The decoder of a tiny checkpoint in transformers."""
     hf, old = pytest.importorskip("transformers"), json.loads((tiny / name / "config.json").read_text())
     kind = "Mistral" if name == V16 else "Llama"
-    shared = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps"
-    numbers = {key: old[key] for key in shared.split()} | {"vocab_size": 600, "rope_theta": old.get("rope_theta", 1e4)}
+    shared = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps"
+    )
+    numbers = {key: old[key] for key in shared.split()} | {
+        "vocab_size": 600,
+        "rope_theta": old.get("rope_theta", 1e4),
+    }
     model = getattr(hf, kind + "ForCausalLM")(getattr(hf, kind + "Config")(**numbers)).eval()
     decoder = r"lm_head|model\.(embed_tokens|layers|norm)\."
-    model.load_state_dict({k: t.float() for k, t in read_tensors(tiny / name).items() if re.match(decoder, k)})
+    model.load_state_dict(
+        {k: t.float() for k, t in read_tensors(tiny / name).items() if re.match(decoder, k)}
+    )
     return model
 
 
@@ -91,17 +99,21 @@ def test_ours_reads_pefts(tiny, base, tmp_path, name, rslora):
     assert torch.equal(load_llava(tiny / name, adapter=tmp_path / "again").logits(TEXT, []), logits)
 
 
-def test_published_adapters_hold_idle_clip_tensors(tiny, adapter):
-    """Also checks that the adapter acts at all: without its tensors the logits are others."""
+def test_idle_clip_tensors_of_published_adapters(tiny, adapter):
+    """Adapters with LoRA on CLIP load if its B is zero, as in the published ones."""
     logits, tensors = load_llava(tiny / V16, adapter=adapter).logits(TEXT, []), read_tensors(adapter)
     idle = {f"{CLIP_LAYER}A.weight": torch.ones(4, 32), f"{CLIP_LAYER}B.weight": torch.zeros(32, 4)}
     torch.save({}, adapter / "non_lora_trainables.bin")
-    assert torch.equal(load_llava(tiny / V16, adapter=change(adapter, tensors | idle)).logits(TEXT, []), logits)
+    assert torch.equal(
+        load_llava(tiny / V16, adapter=change(adapter, tensors | idle)).logits(TEXT, []), logits
+    )
     idle[f"{CLIP_LAYER}B.weight"][3, 1] = 1e-8
-    refuse(f"{re.escape(CLIP_LAYER)}B.weight.* vision tower", tiny / V16, adapter=change(adapter, tensors | idle))
+    refuse(
+        f"{re.escape(CLIP_LAYER)}B.weight.* vision tower", tiny / V16, adapter=change(adapter, tensors | idle)
+    )
 
 
-def test_projector_beside_the_adapter(tiny, base, adapter):
+def test_projector_next_to_the_adapter(tiny, base, adapter):
     names = [f"mm_projector.{i}.{x}" for i in "02" for x in ("weight", "bias")]
     new = {name: base[V16].get_parameter(name).detach() + 1 for name in names}
     llava_style = {f"base_model.model.model.{name}": t.half() for name, t in new.items()}
@@ -128,22 +140,32 @@ def test_projector_beside_the_adapter(tiny, base, adapter):
     llava = load_llava(tiny / V16, adapter=adapter)  # ours
     assert all(torch.equal(llava.get_parameter(name), new[name]) for name in names)
     torch.save(llava_style, file)
-    refuse("both projector.safetensors and non_lora_trainables.bin contain a projector", tiny / V16, adapter=adapter)
+    refuse(
+        "both projector.safetensors and non_lora_trainables.bin contain a projector",
+        tiny / V16,
+        adapter=adapter,
+    )
     torch.save({}, file)
-    assert torch.equal(load_llava(tiny / V16, adapter=adapter).mm_projector[0].bias, new["mm_projector.0.bias"])
+    assert torch.equal(
+        load_llava(tiny / V16, adapter=adapter).mm_projector[0].bias, new["mm_projector.0.bias"]
+    )
 
 
-def test_a_fresh_adapter(base, tmp_path):
-    """As PEFT starts one: A uniform in +- 1 / sqrt(in), B zero, everything from the seed."""
+def test_a_new_adapter(base, tmp_path):
+    """Initialized as in PEFT: A uniform in +- 1 / sqrt(in), B zero, everything determined by the seed."""
     make = lambda seed: lora.new_adapter(base[V16], r=8, alpha=16, dropout=0.0, seed=seed).tensors
     for name, tensor in make(0).items():
         bound = tensor.shape[1] ** -0.5  # (r, in)
-        assert tensor.abs().max() <= bound and tensor.std() > 0.5 * bound if "lora_A" in name else not tensor.any()
+        assert (
+            tensor.abs().max() <= bound and tensor.std() > 0.5 * bound
+            if "lora_A" in name
+            else not tensor.any()
+        )
     assert all(torch.equal(tensor, make(0)[name]) for name, tensor in make(0).items())
     assert not any(torch.equal(tensor, make(1)[name]) for name, tensor in make(0).items() if "lora_A" in name)
 
 
-def test_others_can_read_what_is_written(adapter):
+def test_written_files_have_the_usual_permissions(adapter):
     (adapter / "plain").touch()
     assert {file.stat().st_mode for file in adapter.iterdir()} == {(adapter / "plain").stat().st_mode}
 
@@ -151,7 +173,9 @@ def test_others_can_read_what_is_written(adapter):
 def test_wrong_adapters(tiny, adapter):
     tensors = read_tensors(adapter)
     for match, wrong in {
-        r"q_proj.lora_A.weight is \(5, 32\), this model needs \(4, 32\)": {f"{LAYER}A.weight": torch.ones(5, 32)},
+        r"q_proj.lora_A.weight is \(5, 32\), this model needs \(4, 32\)": {
+            f"{LAYER}A.weight": torch.ones(5, 32)
+        },
         r"q_proj.lora_B.weight is \(48, 4\)": {f"{LAYER}B.weight": torch.ones(48, 4)},
         "layers.7.*another model": {LAYER.replace(".0.", ".7.") + "A.weight": torch.ones(4, 32)},
         "unknown key .*lora_C": {f"{LAYER}C.weight": torch.ones(4, 32)},
@@ -164,7 +188,9 @@ def test_wrong_adapters(tiny, adapter):
     refuse("layers.0.self_attn.q_proj.lora_B is missing", tiny / V16, adapter=change(adapter, half))
     refuse("another model|this model needs", tiny / V15, adapter=change(adapter, tensors))  # other key heads
     for option in ("use_dora", "rank_pattern", "fan_in_fan_out"):
-        refuse(f"adapter_config.json: {option}", tiny / V16, adapter=change(adapter, **{option: {"q_proj": 2}}))
+        refuse(
+            f"adapter_config.json: {option}", tiny / V16, adapter=change(adapter, **{option: {"q_proj": 2}})
+        )
         change(adapter, **{option: None})
     refuse("adapter_config.json", tiny / V16, adapter=change(adapter, r=None))
     (adapter / "adapter_config.json").write_text("{\n")
@@ -177,26 +203,30 @@ def test_wrong_adapters(tiny, adapter):
 # ---------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something"])
-def test_what_was_made_on_a_changed_base_is_refused(tiny, adapter, init):
+@pytest.mark.parametrize(
+    "init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "something"]
+)
+def test_initializations_that_change_the_base_are_an_error(tiny, adapter, init):
     change(adapter, init_lora_weights=init)
     refuse(f"init_lora_weights '{init}'.*path_initial_model", tiny / V16, adapter=adapter)
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
-def test_what_left_the_base_alone_loads(tiny, base, adapter, init):
+def test_initializations_that_keep_the_base_load(tiny, base, adapter, init):
     adapters.read_adapter(change(adapter, init_lora_weights=init), base[V16])
 
 
 def test_options_of_peft(tiny, base, adapter):
-    """Whatever the installed version writes for plain LoRA is known, and what nobody knows is refused."""
+    """All options that the installed version writes for plain LoRA are known, and unknown ones are an
+    error."""
     peft = pytest.importorskip("peft")
     options = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM").to_dict()
     change(adapter, **options | {"target_modules": ["q_proj"], "peft_type": "LORA"})
     adapters.read_adapter(adapter, base[V16])
     for option, value in {
         "alora_invocation_tokens": [1, 2], "lora_bias": True, "layer_replication": [[0, 2]], "invented": 3,
-        "modules_to_save": ["lm_head"], "bias": "all", "peft_type": "LOHA", "lora_alpha": "8", "lora_dropout": 1.5,
+        "modules_to_save": ["lm_head"], "bias": "all", "peft_type": "LOHA", "lora_alpha": "8",
+        "lora_dropout": 1.5,
         "use_rslora": "yes", "r": 4.0,
     }.items():  # fmt: skip
         before = json.loads((adapter / "adapter_config.json").read_text())
@@ -209,30 +239,40 @@ def test_options_of_peft(tiny, base, adapter):
     adapters.read_adapter(adapter, base[V16])
 
 
-# ---------------------------------------------------------------- what it belongs to
+# ---------------------------------------------------------------- the base
 
 
 def test_an_adapter_of_another_base(tiny, base, adapter, tmp_path):
-    """Ours records what the base's weights were: renamed or moved, they are the same, changed, they are not."""
+    """Our adapters record the base's weights: it may be renamed or moved, but not changed."""
     read = adapters.read_adapter(adapter, base[V16])
     read.base = replace(base[V16].base, folder="models/llava-v1.6-mistral-7b")
     adapters.write_adapter(adapter, read)
-    assert not warnings(load_llava(copy(tiny, V16, tmp_path / "renamed", form="model-0000%d-of-00003.safetensors"),
-                                   adapter=unsigned(adapter, "renamed")))
+    assert not warnings(
+        load_llava(
+            copy(tiny, V16, tmp_path / "renamed", form="model-0000%d-of-00003.safetensors"),
+            adapter=unsigned(adapter, "renamed"),
+        )
+    )
     same = tmp_path / "same"
     shutil.copytree(tiny / V16, same)
-    (same / "config.json").write_text((same / "config.json").read_text().replace("clip-tiny", str(tiny / "clip-tiny")))
+    (same / "config.json").write_text(
+        (same / "config.json").read_text().replace("clip-tiny", str(tiny / "clip-tiny"))
+    )
     assert not warnings(load_llava(same, adapter=adapter))
     tensors = read_tensors(tiny / V16)
     tensors["model.norm.weight"] += 1
     other = copy(tiny, V16, tmp_path / "other", tensors)
-    refuse("adapter was trained on other weights .*llava-v1.6-mistral-7b.*other.*--other-base", other, adapter=adapter)
+    refuse(
+        "adapter was trained on other weights .*llava-v1.6-mistral-7b.*other.*--other-base",
+        other,
+        adapter=adapter,
+    )
     [warning] = warnings(load_llava(other, adapter=adapter, other_base=True))
     assert "models/llava-v1.6-mistral-7b" in warning and str(other) in warning
 
 
 def unsigned(folder, base):
-    """The same as others write it: without a record of the base's weights, but with its name."""
+    """The adapter as other tools write it: without a record of the base's weights, but with its name."""
     others = shutil.copytree(folder, folder.with_name(f"of-{base.replace('/', '-')}"), dirs_exist_ok=True)
     return change(others, read_tensors(folder), base_model_name_or_path=base)
 
@@ -242,7 +282,8 @@ def warnings(llava):
 
 
 @pytest.mark.parametrize("path, name, warns", [
-    ("llava-v1.6-tiny", "someone/llava-v1.6-tiny", False), ("llava-v1.6-tiny", "/data/LLaVA-v1.6-tiny/", False),
+    ("llava-v1.6-tiny", "someone/llava-v1.6-tiny", False),
+    ("llava-v1.6-tiny", "/data/LLaVA-v1.6-tiny/", False),
     ("models--someone--llava-x/snapshots/0123", "someone/llava-x", False), ("llava-v1.6-tiny", "", False),
     ("llava-v1.6-tiny", "cache/models--a--llava-v1.6-tiny/snapshots/12", False),
     ("llava-v1.6-tiny", "someone/llava-v1.5-tiny", True), ("models--a--b/snapshots/c", "a/c", True),
@@ -253,34 +294,42 @@ def test_names_of_the_base(tiny, adapter, tmp_path, path, name, warns):
     assert len(notes) == warns and all(name in note and str(model) in note for note in notes)
 
 
-# ---------------------------------------------------------------- beside it
+# ---------------------------------------------------------------- other files in the folder
 
 
-def test_what_was_used_is_said(tiny, adapter):
+def test_notes_on_used_files(tiny, adapter):
     note = load_llava(tiny / V16, adapter=adapter).notes[-1]
     assert note == f"{adapter}: LoRA on 14 modules; projector: the base's"
     torch.save(read_tensors(adapter), adapter / "adapter_model.bin")
-    torch.save({f"model.mm_projector.{i}.{x}": torch.ones(32, 32)[0 if x == "bias" else slice(None)].clone()
-                for i in "02" for x in ("weight", "bias")}, adapter / "mm_projector.bin")
-    llava = load_llava(tiny / V16, adapter=adapter)  # of LLaVA's pretraining
+    torch.save(
+        {
+            f"model.mm_projector.{i}.{x}": torch.ones(32, 32)[0 if x == "bias" else slice(None)].clone()
+            for i in "02"
+            for x in ("weight", "bias")
+        },
+        adapter / "mm_projector.bin",
+    )
+    llava = load_llava(tiny / V16, adapter=adapter)  # from LLaVA's pretraining
     assert llava.notes[-1].endswith("projector: the adapter's; adapter_model.bin is not read")
     assert llava.mm_projector[0].weight.eq(1).all()
     torch.save(torch.load(adapter / "mm_projector.bin"), adapter / "non_lora_trainables.bin")
-    refuse("both non_lora_trainables.bin and mm_projector.bin contain a projector", tiny / V16, adapter=adapter)
+    refuse(
+        "both non_lora_trainables.bin and mm_projector.bin contain a projector", tiny / V16, adapter=adapter
+    )
 
 
-def test_a_newline_beside_the_adapter(tiny, adapter, base):
-    """LLaVA's non_lora_trainables.bin of an anyres run holds one."""
-    newline, picture = torch.linspace(-1, 1, 32), Image.new("RGB", (300, 200), "red")
+def test_a_newline_next_to_the_adapter(tiny, adapter, base):
+    """LLaVA's non_lora_trainables.bin from an anyres run contains one."""
+    newline, image = torch.linspace(-1, 1, 32), Image.new("RGB", (300, 200), "red")
     torch.save({"base_model.model.model.image_newline": newline}, adapter / "non_lora_trainables.bin")
     llava = load_llava(tiny / V16, adapter=adapter)
     assert torch.equal(llava.image_newline, newline) and "image_newline: the adapter's" in llava.notes[-1]
     (adapter / "non_lora_trainables.bin").rename(adapter.with_name("newline.bin"))
     without = load_llava(tiny / V16, adapter=adapter)
-    assert (llava.logits(PROMPT, [picture]) - without.logits(PROMPT, [picture])).abs().max() > 0.01
+    assert (llava.logits(PROMPT, [image]) - without.logits(PROMPT, [image])).abs().max() > 0.01
     with torch.no_grad():
         without.image_newline.copy_(newline)
-    assert torch.equal(llava.logits(PROMPT, [picture]), without.logits(PROMPT, [picture]))
+    assert torch.equal(llava.logits(PROMPT, [image]), without.logits(PROMPT, [image]))
     adapter.with_name("newline.bin").rename(adapter / "non_lora_trainables.bin")
     assert "not used in pad mode" in load_llava(tiny / V16, adapter=adapter, image_mode="pad").notes[-1]
     read = adapters.read_adapter(adapter, base[V16])

@@ -1,4 +1,4 @@
-"""Checkpoints that do not fit are refused, in one line that names the file or the key."""
+"""Checkpoints that do not fit are an error, one line that names the file or the key."""
 
 import json
 
@@ -16,14 +16,18 @@ def drop(key):
 
 WRONG_TENSORS = {
     "unknown key model.layers.0.extra.weight": lambda t: t | {"model.layers.0.extra.weight": torch.ones(2)},
-    "unknown key model.layers.2.mlp.up_proj.weight": lambda t: t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)},
+    "unknown key model.layers.2.mlp.up_proj.weight": lambda t: (
+        t | {"model.layers.2.mlp.up_proj.weight": torch.ones(2)}
+    ),
     "unknown key extra": lambda t: t | {"extra": torch.ones(2)},
     "no tensor for model.norm.weight": drop("model.norm.weight"),
     "no tensor for image_newline": drop("model.image_newline"),
     "no tensor for vision_tower.pre_layrnorm.bias": drop(TOWER + "pre_layrnorm.bias"),
     r"lm_head.weight is \(599, 32\), .* \(600, 32\)": lambda t: t | {"lm_head.weight": torch.ones(599, 32)},
     r"mm_projector.2.bias is \(1, 32\)": lambda t: t | {"model.mm_projector.2.bias": torch.ones(1, 32)},
-    "language_model.lm_head.weight.* same": lambda t: t | {"language_model.lm_head.weight": torch.ones(600, 32)},
+    "language_model.lm_head.weight.* same": lambda t: (
+        t | {"language_model.lm_head.weight": torch.ones(600, 32)}
+    ),
 }
 
 
@@ -35,7 +39,9 @@ def test_wrong_tensors(tiny, tmp_path, match):
 WRONG_CONFIGS = {
     "config.json: no mm_vision_tower": dict(without=["mm_vision_tower"]),
     "config.json: no num_attention_heads": dict(without=["num_attention_heads"]),
-    "config.json: rope_scaling: type 'linear' is not supported": dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    "config.json: rope_scaling: type 'linear' is not supported": dict(
+        rope_scaling={"type": "linear", "factor": 2.0}
+    ),
     "config.json: hidden_act 'gelu' is not supported, only 'silu'": dict(hidden_act="gelu"),
     "config.json: mm_projector_type": dict(mm_projector_type="linear"),
     "config.json: mm_vision_select_layer -1": dict(mm_vision_select_layer=-1),
@@ -44,7 +50,8 @@ WRONG_CONFIGS = {
     "vocabulary of 599": dict(vocab_size=599),
     "config.json: image_grid_pinpoints": dict(image_grid_pinpoints=[[56, 112], [112, 60]]),
     "config.json: no hidden_size": dict(hidden_size=None),
-    # The tower's geometry is not in the checkpoint: that its folder was not found must be said, not what came of it.
+    # The tower's geometry is not in the checkpoint: the error must name the missing folder, not its
+    # consequence.
     "model.safetensors: the vision tower .*--vision": dict(mm_vision_tower="clip-missing"),
 }
 
@@ -81,10 +88,10 @@ def test_broken_folders(tiny, tmp_path):
     refuse("can't do anyres", tiny / V15, image_mode="anyres")
 
 
-# ---------------------------------------------------------------- files that contradict themselves
+# ---------------------------------------------------------------- contradicting files
 
 
-def test_an_index_that_lies(tiny, tmp_path):
+def test_a_wrong_index(tiny, tmp_path):
     folder = copy(tiny, V16, tmp_path / "a", form="model-0000%d-of-00003.safetensors")
     index = folder / "model.safetensors.index.json"
     right = json.loads(index.read_text())
@@ -98,17 +105,22 @@ def test_an_index_that_lies(tiny, tmp_path):
     refuse("two sets of weights, model.safetensors and model.safetensors.index.json", folder)
 
 
-def test_which_of_several_files_was_used(tiny, tmp_path):
+def test_notes_on_unused_files(tiny, tmp_path):
     folder = copy(tiny, V15, tmp_path / "both")
     copy(tiny, V15, folder, form="pytorch_model.bin")
     for name in ("generation_config.json", "mm_projector.bin", "tokenizer.json"):
         (folder / name).write_text("{}")
     used, rest = load_llava(folder).notes
-    assert used.startswith(f"{folder}: model.safetensors; vision tower: {tiny}/clip-tiny; tokenizer: {folder}/tok")
+    assert used.startswith(
+        f"{folder}: model.safetensors; vision tower: {tiny}/clip-tiny; tokenizer: {folder}/tok"
+    )
     assert "template: vicuna_v1 (a Llama decoder); images: pad" in used
-    assert rest.endswith("not read: generation_config.json, mm_projector.bin, pytorch_model.bin, tokenizer.json")
+    assert rest.endswith(
+        "not read: generation_config.json, mm_projector.bin, pytorch_model.bin, tokenizer.json"
+    )
     assert load_llava(tiny / V16).notes == [
-        f"{tiny}/{V16}: model-00001-of-00002.safetensors and 1 more; vision tower: the checkpoint's; tokenizer: "
+        f"{tiny}/{V16}: model-00001-of-00002.safetensors and 1 more; vision tower: the checkpoint's; "
+        "tokenizer: "
         f"{tiny}/{V16}/tokenizer.model; template: mistral_instruct (a Mistral decoder); images: anyres"
     ]
 
@@ -120,7 +132,7 @@ def test_a_bin_file_from_before_torch_1_6(tiny, tmp_path):
     assert all(torch.equal(p, expected.get_parameter(name)) for name, p in llava.named_parameters())
 
 
-def test_a_projector_that_holds_no_numbers(tiny, tmp_path):
+def test_a_projector_with_nan(tiny, tmp_path):
     tensors = read_tensors(tiny / V15)
     tensors["model.mm_projector.2.bias"][3] = float("nan")
     refuse("model.safetensors: model.mm_projector.2.bias contains NaN", copy(tiny, V15, tmp_path, tensors))

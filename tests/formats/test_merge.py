@@ -38,17 +38,19 @@ def test_merged_equals_unmerged(tiny, tmp_path, name, form):
     adapter = make_adapter(load_llava(base), tmp_path / "adapter", 0.05)
     survived = merge(base, adapter, tmp_path / "merged", torch.float32)
     assert survived == pytest.approx(1, abs=1e-6)
-    picture = Image.open(tiny / "images" / "scene_01.jpg")
+    image = Image.open(tiny / "images" / "scene_01.jpg")
     merged, unmerged = load_llava(tmp_path / "merged"), load_llava(base, adapter=adapter)
     torch.testing.assert_close(
-        merged.logits(PROMPT, [picture]), unmerged.logits(PROMPT, [picture]), atol=1e-4, rtol=0)
-    assert (merged.logits(PROMPT, [picture]) - load_llava(base).logits(PROMPT, [picture])).abs().max() > 0.1
+        merged.logits(PROMPT, [image]), unmerged.logits(PROMPT, [image]), atol=1e-4, rtol=0
+    )
+    assert (merged.logits(PROMPT, [image]) - load_llava(base).logits(PROMPT, [image])).abs().max() > 0.1
     assert read_tensors(tmp_path / "merged").keys() == read_tensors(tiny / name).keys()
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
 def test_a_change_below_the_rounding_is_lost_and_said_so(tiny, tmp_path):
-    # A change of about 1e-6 on weights of about 0.1: bf16 has 8 bits, so steps of about 1e-3 there. fp32 keeps it.
+    # A change of about 1e-6 on weights of about 0.1: bf16 has 8 bits, so steps of about 1e-3 there. fp32
+    # keeps it.
     adapter = make_adapter(load_llava(tiny / V16), tmp_path / "adapter", 1e-6)
     assert merge(copy(tiny, V16, tmp_path / "base"), adapter, tmp_path / "bf16") < 0.2
     assert merge(tmp_path / "base", adapter, tmp_path / "fp32", torch.float32) > 0.9
@@ -120,15 +122,20 @@ def test_transformers_loads_a_merged_checkpoint_of_its_own(tiny, tmp_path):
     merge(tmp_path / "base", adapter, tmp_path / "merged")
 
     ours = load_llava(tmp_path / "base", adapter=adapter)
-    theirs, report = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    theirs, report = hf.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
-        logits = theirs.eval()(input_ids=torch.tensor([ours.tokenizer.encode_prompt(TEXT)])).logits[0, :, :600]
+        logits = theirs.eval()(input_ids=torch.tensor([ours.tokenizer.encode_prompt(TEXT)])).logits[
+            0, :, :600
+        ]
     torch.testing.assert_close(ours.logits(TEXT, []), logits, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("size, flags, warns", [(1e-6, [], "--dtype float16"), (1e-6, ["--dtype", "float32"], None),
-                                                (1e-9, ["--dtype", "float16"], "--dtype float32")])  # fmt: skip
+@pytest.mark.parametrize("size, flags, warns", [
+    (1e-6, [], "--dtype float16"), (1e-6, ["--dtype", "float32"], None),
+    (1e-9, ["--dtype", "float16"], "--dtype float32")])  # fmt: skip
 def test_a_lost_change_is_a_warning(tiny, tmp_path, capsys, size, flags, warns):
     base = copy(tiny, V16, tmp_path / "base")
     adapter, out = make_adapter(load_llava(base), tmp_path / "adapter", size), tmp_path / "out"
@@ -141,8 +148,9 @@ def test_a_lost_change_is_a_warning(tiny, tmp_path, capsys, size, flags, warns):
     assert [warns in line for line in lines] == ([True] if warns else [])
 
 
-def test_what_lies_beside_the_checkpoint(tiny, tmp_path):
-    """An adapter's files would be applied to the result once more; of two tokenizers, the one in use comes along."""
+def test_other_files_in_the_checkpoint(tiny, tmp_path):
+    """An adapter's files would be applied to the result again; of two tokenizers, the one in use is
+    copied."""
     base = copy(tiny, V16, tmp_path / "base")
     adapter, other = make_adapter(load_llava(base), tmp_path / "adapter", 0.1), tmp_path / "other.model"
     shutil.copytree(adapter, base, dirs_exist_ok=True)

@@ -1,4 +1,5 @@
-"""The spellings of others: one image as a list, lists of names, and preference pairs in every published form."""
+"""Data files in the formats of other projects: images as lists, lists of names, preference pairs in every
+form."""
 
 import json
 
@@ -75,19 +76,21 @@ FORMS = {
 def test_published_forms_are_one_pair(tmp_path, form):
     (tmp_path / "pairs.json").write_text(json.dumps([FORMS[form]]))
     [pair] = data.read_pairs(tmp_path / "pairs.json")
-    assert (pair.image, pair.prompt, pair.chosen, pair.rejected) == ("a.jpg", f"<image>\n{QUESTION}", GOOD, BAD)
+    assert (pair.image, pair.prompt) == ("a.jpg", f"<image>\n{QUESTION}")
+    assert (pair.chosen, pair.rejected) == (GOOD, BAD)
     assert pair.chosen_stopped and pair.rejected_stopped and records.record_kind(FORMS[form]) == "pairs"
 
 
 @pytest.mark.parametrize("change, complaint", [
-    ({"prompt": None}, r"chosen is not one user .* but \['assistant'\]; expected: {\"image\": ..., "),
-    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]}, r"but \['system', 'user', 'assistant'\]"),
+    ({"prompt": None}, r"chosen is \['assistant'\] instead of one user .*; expected: {\"image\": ..., "),
+    ({"prompt": [MESSAGE("system", "Hi"), MESSAGE("user", "Q")]},
+     r"\['system', 'user', 'assistant'\] instead"),
     ({"prompt": [MESSAGE("user", "Q"), MESSAGE("assistant", "A")] * 60}, r"\.\.\."),
     ({"images": ["a.jpg", "b.jpg"]}, "2 images, but a sample has one"),
     ({"images": [5]}, "image is not a file name"), ({"images": []}, "no image"),
-    ({"chosen": [{"type": "image"}]}, r"chosen is not one user .* but \['user', None\]"),
+    ({"chosen": [{"type": "image"}]}, r"chosen is \['user', None\] instead of one user"),
     ({"chosen": " "}, "chosen, assistant: no content")])
-def test_other_forms_are_refused_with_the_one_expected(change, complaint):
+def test_unknown_forms_are_an_error_that_gives_the_expected_one(change, complaint):
     with pytest.raises(InputError, match=f"^x.*{complaint}") as error:
         data.parse_pair("x", FORMS["TRL, texts"] | change)
     assert len(str(error.value)) <= 300
@@ -96,7 +99,8 @@ def test_other_forms_are_refused_with_the_one_expected(change, complaint):
 
 
 @pytest.mark.parametrize("text", [
-    '["a.jpg", "b.jpg"]', '\ufeff[\r\n "a.jpg",\r\n "b.jpg"]', "\ufeffa.jpg\r\n\r\n b.jpg\r\n", "a.jpg\nb.jpg"])
+    '["a.jpg", "b.jpg"]', '\ufeff[\r\n "a.jpg",\r\n "b.jpg"]', "\ufeffa.jpg\r\n\r\n b.jpg\r\n",
+    "a.jpg\nb.jpg"])
 def test_lists_of_names(tmp_path, text):
     (tmp_path / "names").write_bytes(text.encode())
     assert records.read_names(tmp_path / "names") == ["a.jpg", "b.jpg"]
@@ -107,7 +111,7 @@ def test_lists_of_names(tmp_path, text):
     ('{"image": "a.jpg"}', "contains JSON objects, not names"),
     ('{"description": 1}', "contains descriptions .*, not names"),
     (json.dumps([FORMS["POVID"]]), "contains preference pairs .*, not names")])
-def test_what_is_no_list_of_names(tmp_path, text, complaint):
+def test_files_without_names_are_an_error(tmp_path, text, complaint):
     (tmp_path / "names").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^{tmp_path}/names.*{complaint}"):
         records.read_names(tmp_path / "names")
@@ -125,34 +129,35 @@ def test_byte_order_marks_and_crlf(tmp_path):
     assert files.read_json(tmp_path / "x.json") == {"a": 1}
 
 
-def test_long_names_are_shown_by_their_ends():
+def test_long_names_are_shortened_in_the_middle():
     assert files.brief("a" * 80) == "a" * 80 and files.brief("\n") == "\\n"
     assert files.brief("a" * 60 + "b" * 900 + "c.jpg") == "a" * 50 + "..." + "b" * 22 + "c.jpg"
 
 
-def test_instructions_with_other_than_one_image_are_left_out(tmp_path):
+def test_instructions_without_exactly_one_image_are_skipped(tmp_path):
     talk = LLAVA("Q", "A")
     named = ["a.jpg", "b.jpg"], ["a.jpg"]
     listed = [{"id": i, "image": image, "conversations": talk} for i, image in enumerate(named)]
-    listed += [{"id": 2, "image": 5, "conversations": talk}, {"id": 3, "images": ["b.jpg"], "conversations": talk}]
+    listed.append({"id": 2, "image": 5, "conversations": talk})
+    listed.append({"id": 3, "images": ["b.jpg"], "conversations": talk})
     path = tmp_path / "x.json"
     path.write_text(json.dumps(listed))
-    entries, total = data.image_records(path, left_out := {})
-    assert [(id, record["image"]) for _, id, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")] and total == 4
-    assert left_out == {"0": f"{path}, record 0: 2 images, but a sample has one",
-                        "2": f"{path}, record 2: image is not a file name"}
-    told = [{"id": 1, "image": "a.jpg", "description": "D"}, {"image": ["b.jpg"], "description": "D"}]
-    (tmp_path / "d.json").write_text(json.dumps(told))
-    described, counts = data.read_infused(path, tmp_path / "d.json")
-    assert [i.id for i in described] == ["1", "3"]
-    assert counts.endswith(f"; 2 records left out, the first: {left_out['0']}")
-    (tmp_path / "d.json").write_text(json.dumps([{"id": 0, "image": "a.jpg", "description": "D"}]))
+    entries, total = records.image_records(path, skipped := {})
+    assert [(key, record["image"]) for _, key, record in entries] == [("1", "a.jpg"), ("3", "b.jpg")]
+    assert total == 4
+    assert skipped == {"0": f"{path}, record 0: 2 images, but a sample has one",
+                       "2": f"{path}, record 2: image is not a file name"}
+    infusion = data.Infusion(path)
+    described = [{"id": 1, "image": "a.jpg", "description": "D"}, {"image": ["b.jpg"], "description": "D"}]
+    assert [infusion("d", record).key for record in described] == ["1", "3"]
+    assert infusion.summary().endswith(f"; 2 records skipped, the first: {skipped['0']}")
     with pytest.raises(InputError, match="record 0: 2 images"):
-        data.read_infused(path, tmp_path / "d.json")
+        infusion("d", {"id": 0, "image": "a.jpg", "description": "D"})
 
 
 def test_instructions_by_image_path(tmp_path):
     talk = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "So."}]
     records = [{"id": str(i), key: "a.jpg", "conversations": talk} for i, key in enumerate(IMAGE_KEYS)]
     (tmp_path / "i.json").write_text(json.dumps(records))
-    assert [record["image"] for _, _, record in data.image_records(tmp_path / "i.json")[0]] == ["a.jpg"] * len(records)
+    entries, _ = data.image_records(tmp_path / "i.json")
+    assert [record["image"] for _, _, record in entries] == ["a.jpg"] * len(records)

@@ -1,4 +1,4 @@
-"""What the four scripts share: devices, flags, the progress line."""
+"""Devices, flags and progress, shared by the four scripts."""
 
 import argparse
 import sys
@@ -12,9 +12,12 @@ from stic_min.runtime import console, files, flags
 from stic_min.runtime.ranks import Ranks, start_device
 
 
-@pytest.mark.parametrize("name, rank, index", [(None, None, 0), (None, 3, 3), ("cuda", 2, 2), ("cuda:1", 3, 1)])
+@pytest.mark.parametrize(
+    "name, rank, index", [(None, None, 0), (None, 3, 3), ("cuda", 2, 2), ("cuda:1", 3, 1)]
+)
 def test_a_gpu_always_has_an_index(monkeypatch, name, rank, index):
-    """torch.cuda.set_device refuses a plain "cuda". No GPU is needed: the calls that would reach one are recorded."""
+    """torch.cuda.set_device rejects a plain "cuda". No GPU is needed: calls that would reach one are
+    recorded."""
     chosen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
@@ -23,10 +26,10 @@ def test_a_gpu_always_has_an_index(monkeypatch, name, rank, index):
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", str(rank))
     assert start_device(name) == torch.device("cuda", index)
-    assert chosen == [torch.device("cuda", index)] * 2  # set, and tried
+    assert chosen == [torch.device("cuda", index)] * 2  # selected, and tested
 
 
-def test_without_a_gpu_it_is_the_cpu(monkeypatch):
+def test_the_cpu_is_used_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert start_device() == torch.device("cpu")
     for name in ("tpu9", "meta", "hpu"):
@@ -62,24 +65,24 @@ def test_clock(seconds, text):
     assert console.clock(seconds) == text
 
 
-def test_progress_says_rate_and_time_left(monkeypatch, capsys):
+def test_progress_shows_rate_and_time_left(monkeypatch, capsys):
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
-    progress = console.Progress("pairs", 40, Ranks(0, 1, torch.device("cpu")))
+    progress = console.Progress("pairs", 40)
     now[0] = 105.0
     progress.add(5)  # after five seconds: too early for a line in a log file
     now[0] = 112.0
-    progress.add(0)  # nothing done: nothing to say
+    progress.add(0)  # nothing done: nothing to print
     now[0] = 120.0
     progress.add(5)  # 10 of 40 in 20 s: 2 s each, 30 to go
     now[0] = 130.0
     progress.add(30)  # all 40 in 30 s
     assert capsys.readouterr().err == "pairs 10/40  2.0 s each  1:00 left\npairs 40/40  1.3/s  0:30\n"
     console.Progress("pairs", 1, Ranks(1, 2, torch.device("cpu"))).add()
-    assert capsys.readouterr().err == ""  # the first rank speaks for all
+    assert capsys.readouterr().err == ""  # only the first rank prints
 
 
-def test_fingerprint_is_of_the_contents(tmp_path):
+def test_fingerprints_depend_on_contents(tmp_path):
     model, one, two = (tmp_path / name for name in ("model", "one", "two"))
     for folder in (model, one, two):
         folder.mkdir()
@@ -88,7 +91,7 @@ def test_fingerprint_is_of_the_contents(tmp_path):
         (folder / "adapter_model.safetensors").write_bytes(b"12345678" * 10**6)
         (folder / "run.json").write_text(str(folder))  # does not count
     assert files.fingerprint(model, one) == files.fingerprint(model, two) != files.fingerprint(model)
-    (two / "adapter_model.safetensors").write_bytes(b"12345679" * 10**6)  # of the same size
+    (two / "adapter_model.safetensors").write_bytes(b"12345679" * 10**6)  # same size
     assert files.fingerprint(model, one) != files.fingerprint(model, two)
     (two / "adapter_model.safetensors").write_bytes(b"12345678" * 10**6)
     (two / "adapter_config.json").write_text('{"lora_alpha": 1600}')

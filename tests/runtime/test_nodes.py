@@ -1,7 +1,9 @@
-"""Several nodes: two torchrun agents on this machine, a rank each, as `torchrun --nnodes=2` starts them.
+"""Several nodes: two torchrun agents on this machine with one rank each, as `torchrun --nnodes=2` starts
+them.
 
-With one folder for both, all commands give what one process gives. In folders of their own, as on nodes that share no
-disk, every command says so and ends, at its start or when it is done, and nothing that was finished is lost.
+With one shared folder, all commands give the same results as one process. With separate folders, as on nodes
+without a shared disk, every command reports it and exits, at its start or its end, and no completed record is
+lost.
 """
 
 import json
@@ -25,9 +27,10 @@ from stic_min.runtime.ranks import Ranks
 
 
 def two_nodes(*command, folders=(ROOT, ROOT)):
-    """README.md's command for two nodes, each in its folder -> [(exit status, what it said), ...]."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=tests",
-                "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
+    """README.md's command for two nodes, each in its folder -> [(exit status, output), ...]."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                "--rdzv-id=tests", "--rdzv-backend=c10d",
+                f"--rdzv-endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
     how = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     nodes = [subprocess.Popen([*torchrun, *map(str, command)], cwd=folder, **how) for folder in folders]
     try:
@@ -38,12 +41,12 @@ def two_nodes(*command, folders=(ROOT, ROOT)):
     return [(node.returncode, text) for node, text in zip(nodes, said)]
 
 
-# ---------------------------------------------------------------- a disk that they share
+# ---------------------------------------------------------------- a shared disk
 
 
 @pytest.fixture(scope="module")
 def runs(tiny, tmp_path_factory):
-    """All commands: of one process in `one`, of two nodes in `two`."""
+    """The output of all commands: from one process in `one`, from two nodes in `two`."""
     folder = tmp_path_factory.mktemp("nodes")
     one, two = (chain("llava-v1.6-tiny", tiny, folder / name) for name in ("one", "two"))
     for command in one.values():
@@ -60,22 +63,25 @@ def test_two_nodes_train_the_same(runs, stage):
     assert json.loads((runs.two / stage / "run.json").read_text(encoding="utf-8"))["record"]["ranks"] == 2
 
 
-@pytest.mark.parametrize("file", ["pairs.jsonl", "descriptions.jsonl", "results/scienceqa-stage2-direct.jsonl",
-                                  "results/scienceqa-stage2-dar.jsonl", "results/scienceqa-stage2-dar.scores.json"])
+@pytest.mark.parametrize("file", [
+    "pairs.jsonl", "descriptions.jsonl", "results/scienceqa-stage2-direct.jsonl",
+    "results/scienceqa-stage2-dar.jsonl", "results/scienceqa-stage2-dar.scores.json"])
 def test_two_nodes_write_the_same_file(runs, file):
     one, two = ((folder / file).read_text(encoding="utf-8") for folder in (runs.one, runs.two))
-    if file != "pairs.jsonl":  # all but the hash of the adapter, which on two ranks differs in the last bits
+    if file != "pairs.jsonl":  # except the hash of the adapter, which differs in the last bits on two ranks
         one, two = (re.sub(r'"fingerprint": "[0-9a-f]{12}"', "", text) for text in (one, two))
     assert one == two and one
     assert not [*runs.two.rglob("*.part*"), *runs.two.rglob("*.lock")]
 
 
-# ---------------------------------------------------------------- disks of their own
+# ---------------------------------------------------------------- separate disks
+
+NOT_SHARED = "--out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to "
 
 
 @pytest.fixture(scope="module")
 def apart(runs, tiny):
-    """What two nodes in folders of their own said, command by command, and with which status the last one ended."""
+    """The errors of two nodes in separate folders, by command, and the exit status of the last command."""
     folders = [runs.folder / name for name in ("node0", "node1")]
     for folder in folders:
         folder.mkdir()
@@ -96,25 +102,25 @@ def apart(runs, tiny):
 
 @pytest.mark.parametrize("name, out", [
     ("stage1", "stage1"), ("dar", "results/scienceqa-stage2-dar.descriptions.jsonl")])
-def test_a_disk_that_is_not_shared_is_found_at_the_start(apart, name, out):
-    says = f"--out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to {out}"
-    assert [said[name] for said in apart.said] == [says, says]
+def test_separate_disks_are_detected_at_the_start(apart, name, out):
+    error = f"{NOT_SHARED}{out}"
+    assert [said[name] for said in apart.said] == [error, error]
 
 
-def test_every_node_ends_with_that_line_and_an_error(apart):
-    says = "error: --out must be on a disk that all nodes share: rank 1 does not see what rank 0 writes next to pairs"
+def test_every_node_exits_with_that_error(apart):
     for _, text in apart.ended:
-        assert text.count(says) == 1 and "Traceback" not in text[: text.find("torch/distributed/elastic")]
+        assert text.count(f"error: {NOT_SHARED}pairs") == 1
+        assert "Traceback" not in text[: text.find("torch/distributed/elastic")]
     assert not [*apart.folders[0].glob("pairs.jsonl*")][1:]  # nothing but the lock
 
 
-def test_nodes_with_other_input_are_found_at_the_start(apart):
-    says = "rank 1 has seed 1, but rank 0 has 0: all nodes must run the same command on the same input"
-    assert [said["other"] for said in apart.said] == [says, says]
+def test_nodes_with_different_input_are_detected_at_the_start(apart):
+    error = "rank 1 has seed 1, but rank 0 has 0: all nodes must run the same command on the same input"
+    assert [said["other"] for said in apart.said] == [error, error]
 
 
-def test_what_was_finished_on_separate_disks_is_not_lost(apart, runs, tmp_path):
-    """The disk was shared at the start; at the end it is not."""
+def test_completed_records_on_separate_disks_are_not_lost(apart, runs, tmp_path):
+    """The disk is shared at the start, but not at the end."""
     for said in apart.said:
         assert said["late"].startswith("rank 1 wrote 4 records, but late.jsonl.part1 has 0: --out must be")
     for rank, folder in enumerate(apart.folders):

@@ -1,15 +1,16 @@
-"""The tests run beside any pytest plugin: none of them uses the name of a plugin's fixture for something of its own."""
+"""The tests work with any pytest plugin installed: none of them reuses the name of a plugin's fixture."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-# of pytest-benchmark, pytest-mock, pytest-xdist, pytest-cov, pytest-asyncio, anyio, Faker and others
+# from pytest-benchmark, pytest-mock, pytest-xdist, pytest-cov, pytest-asyncio, anyio, Faker and others
 FIXTURES = set("""
-    benchmark benchmark_weave mocker class_mocker module_mocker package_mocker session_mocker worker_id testrun_uid cov
-    no_cover event_loop event_loop_policy unused_tcp_port unused_tcp_port_factory unused_udp_port anyio_backend faker
-    client session settings db app page browser snapshot httpserver freezer testdir pytester subtests requests_mock
+    benchmark benchmark_weave mocker class_mocker module_mocker package_mocker session_mocker worker_id
+    testrun_uid cov no_cover event_loop event_loop_policy unused_tcp_port unused_tcp_port_factory unused_udp_port
+    anyio_backend faker client session settings db app page browser snapshot httpserver freezer testdir pytester
+    subtests requests_mock
 """.split())
 
 

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C at any moment of a command: at every step of the code that handles them, and in bursts.
 
-As a script this file is the process that is hit; a child of its own for every burst, as importing torch takes seconds.
+Run as a script, this file is the process that receives the signals. It forks a child for each burst, because
+importing torch takes seconds.
 """
 
 import gc
@@ -18,14 +19,19 @@ from stic_min import InputError
 from stic_min.runtime import console, process
 
 ROOT = Path(__file__).resolve().parents[2]
-STOPPED, KEPT = "stopped after step 3; the same command goes on from there", "stopped; completed output is kept"
+STOPPED, KEPT = (
+    "stopped after step 3; the same command goes on from there",
+    "stopped; completed output is kept",
+)
 WRONG = "error: sample 7 is off"
 
 
 def run(what):
-    """This file as a script -> what it printed."""
+    """Runs this file as a script; returns the lines that it prints."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # threads would not survive a fork
-    done = subprocess.run([sys.executable, __file__, what], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, __file__, what], env=env, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -46,7 +52,7 @@ def sleeps():
 
 
 def stops():
-    """The first signal; the next one comes while this one is handled."""
+    """Sends the first signal; the next one arrives while this one is handled."""
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 
@@ -60,7 +66,7 @@ def fails():
 
 
 def trains():
-    """As training.Run does."""
+    """Stops like training.Run."""
     with process.Stop() as stop:
         for _ in range(20):
             time.sleep(0.0005)
@@ -75,7 +81,7 @@ def prints():
 
 
 def finalizes():
-    """What a finalizer raises is lost, and so would be the signal."""
+    """Python discards what a finalizer raises, and would lose the signal with it."""
 
     class Slow:
         def __del__(self):
@@ -89,7 +95,7 @@ def finalizes():
 
 
 def check(command, status, out, err):
-    """What a command that was hit, at whatever moment, may end with."""
+    """Checks that a command ended in one of the allowed ways, whenever the signal arrived."""
     lines = err.splitlines()
     if STOPPED in out:
         assert (status, lines) == (130, [STOPPED])
@@ -101,11 +107,11 @@ def check(command, status, out, err):
         assert status == 0 and command in (ends, trains, prints) and not lines
 
 
-# ---------------------------------------------------------------- the process that is hit
+# ---------------------------------------------------------------- the process that receives the signals
 
 
 class Stream(io.StringIO):
-    """Where a command that has been hit prints, it is hit again."""
+    """Sends another signal whenever an interrupted command prints."""
 
     def reconfigure(self, **how):
         pass
@@ -116,8 +122,9 @@ class Stream(io.StringIO):
         return super().write(text)
 
 
-def hit(command, moment):
-    """Runs it and sends a signal before so many instructions of process.py -> whether it has as many."""
+def send_signal(command, moment):
+    """Runs the command and sends a signal before instruction `moment` of process.py; returns whether it got
+    that far."""
     counted, status = 0, 0
 
     def trace(frame, event, _):
@@ -130,7 +137,7 @@ def hit(command, moment):
             return trace
 
     process.interrupt.armed = False
-    process.on_signals(process.interrupt)  # until `run` does so: it would end this process
+    process.on_signals(process.interrupt)  # until `run` does: the default handler would end this process
     with mock.patch.object(sys, "stdout", Stream()) as out, mock.patch.object(sys, "stderr", Stream()) as err:
         sys.settrace(trace)
         try:
@@ -146,16 +153,16 @@ def hit(command, moment):
 def every():
     for command in stops, ends, fails, trains, prints:
         moment = 1
-        while hit(command, moment):
+        while send_signal(command, moment):
             moment += 1
         print(command.__name__, moment, "moments")
 
 
 def bursts():
-    """Of twenty signals within a few milliseconds."""
+    """Bursts of twenty signals within a few milliseconds."""
     rng, commands = random.Random(0), [sleeps, ends, fails, trains, prints, finalizes] * 3
     gc.collect()
-    gc.freeze()  # else a child that ends goes through all objects of torch
+    gc.freeze()  # otherwise a child would traverse all of torch's objects at exit
     for command in commands:
         ready, out, err = os.pipe(), os.pipe(), os.pipe()
         if not (child := os.fork()):
