@@ -1,11 +1,11 @@
 """Evaluates a model on the paper's seven benchmarks, directly or with describe-and-respond (DaR).
 
-  python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/         direct
-  python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/ --dar   DaR
-  python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA     score
-  only python evaluate.py table results/                              the paper's tables, as text and as an
-  HTML page python evaluate.py ask --model M --adapter runs/stage2 --image photo.jpg "What is in the image?"
-  torchrun --nproc_per_node=4 evaluate.py scienceqa ...          distributes the questions over four GPUs
+  python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/        direct
+  python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/ --dar  DaR
+  python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA    no model
+  python evaluate.py table results/                             the paper's tables, as text and an HTML page
+  python evaluate.py ask --model M --adapter runs/stage2 --image photo.jpg "What is in the image?"
+  torchrun --nproc_per_node=4 evaluate.py scienceqa ...         distributes the questions over four GPUs
 
 Answers are greedy. Each is written to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl as soon as it is complete,
 one line per answer; descriptions go to .descriptions.jsonl, one line per image, and scores to .scores.json.
@@ -98,7 +98,8 @@ def ask_questions(run, stem, llava):
         Path(f"{stem}.scores.json").unlink(missing_ok=True)  # these scores are not of the coming answers
     questions = {q[key]: q for q in run.questions}
     described = {q[key]: harness.find_description(q, descriptions) for q in run.questions}
-    return dar.answer_questions(llava, questions, described, run.entries, run.read, run.answers, sampling, name)
+    entries, read, output = run.entries, run.read, run.answers
+    return dar.answer_questions(llava, questions, described, entries, read, output, sampling, name)
 
 
 def score_answers(run, stem, answers):

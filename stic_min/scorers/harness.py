@@ -61,7 +61,7 @@ def get_benchmark(name: str) -> Benchmark:
     title, is_longer, _ = module.__doc__.split("\n")[0].partition("): ")  # "ScienceQA (...): the prompt, ..."
     return Benchmark(
         name=name,
-        title=title + ")" if is_longer else title,
+        title=title + ")" if is_longer else title.removesuffix("."),
         data_files=optional("DATA_FILES", ""),
         load=module.load,
         score=module.score,

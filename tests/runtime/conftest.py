@@ -1,17 +1,12 @@
-"""Fixtures of several test files about what surrounds a run."""
+"""Fixtures shared by the tests of what surrounds a run."""
 
 import functools
-import json
 from types import SimpleNamespace
 
 import pytest
 from chain import chain
 from commands import call, call_two_ranks
-
-
-def turns(answer):
-    user = {"role": "user", "content": "<image>\nWhat is this?"}
-    return [user, {"role": "assistant", "content": answer}]
+from small_world import pair, write
 
 
 @pytest.fixture(scope="session")
@@ -34,18 +29,20 @@ def two_ranks(runs, two_rank_chains):
 
 
 @pytest.fixture(scope="session")
-def made(tiny, tmp_path_factory):
-    """Forty pairs, the command that trains on them a pair a step, and the run that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("robust")
-    pictures = sorted(path.name for path in (tiny / "images").iterdir())
+def stage1(tiny, tmp_path_factory):
+    """Forty pairs, a command that trains on them, and two undisturbed runs, with batches of 1 and of 4."""
+    folder = tmp_path_factory.mktemp("stage1")
+    images = sorted(path.name for path in (tiny / "images").iterdir())
     words = "a red house, a blue boat and the yellow sun over green grass".split()
-    with open(folder / "pairs.jsonl", "w") as file:
-        for i in range(40):
-            chosen, rejected = " ".join(words[: 4 + i % 9]), " ".join(words[::-1][: 3 + i % 7])
-            pair = {"image": pictures[i % len(pictures)], "chosen": turns(chosen), "rejected": turns(rejected)}
-            file.write(json.dumps(pair) + "\n")
-    command = ["train_stage1", "--model", tiny / "llava-v1.5-tiny", "--images", tiny / "images", "--device", "cpu",
-               "--pairs", folder / "pairs.jsonl", "--lora-r", 4, "--lr", 1e-3, "--save-every", 1000]  # fmt: skip
-    call(*command, "--batch-size", 1, "--out", folder / "whole")
+    pairs = []
+    for i in range(40):
+        chosen = " ".join(words[: 4 + i % 9])
+        rejected = " ".join(words[::-1][: 3 + i % 7])
+        pairs.append(pair(images[i % len(images)], chosen, rejected))
+    write(folder / "pairs.jsonl", pairs)
+    data = ["--images", tiny / "images", "--pairs", folder / "pairs.jsonl"]
+    command = ["train_stage1", "--model", tiny / "llava-v1.5-tiny", "--device", "cpu", *data, "--lora-r", 4,
+               "--lr", 1e-3, "--save-every", 1000]  # fmt: skip
+    call(*command, "--batch-size", 1, "--out", folder / "ones")
     call(*command, "--batch-size", 4, "--out", folder / "fours")
-    return SimpleNamespace(command=command, folder=folder, whole=folder / "whole", fours=folder / "fours")
+    return SimpleNamespace(command=command, folder=folder, ones=folder / "ones", fours=folder / "fours")

@@ -433,7 +433,7 @@ def test_a_long_question_counts_as_wrong(w, capsys):
     assert outcome(w, "scienceqa") == 0
     out, warnings = said(capsys)
     assert 0 < len(warnings) < 6 and f"6 questions, {len(warnings)} without a prediction" in out
-    assert all(re.search(r"question \d+ has no answer: \d+ tokens more than the model", w) for w in warnings)
+    assert all(re.search(r"question \d+ has no answer: \d+ tokens longer than the model", w) for w in warnings)
 
 
 def test_instructions_are_checked_before_they_are_described(w, capsys):

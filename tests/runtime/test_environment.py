@@ -289,12 +289,12 @@ def run_json(folder):
     return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
-def test_run_json_records_the_environment(made, tmp_path):
-    call(*made.command, "--batch-size", 20, "--out", tmp_path)
+def test_run_json_records_the_environment(stage1, tmp_path):
+    call(*stage1.command, "--batch-size", 20, "--out", tmp_path)
     saved = run_json(tmp_path)["record"]
     assert saved["command"].startswith("train_stage1 --model ")
     assert saved["command"].endswith(f"--out {tmp_path}")
-    assert saved["model"] == str(made.command[2]) and (saved["ranks"], saved["nodes"]) == (1, 1)
+    assert saved["model"] == str(stage1.command[2]) and (saved["ranks"], saved["nodes"]) == (1, 1)
     assert saved["hardware"].startswith("1 x ")
     assert saved["hardware"].endswith(f" cpu, threads: {torch.get_num_threads()}")
     assert saved["versions"]["torch"] == torch.__version__.split("+")[0] and set(saved["versions"]) == {
@@ -303,8 +303,8 @@ def test_run_json_records_the_environment(made, tmp_path):
     assert abs(time.mktime(time.strptime(saved["start"][:19], "%Y-%m-%d %H:%M:%S")) - time.time()) < 100
 
 
-def test_wall_time_adds_up_when_a_run_is_resumed(made, tmp_path):
-    command = [*made.command[:-1], 2, "--batch-size", 4, "--out", tmp_path]
+def test_wall_time_adds_up_when_a_run_is_resumed(stage1, tmp_path):
+    command = [*stage1.command[:-1], 2, "--batch-size", 4, "--out", tmp_path]
     with stop_after(5), pytest.raises(SystemExit):
         call(*command)
     saved = run_json(tmp_path / "checkpoint-4")
@@ -320,8 +320,8 @@ def test_wall_time_adds_up_when_a_run_is_resumed(made, tmp_path):
 
 @pytest.mark.parametrize("damage", [
     {}, {"record": None}, {"record": {"wall_seconds": "long"}}, {"record": [1]}])
-def test_a_checkpoint_without_a_record_can_be_resumed(made, tmp_path, damage):
-    command = [*made.command[:-1], 2, "--batch-size", 4, "--out", tmp_path]
+def test_a_checkpoint_without_a_record_can_be_resumed(stage1, tmp_path, damage):
+    command = [*stage1.command[:-1], 2, "--batch-size", 4, "--out", tmp_path]
     with stop_after(3), pytest.raises(SystemExit):
         call(*command)
     saved = run_json(tmp_path / "checkpoint-2")

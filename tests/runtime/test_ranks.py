@@ -6,13 +6,14 @@ import pytest
 from chain import assert_same_training
 from commands import call, call_two_ranks
 
+RESULTS = [f"results/scienceqa-stage2-{name}" for name in ("direct.jsonl", "dar.jsonl", "dar.scores.json")]
 
-@pytest.mark.parametrize("file", ["pairs.jsonl", "descriptions.jsonl", "results/scienceqa-stage2-direct.jsonl",
-                                  "results/scienceqa-stage2-dar.jsonl", "results/scienceqa-stage2-dar.scores.json"])
+
+@pytest.mark.parametrize("file", ["pairs.jsonl", "descriptions.jsonl", *RESULTS])
 def test_two_ranks_write_the_same_file(runs, two_ranks, file):
     one, two = ((path / file).read_text(encoding="utf-8") for path in (runs.out, two_ranks))
     if file != "pairs.jsonl":
-        # Everything but the hash of the adapter, which on two ranks differs from that on one in the last bits.
+        # All but the hash of the adapter, whose last bits depend on the number of ranks.
         one, two = (re.sub(r'"fingerprint": "[0-9a-f]{12}"', "", text) for text in (one, two))
     assert one == two and one
     assert not [*two_ranks.rglob("*.part*"), *two_ranks.rglob("*.new")]
@@ -27,8 +28,15 @@ def test_how_the_batch_is_computed_changes_nothing(runs, two_ranks, stage, tmp_p
 
 
 def test_sharding_changes_nothing(runs, tmp_path):
-    flags = ["--shard none", "--shard none --micro-batch 2", "--shard full --micro-batch 4 --checkpoint-activations"]
-    outs = {tmp_path / f"{stage}{n}": (stage, flags[n].split()) for stage in ("stage1", "stage2") for n in range(3)}
+    variants = [
+        "--shard none",
+        "--shard none --micro-batch 2",
+        "--shard full --micro-batch 4 --checkpoint-activations",
+    ]
+    outs = {}  # folder: (stage, flags)
+    for stage in ("stage1", "stage2"):
+        for number, flags in enumerate(variants):
+            outs[tmp_path / f"{stage}{number}"] = stage, flags.split()
     odd = [*runs.commands["stage1"], "--lora-r", 3, "--out"]  # rows that two ranks can't halve
     call(*odd, tmp_path / "one")
     call_two_ranks([*odd, tmp_path / "two"],

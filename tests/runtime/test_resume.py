@@ -1,4 +1,4 @@
-"""Commands that were killed resume where they were, and end with what an undisturbed run gives."""
+"""Commands that were killed resume from what is on disk, and end with what an undisturbed run gives."""
 
 import json
 import signal
@@ -11,13 +11,14 @@ from stic_min import InputError
 
 
 @pytest.mark.parametrize("step, file", [("pairs", "pairs.jsonl"), ("describe", "descriptions.jsonl")])
-def test_a_restart_makes_only_what_is_missing(runs, step, file, tmp_path):
-    command, whole = [*runs.commands[step], "--out", tmp_path / file], (runs.out / file).read_bytes()
+def test_a_restart_generates_only_what_is_missing(runs, step, file, tmp_path):
+    command = [*runs.commands[step], "--out", tmp_path / file]
+    whole = (runs.out / file).read_bytes()
     first, _, third, fourth, fifth, *_ = whole.splitlines(keepends=True)
-    (tmp_path / file).write_bytes(first + third + fourth[:40])  # one is lost, a kill cut the last in two
+    (tmp_path / file).write_bytes(first + third + fourth[:40])  # the second is lost, the last cut in two
     (tmp_path / f"{file}.part1").write_bytes(fifth + b"{")  # another rank's
-    for there in (3, 8):
-        assert f"{there} of them already in" in call(*command)
+    for count in (3, 8):
+        assert f"{count} of them already in" in call(*command)
         assert (tmp_path / file).read_bytes() == whole and [f.name for f in tmp_path.iterdir()] == [file]
     with pytest.raises(InputError, match=f"{file} was written with seed 0, but this run has 1"):
         call(*command, "--seed", 1)
@@ -39,11 +40,12 @@ def test_stage1_on_two_ranks_survives_a_kill(runs, tmp_path):
 @pytest.mark.parametrize("runs", ["llava-v1.6-tiny"], indirect=True)
 def test_stage2_survives_a_kill_at_any_moment(runs, tmp_path):
     described = lines(runs.out / "descriptions.jsonl")
-    copies = lambda records: [r | {"id": f"{r['id']}-{copy}"} for r in records for copy in range(5)]  # time to kill it
-    (tmp_path / "instructions.json").write_text(json.dumps(copies(with_images(runs.tiny))))
-    (tmp_path / "descriptions.jsonl").write_text("\n".join(map(json.dumps, copies(described))))
-    script, *args = [*runs.commands["stage2"], "--instructions", tmp_path / "instructions.json", "--descriptions",
-                     tmp_path / "descriptions.jsonl", "--lora-dropout", 0.05, "--batch-size", 1, "--save-every", 1]
+    instructions, descriptions = tmp_path / "instructions.json", tmp_path / "descriptions.jsonl"
+    copies = lambda records: [r | {"id": f"{r['id']}-{copy}"} for r in records for copy in range(5)]
+    instructions.write_text(json.dumps(copies(with_images(runs.tiny))))
+    descriptions.write_text("\n".join(map(json.dumps, copies(described))))
+    script, *args = [*runs.commands["stage2"], "--instructions", instructions, "--descriptions", descriptions,
+                     "--lora-dropout", 0.05, "--batch-size", 1, "--save-every", 1]  # fmt: skip
     killed, whole, plain = tmp_path / "killed", tmp_path / "whole", tmp_path / "plain"
     process = start(script, *args, "--out", killed)
     wait_for(lambda: process.poll() is not None or list(killed.glob("checkpoint-[0-9]*")))
@@ -56,7 +58,7 @@ def test_stage2_survives_a_kill_at_any_moment(runs, tmp_path):
     assert distance(plain, whole) > 1e-6  # dropout was on
 
 
-def test_what_a_killed_run_left_at_the_top_is_not_taken_for_its_own(runs, tmp_path):
+def test_leftovers_of_a_killed_run_are_not_taken_for_results(runs, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("projector.safetensors", "log.jsonl"):
         (tmp_path / "out" / name).write_bytes((runs.out / "stage1" / name).read_bytes())

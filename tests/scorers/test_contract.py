@@ -1,5 +1,5 @@
-"""What every benchmark's module promises (stic_min/scorers/__init__.py), checked for all seven on small data in their
-official formats. What is special about a benchmark is in its own test file."""
+"""The interface of a benchmark's module (stic_min/scorers/__init__.py), checked for all seven on small data in
+their official formats. What is special about one benchmark is in its own test file."""
 
 import json
 import shutil
@@ -43,7 +43,8 @@ class Judge:
 
     def __init__(self, benchmark):
         self.texts, self.runs, self.asked = benchmark.own_prompts, 2, 0
-        self.verdict = {"llavabench": "8 6\nWell.", "mmbench": "A", "mmvet": "0.5", "mathvista": "3"}[benchmark.name]
+        verdicts = {"llavabench": "8 6\nWell.", "mmbench": "A", "mmvet": "0.5", "mathvista": "3"}
+        self.verdict = verdicts[benchmark.name]
 
     def ask(self, where, messages, *, temperature, max_tokens):
         self.asked += 1
@@ -67,8 +68,8 @@ def score(benchmark, questions, answers, verdicts_of=None):
     """`score`, with a judge's verdicts where there is no score without them."""
     if benchmark.name not in NEEDS_JUDGE:
         return benchmark.score(questions, answers)
-    questions_judged, answers_judged = verdicts_of or (questions, answers)
-    return benchmark.score(questions, answers, benchmark.judge(questions_judged, answers_judged, Judge(benchmark)))
+    verdicts = benchmark.judge(*(verdicts_of or (questions, answers)), Judge(benchmark))
+    return benchmark.score(questions, answers, verdicts)
 
 
 def fails(function, *args):
@@ -84,7 +85,7 @@ def fails(function, *args):
 
 @benchmarks
 def test_questions(data, asked, name):
-    """`load` takes a path or a text. What the model sees is `text`, free of <image>; images are files in the folder."""
+    """`load` takes a Path or a string. `text` is free of <image>; images are files in the folder."""
     benchmark, questions, _ = asked
     assert benchmark.load(str(data / name)) == questions and len(questions) >= 3
     keys = [question[benchmark.key] for question in questions]
@@ -113,14 +114,16 @@ def test_a_missing_data_file(data, tmp_path, name, file):
 
 
 @files
-@pytest.mark.parametrize("content", [b'{"7": ', b"\xff", b"5", b"", b"[" * 200_000], ids=[*"{x5", "empty", "deep"])
+@pytest.mark.parametrize(
+    "content", [b'{"7": ', b"\xff", b"5", b"", b"[" * 200_000],
+    ids=["cut", "binary", "number", "empty", "deep"])  # fmt: skip
 def test_a_broken_data_file(data, tmp_path, name, file, content):
     folder = shutil.copytree(data / name, tmp_path / name)
     (folder / file).write_bytes(content)
     message = fails(harness.get_benchmark(name).load, folder)
     assert message.startswith(str(folder / file))
-    faults = ["not JSON", "not UTF-8 text", "not a JSON object", "not a non-empty list", ": empty", "has no rows",
-              "not a table in UTF-8", "has no 'data'"]  # fmt: skip
+    faults = ["not JSON", "not UTF-8 text", "not a JSON object", "not a non-empty list", ": empty",
+              "has no rows", "not a table in UTF-8", "has no 'data'"]  # fmt: skip
     assert any(fault in message for fault in faults)
 
 
@@ -170,38 +173,43 @@ def test_a_missing_answer(asked, name):
 
 
 def bad_answers(name, questions, answers):
-    """[(questions, answers, what is said of them)]."""
+    """[(questions, answers, the error message)]."""
     first, second = answers[:2]
+    qid = second["question_id"]
     cases = [
         (questions, [first, second | {"question_id": "999"}], "'999' is not a question id"),
-        (questions, answers + [second], f"{str(second['question_id'])!r} is repeated"),
+        (questions, answers + [second], f"{str(qid)!r} is repeated"),
         (questions, [{"prompt": second["prompt"], "text": "A"}], "record 1 has no question_id"),
-        (questions, [{"question_id": second["question_id"]}], f"{str(second['question_id'])!r} has no 'text'"),
-        (questions, [second | {"text": 5}], f"{str(second['question_id'])!r} has no 'text'"),
+        (questions, [{"question_id": qid}], f"{str(qid)!r} has no 'text'"),
+        (questions, [second | {"text": 5}], f"{str(qid)!r} has no 'text'"),
         (questions + questions[:1], answers, "a question id is repeated"),
         ([], [], "no questions"),
     ]
     if name == "textvqa":  # joins by the question in the prompt; a question may come twice
-        told = ["record 2: 'is it day?' about '999' is not among the questions",
-                "record 4: 'is it day?' about '0a' is answered twice",
-                "record 1: 'is it day?' about 'None' is not among the questions",
-                "record 1: no 'prompt'", "record 1: no 'text'", "1 of 4 questions have no answer", "no questions"]
-        cases = [(*case[:2], message) for case, message in zip(cases, told)]  # fmt: skip
+        messages = ["record 2: 'is it day?' about '999' is not among the questions",
+                    "record 4: 'is it day?' about '0a' is answered twice",
+                    "record 1: 'is it day?' about 'None' is not among the questions",
+                    "record 1: no 'prompt'", "record 1: no 'text'", "1 of 4 questions have no answer",
+                    "no questions"]  # fmt: skip
+        cases = [(*case[:2], message) for case, message in zip(cases, messages)]
     return cases
 
 
 @benchmarks
 def test_answers_that_do_not_match(asked, name):
-    """By `score`, `official` and `judge` alike. The judge is not asked anything before."""
+    """`score`, `official` and `judge` reject them alike. The judge is not asked before."""
     benchmark, questions, answers = asked
     judge = Judge(benchmark) if name in JUDGED else None
-    uses = [lambda *bad: score(benchmark, *bad, verdicts_of=(questions, answers)) if bad[0] else score(benchmark, *bad)]
-    uses += [benchmark.official] if benchmark.official else []
-    uses += [lambda *bad: benchmark.judge(*bad, judge)] if judge else []
+    pair = (questions, answers)
+    uses = [lambda bad_questions, bad: score(benchmark, bad_questions, bad, pair if bad_questions else None)]
+    if benchmark.official:
+        uses.append(benchmark.official)
+    if judge:
+        uses.append(lambda bad_questions, bad: benchmark.judge(bad_questions, bad, judge))
     for use in uses:
-        for bad_questions, bad, told in bad_answers(name, questions, answers):
+        for bad_questions, bad, expected in bad_answers(name, questions, answers):
             message = fails(use, bad_questions, bad)
-            assert message.startswith(published.BENCHMARKS[name]) and told in message
+            assert message.startswith(published.BENCHMARKS[name]) and expected in message
     assert judge is None or judge.asked == 0
 
 
@@ -232,7 +240,8 @@ def test_verdicts(asked, tmp_path, name):
     verdicts = benchmark.judge(questions, answers, judge)
     scores = benchmark.score(questions, answers, verdicts)
     assert judge.asked > 0 and scores["unread"] == 0 and scores["unread_share"] == 0
-    assert benchmark.official_judge.startswith("gpt-") and benchmark.prompts and all(benchmark.own_prompts.values())
+    assert benchmark.official_judge.startswith("gpt-")
+    assert benchmark.prompts and all(benchmark.own_prompts.values())
     if benchmark.judged_files:
         paths = [tmp_path / f"a{suffix}" for suffix in benchmark.judged_files(verdicts)]
         for path, text in zip(paths, benchmark.judged_files(verdicts).values()):
@@ -245,5 +254,5 @@ def test_verdicts(asked, tmp_path, name):
 @pytest.mark.parametrize("name", NEEDS_JUDGE)
 def test_no_score_without_a_judge(asked, name):
     benchmark, questions, answers = asked
-    told = f"{published.BENCHMARKS[name]} is graded by a judge model: --judge, or --judged FILE"
-    assert fails(benchmark.score, questions, answers, None).startswith(told)
+    expected = f"{published.BENCHMARKS[name]} is graded by a judge model: --judge, or --judged FILE"
+    assert fails(benchmark.score, questions, answers, None).startswith(expected)

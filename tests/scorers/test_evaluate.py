@@ -1,4 +1,4 @@
-"""Describe-and-respond: one description per image. Where the sequence is too short, it is the description that is cut."""
+"""Describe-and-respond: one description per image. If the sequence is too short, the description is cut."""
 
 from dataclasses import replace
 

@@ -96,8 +96,8 @@ def main():
     rows.append(["whole recipe", "", "", f"{sum(minutes.values()):.1f} min"])
     table(["", "per sample", "samples", "total"], rows)
     waves = math.ceil(2 * args.pictures / args.slots)
-    print(f"pairs: {2 * args.tokens / seconds['pairs']:.0f} generated tokens/s, end to end; {waves} waves of "
-          f"{args.slots} sequences measured")
+    print(f"pairs: {2 * args.tokens / seconds['pairs']:.0f} generated tokens/s, end to end; "
+          f"measured waves of {args.slots} sequences: {waves}")
 
 
 if __name__ == "__main__":

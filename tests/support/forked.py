@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PRELOAD = ["torch._dynamo", "torch.distributed.run", "generate_pairs", "train_stage1", "train_stage2", "evaluate"]
+PRELOAD = ["torch._dynamo", "torch.distributed.launcher.api", "train_stage1", "train_stage2", "generate_pairs"]
 
 
 def run_script(argv, outputs, folder, env, code):
