@@ -13,7 +13,7 @@ from stic_min.toy.captions import mentions, pattern
 from stic_min.toy.sheet import data_uri
 
 VOCABULARY = world.all_objects()
-WIDTH, CARD, MARGIN, PAD, SIDE = 880, 412, 20, 20, 144  # SIDE: an image's
+WIDTH, CARD, MARGIN, PAD, PICTURE = 880, 412, 20, 20, 144  # PICTURE: its side
 LINE, ADVANCE = 22, 8.4  # a response's line height and character width, in its monospaced font of 14 pixels
 CARDS = {"chosen": ("Preferred", "#f1fbf4", "#9bdcae"), "rejected": ("Dispreferred", "#fff5f4", "#f5b5b0")}
 
@@ -35,16 +35,16 @@ def responses(pair):
 
 
 def select(pairs, scenes):
-    """The pair with the largest difference in hallucinated objects.
+    """The pair with the largest difference in hallucinated objects, the first of them on ties.
 
-    On ties, a pair with a hallucination prompt, whose wrong objects are invented and not misread from a
-    corrupted image; then the first one.
+    Pairs with a hallucination prompt come before those with a corrupted image, whose wrong objects are
+    often right about the corrupted colors.
     """
 
     def rank(pair):
         present = scenes[pair["image"]].names
         y_w, y_l = ([name not in present for name in mentions(y, VOCABULARY)] for y in responses(pair))
-        return sum(y_l) - sum(y_w), not pair["image_corruption"]
+        return not pair["image_corruption"], sum(y_l) - sum(y_w)
 
     return max(pairs, key=rank)
 
@@ -94,7 +94,7 @@ def response_block(x, y, lines, present, name):
     return f'<g class="response" id="{name}">{"".join(parts)}</g>'
 
 
-def side(pair, name, x, lines, inset, image, labels, present):
+def response_card(pair, name, x, lines, inset, image, labels, present):
     """The card of the response `name` (chosen or rejected), with its left edge at x.
 
     lines: the response's. inset: the height of its block. labels: of the image, of the prompt, and the
@@ -103,9 +103,9 @@ def side(pair, name, x, lines, inset, image, labels, present):
     title, fill, stroke = CARDS[name]
     image_label, prompt_label, source = labels
     inner = x + PAD
-    column = inner + SIDE + 16
+    column = inner + PICTURE + 16
     top = MARGIN + 52
-    below = top + SIDE + 36
+    below = top + PICTURE + 36
     png = io.BytesIO()
     image.save(png, "PNG", optimize=True)
     href = data_uri(png.getvalue())
@@ -113,8 +113,8 @@ def side(pair, name, x, lines, inset, image, labels, present):
         box(x, MARGIN, CARD, below + inset + PAD - MARGIN, fill, stroke),
         text(inner, MARGIN + 33, title, "title"),
         text(column, MARGIN + 33, source, "math"),
-        f'<image x="{inner}" y="{top}" width="{SIDE}" height="{SIDE}" href="{href}"/>',
-        text(inner, top + SIDE + 20, image_label, "note"),
+        f'<image x="{inner}" y="{top}" width="{PICTURE}" height="{PICTURE}" href="{href}"/>',
+        text(inner, top + PICTURE + 20, image_label, "note"),
         text(column, top + 12, prompt_label, "note"),
         quoted(column, top + 36, pair[f"{name}_prompt"], f"{name} prompt"),
         box(inner, below, CARD - 2 * PAD, inset, "#ffffff", stroke),
@@ -134,10 +134,10 @@ def figure(pair, image, present):
         dispreferred = "the same image v", "hallucination prompt x_b", "y_l ~ p( · | v, x_b)"
     lines_w, lines_l = map(response_lines, responses(pair))
     inset = LINE * max(len(lines_w), len(lines_l)) + 16
-    y = MARGIN + 52 + SIDE + 36 + inset + PAD + 16  # of the panel about training
+    y = MARGIN + 52 + PICTURE + 36 + inset + PAD + 16  # of the panel about training
     height = y + 118 + MARGIN
     inner = MARGIN + PAD
-    column = inner + SIDE + 16
+    column = inner + PICTURE + 16
     x = without_marks(pair["chosen"][0]["content"])
     note = (
         "Both responses are the toy model's own. Green: the object is in the image v. Red: it is not. "
@@ -145,8 +145,8 @@ def figure(pair, image, present):
     )
     parts = [
         box(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", "#d0d7de"),
-        *side(pair, "chosen", MARGIN, lines_w, inset, image, preferred, present),
-        *side(pair, "rejected", WIDTH - MARGIN - CARD, lines_l, inset, other_image, dispreferred, present),
+        *response_card(pair, "chosen", MARGIN, lines_w, inset, image, preferred, present),
+        *response_card(pair, "rejected", WIDTH - MARGIN - CARD, lines_l, inset, other_image, dispreferred, present),
         box(MARGIN, y, WIDTH - 2 * MARGIN, 118, "#f6f8fa", "#d0d7de"),
         text(inner, y + 32, "Training sees", "title"),
         text(column, y + 32, f"v, y_w, y_l and x = “{x}”"),
