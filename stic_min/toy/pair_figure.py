@@ -124,14 +124,14 @@ def response_card(pair, name, x, lines, inset, image, labels, present):
 
 def figure(pair, image, present):
     """image: the unlabeled image v. present: names of the objects in it."""
-    preferred = "unlabeled image v", "step-by-step prompt x_g", "y_w ~ p( · | v, x_g)"
+    labels_w = "unlabeled image v", "step-by-step prompt x_g", "y_w ~ p( · | v, x_g)"
     if pair["image_corruption"]:
-        other_image, _ = corrupt(image, pair["corruption"]["seed"])
+        image_l, _ = corrupt(image, pair["corruption"]["seed"])
         kind = pair["corruption"]["kind"].replace("_", " ")
-        dispreferred = f"corrupted image h(v): {kind}", "captioning prompt x", "y_l ~ p( · | h(v), x)"
+        labels_l = f"corrupted image h(v): {kind}", "captioning prompt x", "y_l ~ p( · | h(v), x)"
     else:
-        other_image = image
-        dispreferred = "the same image v", "hallucination prompt x_b", "y_l ~ p( · | v, x_b)"
+        image_l = image
+        labels_l = "the same image v", "hallucination prompt x_b", "y_l ~ p( · | v, x_b)"
     lines_w, lines_l = map(response_lines, responses(pair))
     inset = LINE * max(len(lines_w), len(lines_l)) + 16
     y = MARGIN + 52 + PICTURE + 36 + inset + PAD + 16  # of the panel about training
@@ -145,8 +145,8 @@ def figure(pair, image, present):
     )
     parts = [
         box(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", "#d0d7de"),
-        *response_card(pair, "chosen", MARGIN, lines_w, inset, image, preferred, present),
-        *response_card(pair, "rejected", WIDTH - MARGIN - CARD, lines_l, inset, other_image, dispreferred, present),
+        *response_card(pair, "chosen", MARGIN, lines_w, inset, image, labels_w, present),
+        *response_card(pair, "rejected", WIDTH - MARGIN - CARD, lines_l, inset, image_l, labels_l, present),
         box(MARGIN, y, WIDTH - 2 * MARGIN, 118, "#f6f8fa", "#d0d7de"),
         text(inner, y + 32, "Training sees", "title"),
         text(column, y + 32, f"v, y_w, y_l and x = “{x}”"),
