@@ -35,6 +35,8 @@ from stic_min.text import DESCRIBE_PROMPT, without_marks
 
 
 def run_benchmark(args):
+    from stic_min.generate import open_model  # here, so that `score` and `table` start without torch
+
     args = plan.apply_preset(args)
     benchmark = harness.get_benchmark(args.command)
     if args.blind and not args.dar:
@@ -52,7 +54,7 @@ def run_benchmark(args):
     ranks = start_ranks("cpu" if args.check else args.device)
     if ranks.first:
         harness.warn_of_limit(benchmark, everything, args.limit)
-    llava = load_model(args, ranks)
+    llava = open_model(args, ranks)
     run = plan.plan_run(args, benchmark, questions, stem, llava, ranks)
     if args.check:
         from stic_min.scorers import dry_run
@@ -61,24 +63,6 @@ def run_benchmark(args):
     answers = ask_questions(run, stem, llava)
     if ranks.first:
         score_answers(run, stem, answers)
-
-
-def load_model(args, ranks):
-    """The model with its adapter; without weights for --check."""
-    from stic_min import lora
-    from stic_min.formats.adapters import read_adapter
-    from stic_min.loader import load_llava, open_llava
-
-    options = flags.model_options(args, ranks)
-    if getattr(args, "check", False):
-        llava, _ = open_llava(args.model, **options)
-        if args.adapter:
-            lora.attach(llava, read_adapter(args.adapter, llava))
-        return llava
-    console.report_loading(args, ranks)
-    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-    console.report_loaded(llava, ranks)
-    return llava
 
 
 def ask_questions(run, stem, llava):
@@ -173,14 +157,14 @@ def run_table(args):
 
 def run_ask(args):
     from stic_min import dar
-    from stic_min.generate import Sampling
+    from stic_min.generate import Sampling, open_model
     from stic_min.images import open_image
 
     if args.dar and not args.image:
         raise InputError("--dar describes an image first: it needs --image")
     ranks = Ranks(0, 1, start_device(args.device))
     images = [open_image(path) for path in args.image]
-    llava = load_model(args, ranks)
+    llava = open_model(args, ranks)
     sampling = Sampling.from_args(args)
     question = without_marks(args.question)
     if (excess := dar.tokens_over_limit(llava, question, images, sampling)) > 0:
@@ -196,7 +180,7 @@ def run_ask(args):
 # ---------------------------------------------------------------- flags
 
 
-def parse_arguments():
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -224,7 +208,7 @@ def parse_arguments():
 
 
 def main():
-    args = parse_arguments()
+    args = parse_args()
     arguments.check_paths(args)
     rank, _ = place()
     if rank == 0 or args.run is run_benchmark:  # the other commands have no work for several ranks

@@ -6,25 +6,22 @@
       --out descriptions.jsonl
   torchrun --nproc_per_node=4 generate_pairs.py ...      the same, with the images split over four GPUs
 
-Preferred responses come from the step-by-step prompt on the clean image. Dispreferred responses come, half of
-the time each, from a hallucination prompt or from the captioning prompt on a corrupted image. Each pair is
-one line of JSON, appended as soon as it is complete; running the command again skips existing pairs. An
-unreadable image is skipped with a warning.
-"""
+Preferred responses come from the step-by-step prompt on the clean image. Half of the dispreferred responses
+come from a hallucination prompt, half from the captioning prompt on a corrupted image. Each pair is one line
+of JSON, appended as soon as it is complete; running the command again skips existing pairs. An unreadable
+image is skipped with a warning. """
 
 import argparse
 import os
 import random
 from pathlib import Path
 
-from stic_min import InputError, check, generate, lora
+from stic_min import InputError, check, generate
 from stic_min.data import parse_instruction
-from stic_min.formats.adapters import read_adapter
 from stic_min.formats.image_folder import check_folder, foreign_images, image_path, list_images
 from stic_min.formats.records import image_records, read_names, skipped_line
-from stic_min.generate import Job, Query, Sampling
+from stic_min.generate import Job, Query, Sampling, open_model
 from stic_min.images import corrupt, open_image
-from stic_min.loader import load_llava, open_llava
 from stic_min.runtime import consistency, console, flags, process
 from stic_min.runtime.files import brief
 from stic_min.runtime.output import Output
@@ -34,13 +31,17 @@ from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, w
 
 
 def pair_job(name, image, seed):
-    """The loop body of Algorithm 1 for one unlabeled image v. All that is random follows from (seed,
-    name)."""
+    """The loop body of Algorithm 1 for one unlabeled image v; `generate` samples the two responses.
+
+    All random choices follow from (seed, name).
+    """
     rng = random.Random(row_seed(seed, name, "plan"))
     x = rng.choice(CAPTION_PROMPTS)  # x ~ P
-    preferred = Query(GOOD_PROMPT, [image], row_seed(seed, name, "chosen"))  # y_g ~ p(. | v, x_g)
+    x_g = GOOD_PROMPT
+    preferred = Query(x_g, [image], row_seed(seed, name, "chosen"))  # y_g ~ p(. | v, x_g)
     dispreferred_seed = row_seed(seed, name, "rejected")
-    if rng.random() < 0.5:
+    n = rng.random()
+    if n < 0.5:
         x_b = rng.choice(HALLUCINATION_PROMPTS)  # x_b ~ P_hallu
         corruption = None
         dispreferred = Query(x_b, [image], dispreferred_seed)  # y_b ~ p(. | v, x_b)
@@ -51,7 +52,7 @@ def pair_job(name, image, seed):
         corruption["seed"] = corruption_seed
         dispreferred = Query(x, [v_b], dispreferred_seed)  # y_b ~ p(. | v_b, x)
     fields = {"x": x, "hallu_prompt": x_b, "corruption": corruption}
-    return Job(name, [preferred, dispreferred], fields)  # sampled together by generate.generate
+    return Job(name, [preferred, dispreferred], fields)
 
 
 def pair_record(job, responses):
@@ -139,20 +140,6 @@ def parse_args():
     return args
 
 
-def open_model(args, ranks):
-    """The model with its adapter; for --check without weights."""
-    options = flags.model_options(args, ranks)
-    if args.check:
-        llava, _ = open_llava(args.model, **options)
-        if args.adapter:
-            lora.attach(llava, read_adapter(args.adapter, llava))
-        return llava
-    console.report_loading(args, ranks)
-    llava = load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-    console.report_loaded(llava, ranks)
-    return llava
-
-
 def main():
     args = parse_args()
     check.out_file(args.out)
@@ -160,8 +147,7 @@ def main():
     ranks = start_ranks("cpu" if args.check else args.device)
     what = "descriptions" if args.describe else "pairs"
 
-    # image_of: {key: image name}; the key of a pair is its image, that of a description is its instruction's
-    # id
+    # {key: image name}; the key of a pair is its image, the key of a description its instruction's id
     problems = check.Problems(args.check)
     if args.describe:
         records = records_to_describe(args, ranks)
@@ -197,7 +183,7 @@ def main():
 
     record_of = description_record if args.describe else pair_record
     sampling = Sampling.from_args(args)
-    groups = [[key] for key in remaining]
+    groups = [[key] for key in remaining]  # keys that share an image; here, one each
     per_job = 1 if args.describe else 2
     for job, responses in generate.generate(llava, groups, prepare, sampling, ranks, what, per_job):
         if all(response.text for response in responses):

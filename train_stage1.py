@@ -69,19 +69,20 @@ def main():
     args = parse_args()
     check.out_dir(args.out)
     check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device, backend=None)
+    ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
 
     # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
     # report.
+    # `llava` is on the meta device until then, and `weights` says where to read them.
     llava, adapter, weights = training.build(args, ranks, keep_reference=True)
-    max_length = training.length_limit(args, llava, pad=1024)
+    max_length = training.length_limit(args, llava, pad_default=1024)
     problems = check.Problems(args.check)
     pairs, samples = training.prepare(
         args, ranks, problems, read_kind(args.pairs, "pairs"), parse_pair,
         lambda pair: pair_sample(pair, llava, args.images, max_length),
     )  # fmt: skip
     ranks.print(f"{len(samples)} pairs, {sum(sample.cut for sample in samples)} cut to {max_length} tokens")
-    consistency.makers(args, args.pairs, llava.config.template, ranks)
+    consistency.same_model(args, args.pairs, llava.config.template, ranks)
     consistency.preferences(pairs, samples, args.pairs, ranks, problems)
     check.verify_images(samples, ranks, problems)
     stage_settings = {"beta": args.beta, "alpha": args.alpha, "pairs": sha256(args.pairs)}
@@ -99,8 +100,8 @@ def main():
     run = training.Run(args, llava, adapter, samples, ranks, settings)  # order of the data, log, checkpoints
     for step in run.steps():
         global_batch = run.batches[step]  # over all ranks
-        differing = sum(pair.differs for pair in global_batch)
-        for batch in run.micro_batches(step):  # this rank's share
+        differing = sum(pair.differs for pair in global_batch)  # pairs whose responses differ
+        for batch in run.micro_batches():  # this rank's share
             ref_logp_w, ref_logp_l = reference_logps(llava, batch)  # theta_0, (B,) each
             logp_w, logp_l = pair_logps(llava, batch)  # theta
             losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1, (B,)
@@ -108,17 +109,19 @@ def main():
 
             reward_w = args.beta * (logp_w - ref_logp_w)  # DPO's implicit reward
             reward_l = args.beta * (logp_l - ref_logp_l)
+            alpha_nll = -args.alpha * logp_w  # Eq. 4.1's second term; the rest is DPO
             run.log(
-                len(global_batch), loss=losses, dpo=losses + args.alpha * logp_w, alpha_nll=-args.alpha * logp_w,
+                len(global_batch), loss=losses, dpo=losses - alpha_nll, alpha_nll=alpha_nll,
                 logp_chosen=logp_w, logp_rejected=logp_l, reward_chosen=reward_w, reward_rejected=reward_l,
             )  # fmt: skip
-            differs = (batch.labels[0::2] != batch.labels[1::2]).any(-1)  # (B,)
-            run.log(1, equal=~differs)
+            chosen, rejected = batch.labels[0::2], batch.labels[1::2]  # (B, R)
+            differs = (chosen != rejected).any(-1)  # (B,)
+            run.log(1, equal=~differs)  # divided by 1: a count
             if differing:  # the margin of two equal responses is 0 and means nothing
                 margin = (reward_w - reward_l)[differs]
                 run.log(differing, margin=margin, accuracy=margin > 0)
 
-        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN ends the run here, before it reaches the weights
+        norm = run.clip_gradients(training.CLIP_NORM)  # after summing over ranks; a NaN ends the run here
         for group in run.optimizer.param_groups:  # LoRA, projector
             group["lr"] = group["peak"] * training.rate(step, len(run.batches))  # warm-up, then cosine to 0
         run.optimizer.step()

@@ -46,14 +46,15 @@ def main():
     args = parse_args()
     check.out_dir(args.out)
     check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device, backend=None)
+    ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
 
     # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
     # report.
+    # `llava` is on the meta device until then, and `weights` says where to read them.
     llava, adapter, weights = training.build(args, ranks, keep_reference=False)
-    max_length = training.length_limit(args, llava, pad=2048)
+    max_length = training.length_limit(args, llava, pad_default=2048)
     problems = check.Problems(args.check)
-    infusion = Infusion(args.instructions, args.one_line, args.plain)
+    infusion = Infusion(args.instructions, args.one_line, args.plain)  # parses descriptions
     instructions, samples = training.prepare(
         args, ranks, problems, read_kind(args.descriptions, "descriptions"), infusion,
         lambda instruction: instruction_sample(instruction, llava, args.images, max_length),
@@ -62,7 +63,7 @@ def main():
     ranks.print(f"{infusion.summary()}; {len(samples)} used for training, {cut} cut to {max_length} tokens")
     consistency.stage2_adapter(args.adapter, ranks)
     if not args.plain:
-        consistency.makers(args, args.descriptions, llava.config.template, ranks)
+        consistency.same_model(args, args.descriptions, llava.config.template, ranks)
         consistency.one_text([entry.description for entry in instructions], "descriptions", ranks)
     check.verify_images(samples, ranks, problems)
     stage_settings = {name: sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
@@ -81,14 +82,14 @@ def main():
     for step in run.steps():
         global_batch = run.batches[step]  # over all ranks
         tokens_in_batch = sum(sample.scored for sample in global_batch)
-        for batch in run.micro_batches(step):  # this rank's share
+        for batch in run.micro_batches():  # this rank's share
             nll, tokens = sft_loss(llava(batch), batch.labels)  # Algorithm 2: -log p(y | v, x), summed
             run.backward(nll / tokens_in_batch)  # summed over micro-batches and ranks: the mean
 
             run.log(tokens_in_batch, loss=nll)
             run.log(1, answer_tokens=tokens)
 
-        norm = run.clip_gradients(training.CLIP_NORM)  # a NaN ends the run here, before it reaches the weights
+        norm = run.clip_gradients(training.CLIP_NORM)  # after summing over ranks; a NaN ends the run here
         for group in run.optimizer.param_groups:  # LoRA, projector
             group["lr"] = group["peak"] * training.rate(step, len(run.batches))  # warm-up, then cosine to 0
         run.optimizer.step()

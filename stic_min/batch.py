@@ -19,7 +19,7 @@ class Example:
     """
 
     name: str  # for messages
-    trunk: list[tuple[list[int], bool]]  # (ids, are they scored?) of each segment
+    trunk: list[tuple[list[int], bool]]  # (ids, are they scored?) of each segment; the first is never scored
     branches: list[list[int]]
 
 
@@ -35,10 +35,12 @@ class Batch:
     positions       0    1       2  3  4  5  6             7   8   9       7   8      both continue the prompt
     attends to      prompt                                 prompt, chosen  prompt, rejected       (causally)
 
-    scored[0]                                6             7   8   9       logits are read here, and those at
-    labels[0]                                -100          w1  w2  </s>    [t] predict label [t + 1]
+    scored[0]                                6             7   8   9
+    labels[0]                                -100          w1  w2  </s>
     scored[1]                                6             10  11  0
-    labels[1]                                -100          l1  </s> -100   (padded with 0 and -100)
+    labels[1]                                -100          l1  </s> -100
+
+    Logits are read at `scored`; those at scored[g, t] predict labels[g, t + 1]. Rows are padded with 0 and -100.
     """
 
     ids: torch.Tensor  # (T,) int64, IMAGE at every position of an image
@@ -58,14 +60,17 @@ def collate(examples: list[Example], tiles: list[list], config, device="cpu") ->
     """Concatenates `examples`. tiles[i]: the Tiles of examples[i], one for each IMAGE, in order."""
     ids, positions, spans = [], [], []  # of the flat row
     scored, labels = [], []  # one list per group
-    for example, images in zip(examples, tiles):
-        images = iter(images)
+    for example, example_tiles in zip(examples, tiles):
+        remaining_tiles = iter(example_tiles)
         start = len(ids)
         answers, answer_labels = [], []
         for segment, is_scored in example.trunk:
             first = len(ids)
             for token in segment:
-                ids += [IMAGE] * config.image_tokens(next(images).size) if token == IMAGE else [token]
+                if token == IMAGE:
+                    ids += [IMAGE] * config.image_tokens(next(remaining_tiles).size)
+                else:
+                    ids.append(token)
             if is_scored:
                 answers += range(first - 1, len(ids))
                 answer_labels += [IGNORE, *ids[first:]]
@@ -88,5 +93,5 @@ def collate(examples: list[Example], tiles: list[list], config, device="cpu") ->
     scored = [group + [0] * (longest - len(group)) for group in scored]
     labels = [group + [IGNORE] * (longest - len(group)) for group in labels]
     tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
-    all_tiles = [image for images in tiles for image in images]
+    all_tiles = [image_tiles for example_tiles in tiles for image_tiles in example_tiles]
     return Batch(tensor(ids), tensor(positions), Packed(spans), all_tiles, tensor(scored), tensor(labels))

@@ -75,8 +75,8 @@ def training_cost(args, llava, adapter, samples, reference):
     seconds = flops / GPU_FLOPS * (4 / 3 if args.checkpoint_activations else 1)
     steps = -(-len(samples) // args.batch_size)
     return [
-        ("memory", f"about {total:.3g} GB per GPU with --shard none: {parts}; --shard full splits the first two "
-                   "over the GPUs"),
+        ("memory", f"about {total:.3g} GB per GPU with --shard none: {parts}; --shard full splits the first "
+                   "two over the GPUs"),
         ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {console.clock(seconds)} on one GPU "
                  f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40%)"),
     ]  # fmt: skip
@@ -98,8 +98,8 @@ def generation_cost(args, llava, lengths, answer=ANSWER):
     step_seconds = max(bytes_read / GPU_BANDWIDTH, 2 * base * slots / GPU_FLOPS)
     seconds = 2 * base * sum(lengths) / GPU_FLOPS + steps * step_seconds
     return [
-        ("memory", f"about {(weights + cache) / 1e9:.3g} GB per GPU: weights {weights / 1e9:.3g}, KV cache for "
-                   f"{slots} responses (--batch-size) {cache / 1e9:.3g}"),
+        ("memory", f"about {(weights + cache) / 1e9:.3g} GB per GPU: weights {weights / 1e9:.3g}, KV cache "
+                   f"for {slots} responses (--batch-size) {cache / 1e9:.3g}"),
         ("time", f"{len(lengths)} responses of, say, {answer} tokens: about {console.clock(seconds)} on one "
                  "H200"),
     ]  # fmt: skip

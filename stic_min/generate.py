@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from stic_min import InputError, sampler
-from stic_min.runtime import console
+from stic_min import InputError, loader, lora, sampler
+from stic_min.formats.adapters import read_adapter
+from stic_min.runtime import console, flags
 from stic_min.runtime.files import brief
 from stic_min.runtime.work import prefetch
 
@@ -33,7 +34,7 @@ class Sampling:
 
 @dataclass
 class Query:
-    """One response to sample."""
+    """One response to sample, as text and images."""
 
     prompt: str  # user text, without <image>
     images: list[Image.Image]
@@ -53,6 +54,20 @@ class Job:
 class Response:
     text: str
     finish: str  # stop or length
+
+
+def open_model(args, ranks):
+    """The model that the flags name, with its adapter; for --check without weights."""
+    options = flags.model_options(args, ranks)
+    if getattr(args, "check", False):
+        llava, _ = loader.open_llava(args.model, **options)
+        if args.adapter:
+            lora.attach(llava, read_adapter(args.adapter, llava))
+        return llava
+    console.report_loading(args, ranks)
+    llava = loader.load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
+    console.report_loaded(llava, ranks)
+    return llava
 
 
 def sampler_requests(llava, jobs: list[Job]) -> list[sampler.Request]:
@@ -113,7 +128,7 @@ def generate(
         for group, jobs, group_requests, error in prepare_ahead(llava, groups, prepare):
             if error:
                 console.warn(f"skipped: {error}")
-            progress.add(len(group) - len(jobs))
+            progress.add(len(group) - len(jobs))  # keys without a job
             started.update({job.key: (job, [None] * len(job.queries)) for job in jobs})
             yield from group_requests
 
@@ -124,7 +139,7 @@ def generate(
     ):
         job, samples = started[key]
         samples[i] = sample
-        if all(samples):
+        if None not in samples:
             del started[key]
             yield job, [Response(llava.tokenizer.decode(sample.ids), sample.finish) for sample in samples]
             progress.add()

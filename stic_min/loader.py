@@ -1,5 +1,4 @@
-"""LLaVA checkpoints, strictly: every key is used once or ignored by name for a stated reason, and every
-parameter is loaded exactly once.
+"""LLaVA checkpoints, strictly: each key is used once or ignored for a reason, each parameter loaded once.
 
 Weights are memory-mapped and copied to their parameters one by one, so loading never holds two copies; a
 sharded parameter (FSDP) reads only its own rows from the file.

@@ -51,7 +51,8 @@ def pick(logits: Tensor, temperature: float, top_p: float | None, uniform: Tenso
         return logits.argmax(dim=-1)
     cumulative = filtered_probs(logits, temperature, top_p).double().cumsum(dim=-1)  # (B, V)
     target = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    return ids.clamp_max(logits.shape[-1] - 1)  # rounding, or NaN, may lead one past the last
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def sample_naively(llava, prompt, images, seed, *, max_new_tokens, temperature=0
 
 @dataclass
 class Request:
-    """One response to sample."""
+    """One response to sample, as the sampler takes it: token ids and tiles."""
 
     key: object  # the caller's own
     ids: list[int]  # of the prompt, with one IMAGE per image
@@ -111,8 +112,8 @@ def groups(requests: Iterable[Request], max_size: int) -> Iterator[list[Request]
 
 
 @dataclass
-class Response:
-    """A request that occupies a slot."""
+class ActiveRequest:
+    """A request in its slot, and what has been sampled for it."""
 
     key: object
     length: int  # tokens in the slot so far, the prompt included
@@ -149,32 +150,33 @@ def stream(
     max_positions = llava.config.decoder.max_positions
     choose = lambda logits, uniform: pick(logits, temperature, top_p, uniform)
     decoder = SlotDecoder(llava, slots, min(max_new_tokens, max_positions), choose)
-    responses: list[Response | None] = [None] * slots  # the one in each slot
+    active: list[ActiveRequest | None] = [None] * slots  # the one in each slot
     # A group is admitted only when every member has a free slot. Groups are kept small so that slots do not
     # sit idle waiting.
     waiting = groups(requests, min(slots, max(2, slots // 4)))
     group = next(waiting, None)
-    while group or any(responses):
-        free = [slot for slot in range(slots) if responses[slot] is None]
+    while group or any(active):
+        free = [slot for slot in range(slots) if active[slot] is None]
         while group and len(group) <= len(free):
             taken, free = free[: len(group)], free[len(group) :]
             for slot, request, length in zip(taken, group, decoder.admit(group, taken)):
                 limit = max(0, min(max_new_tokens, max_positions - length))
-                responses[slot] = Response(request.key, length, limit)
+                active[slot] = ActiveRequest(request.key, length, limit)
             group = next(waiting, None)
 
-        longest = max(response.length for response in responses if response)
+        longest = max(request.length for request in active if request)
         ids, logps = decoder.advance(longest)  # (B, steps)
 
-        for slot, response in enumerate(responses):
-            if response is None:
+        for slot, request in enumerate(active):
+            if request is None:
                 continue
-            ended = response.collect(ids[slot], logps[slot], llava.tokenizer.eos)
-            if math.isnan(sum(response.sample.logps[-len(ids[slot]) :])):
-                raise InputError(not_finite(response.key, llava.lm_head.weight.dtype))
+            ended = request.collect(ids[slot], logps[slot], llava.tokenizer.eos)
+            # The decoder returns NaN as log p if any logit is NaN or infinite.
+            if math.isnan(sum(request.sample.logps[-len(ids[slot]) :])):
+                raise InputError(not_finite(request.key, llava.lm_head.weight.dtype))
             if ended:
-                responses[slot] = None
-                yield response.key, response.sample
+                active[slot] = None
+                yield request.key, request.sample
 
 
 def not_finite(key, dtype):

@@ -1,4 +1,4 @@
-"""What is trained on: the tokens of a sample, the order of an epoch, and each rank's micro-batches."""
+"""Training data: the tokens of a sample, the order of an epoch, and each rank's micro-batches."""
 
 import math
 import random
@@ -38,7 +38,7 @@ def pair_sample(pair: Pair, llava, folder: str | Path, max_length: int) -> Train
     `max_length`."""
     tokenizer = llava.tokenizer
     path = image_path(folder, pair.image)
-    prompt = tokenizer.encode_prompt(llava.chat_prompt(pair.prompt, images=0))  # it has its <image> already
+    prompt = tokenizer.encode_prompt(llava.chat_prompt(pair.prompt, images=0))  # it contains <image> already
     length = len(prompt) - 1 + llava.config.image_tokens(image_size(path))
     room = max_length - length
     if room <= 0:
@@ -100,16 +100,16 @@ def global_batches(lengths, size, seed):
     return [sorted(batch, key=lambda i: -lengths[i]) for batch in batches]
 
 
-def micro_batches(batch, ranks, size):
-    """Splits one global batch into this rank's micro-batches -> [(samples, real)], as many on every rank.
+def split_batch(batch: list, ranks, size: int) -> list[tuple[list, float]]:
+    """Splits a global batch into this rank's micro-batches -> [(samples, weight)], as many on every rank.
 
     FSDP ranks must run the same number of forward passes. A rank that has run out of samples repeats one with
-    weight zero: `real` is False.
+    weight 0; all others have weight 1.
     """
     share = batch[ranks.rank :: ranks.world]
     longest = math.ceil(len(batch) / ranks.world)
     chunks = [share[start : start + size] for start in range(0, longest, size)]
-    return [(chunk or batch[:1], bool(chunk)) for chunk in chunks]
+    return [(chunk, 1.0) if chunk else (batch[:1], 0.0) for chunk in chunks]
 
 
 def load_tiles(sample: TrainingSample, llava) -> list:

@@ -30,7 +30,7 @@ from stic_min.runtime.output import lock, unlock
 from stic_min.runtime.process import Stop
 from stic_min.runtime.provenance import peak_memory_gb
 from stic_min.runtime.work import prefetch, row_seed, subset
-from stic_min.samples import global_batches, load_tiles, micro_batches
+from stic_min.samples import global_batches, load_tiles, split_batch
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
@@ -41,9 +41,9 @@ PRINTED = "loss", "dpo", "alpha_nll", "margin", "accuracy"  # in the terminal; l
 # ---------------------------------------------------------------- before the first step
 
 
-def length_limit(args, llava, pad, anyres=4096):
+def length_limit(args, llava, pad_default, anyres_default=4096):
     """--max-length or the stage's default, at most the model's own maximum."""
-    default = pad if llava.config.image_mode == "pad" else anyres
+    default = pad_default if llava.config.image_mode == "pad" else anyres_default
     return min(args.max_length or default, llava.config.decoder.max_positions)
 
 
@@ -78,10 +78,12 @@ def build(args, ranks, keep_reference):
             with torch.device("meta"):
                 projector = Projector(llava.config.vision.hidden_size, llava.config.decoder.hidden_size)
             llava.reference_projector = projector.to(options["dtype"]).requires_grad_(False)
-            weights |= {name.replace("mm_", "reference_"): value for name, value in base_projector.items()}
+            for name, weight in base_projector.items():
+                weights[name.replace("mm_projector", "reference_projector")] = weight
     for layer in llava.model.layers:
         layer.checkpoint_activations = args.checkpoint_activations
-    # The model owns the LoRA tensors from here on. An untrained projector stays here and is saved unchanged.
+    # From here on the model holds the LoRA tensors. `adapter.tensors` keeps only the projector of --adapter,
+    # which is saved unchanged if it is not trained.
     adapter.tensors = {name: value for name, value in adapter.tensors.items() if ".lora_" not in name}
     return llava, adapter, weights
 
@@ -148,11 +150,12 @@ class Run:
             groups.append({"params": list(projector.values()), "peak": args.projector_lr})
         self.parameters = lora_parameters | projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        trained = self.parameters, self.optimizer
-        self.checkpoints = Checkpoints(self.out, adapter, *trained, settings, args, ranks)
+        self.checkpoints = Checkpoints(
+            self.out, adapter, self.parameters, self.optimizer, settings, args, ranks
+        )
         self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         self.step = 0
-        self.real = True  # whether the current micro-batch counts
+        self.weight = 1.0  # of the current micro-batch; 0 if it only keeps FSDP's ranks in step
         self.sums = {}  # what this step logs, before it is summed over the ranks
         self.tokens = 0  # this rank's, since the last step
         self.printed = 0.0
@@ -171,7 +174,7 @@ class Run:
             self.begin = self.last = time.monotonic()
             steps = range(self.first_step, len(self.batches))
             size = self.args.micro_batch
-            self.shares = {step: micro_batches(self.batches[step], self.ranks, size) for step in steps}
+            self.shares = {step: split_batch(self.batches[step], self.ranks, size) for step in steps}
             load = lambda samples: [load_tiles(sample, self.llava) for sample in samples]
             tiles = prefetch(load, [samples for share in self.shares.values() for samples, _ in share])
             self.tiles = stack.enter_context(contextlib.closing(tiles))
@@ -182,29 +185,29 @@ class Run:
             with self.stop.busy():
                 self.checkpoints.finish(peak_memory_gb(self.ranks.device))
 
-    def micro_batches(self, step):
+    def micro_batches(self):
         """This rank's Batches of a step. On SIGTERM or Ctrl-C to any rank, all ranks stop before the next
         one."""
-        for samples, real in self.shares[step]:
-            self.real = real
+        for samples, weight in self.shares[self.step]:
+            self.weight = weight
             [stops] = self.ranks.sum(bool(self.stop.signal))
             if stops:
-                self.save_checkpoint(step)
-                raise KeyboardInterrupt(f"stopped after step {step}; run the same command to resume")
+                self.save_checkpoint(self.step)
+                raise KeyboardInterrupt(f"stopped after step {self.step}; run the same command to resume")
             batch = collate(samples, next(self.tiles), self.llava.config, self.llava.device)
-            self.tokens += len(batch.ids)
+            self.tokens += int(self.weight * len(batch.ids))
             yield batch
 
     def backward(self, loss):
         """Adds the gradients of this rank's part of the global batch's loss. FSDP averages gradients over the
         ranks, but parts must be summed."""
         sharded = self.ranks.world > 1 and self.args.shard == "full"
-        (loss * self.real * (self.ranks.world if sharded else 1)).backward()
+        (loss * self.weight * (self.ranks.world if sharded else 1)).backward()
 
     def log(self, count, **values):
         """Logs each value's sum over the step's micro-batches and ranks, divided by `count`."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + self.real / count * value.detach().double().sum()
+            self.sums[name] = self.sums.get(name, 0.0) + self.weight / count * value.detach().double().sum()
 
     def clip_gradients(self, max_norm):
         """Completes the gradients (--shard none: sums them over the ranks) and clips their norm, which it
@@ -224,8 +227,8 @@ class Run:
         if not math.isfinite(norm + sum(self.values.values())):
             self.save_checkpoint(self.step)
             names = ", ".join(sample.name for sample in self.batches[self.step])
-            raise InputError(f"step {self.step + 1}: the loss is {self.values['loss']} and the gradient norm is "
-                             f"{norm}; --lr may be too high, or one of these samples is damaged: {names}")
+            raise InputError(f"step {self.step + 1}: the loss is {self.values['loss']} and the gradient norm "
+                             f"is {norm}; --lr may be too high, or one of these samples is damaged: {names}")
         return norm
 
     def end_step(self, norm):

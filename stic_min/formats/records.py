@@ -131,20 +131,27 @@ def pair_sides(record: dict) -> dict[str, list]:
     return sides
 
 
-def image_records(path, skipped=None):
-    """LLaVA's instruction list -> [(where, key, record)] of the records with one image, and the number of all records.
+# ---------------------------------------------------------------- instructions
 
-    Keys are the ids, made unique (`id#2` for the second record with an id): LLaVA's own data repeats some. A record
-    without an id has its image's name as key. With a dict `skipped`, records with several images go there by key,
-    with the reason; otherwise they are errors.
+
+def image_records(path, skipped: dict | None = None) -> tuple[list, int]:
+    """LLaVA's instruction list -> [(where, key, record)] of the records with one image, and the number of all
+    records.
+
+    Keys are the ids, made unique (`id#2` for the second record with an id), because LLaVA's own data repeats
+    some. A record without an id has its image's name as key. With a dict `skipped`, records with several
+    images are stored there as {key: reason}; otherwise they are errors.
     """
     records = read_kind(path, "instructions")
-    with_images, taken, repeats = [], set(), {}
+    with_images = []
+    taken = set()  # keys
+    repeats = {}
     for where, record in records:
         if not any(record.get(key) for key in IMAGE_KEYS):
             continue
+        problem = None
         try:
-            image, problem = image_name(record, where), None
+            image = image_name(record, where)
         except InputError as error:
             if skipped is None:
                 raise
@@ -160,7 +167,7 @@ def image_records(path, skipped=None):
         else:
             with_images.append((where, key, record | {"image": image}))
     if not with_images:
-        hint = f" ({len(skipped)} were skipped, the first: {next(iter(skipped.values()))})" if skipped else ""
+        hint = f" ({skipped_line(skipped)})" if skipped else ""
         raise InputError(f"{path}: none of its {len(records)} records has an image{hint}")
     return with_images, len(records)
 

@@ -97,6 +97,21 @@ def read_json(path, kind=dict):
     return value
 
 
+def read_own_lines(path, parse):
+    """[parse(value), ...] of a JSON Lines file that this project appends to; a last line cut off by a kill is
+    dropped. A line that `parse` fails on is an error."""
+    values = []
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(parse(json.loads(line)))
+        except InputError:
+            raise
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise InputError(f"{path}, line {number}: not a line written by this command") from None
+    return values
+
+
 def text_field(record, key, where):
     """record[key], which must be text that is not blank."""
     value = record.get(key)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime.files import append_line, check_place, wait_until, write_text
+from stic_min.runtime.files import append_line, check_place, read_own_lines, wait_until, write_text
 
 
 def lock(path, what):
@@ -74,23 +74,18 @@ class Output:
 
     def read(self, path):
         """The records of one file; a last line cut off by a kill is dropped."""
-        if not path.is_file():
-            return []
-        records = []
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            try:
-                record = json.loads(line)
-                settings = {name: record.get(name) for name in self.settings}
-                hash(record[self.key])
-                json.dumps(record, ensure_ascii=False).encode()
-            except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-                raise InputError(f"{path}, line {number}: not a line written by this command") from None
+
+        def check(record):
+            settings = {name: record.get(name) for name in self.settings}
+            hash(record[self.key])
+            json.dumps(record, ensure_ascii=False).encode()
             for name, value in self.settings.items():
                 if settings[name] != value:
                     raise InputError(f"{path} was written with {name} {settings[name]!r}, but this run has "
                                      f"{value!r}; choose another --out, or delete the file")  # fmt: skip
-            records.append(record)
-        return records
+            return record
+
+        return read_own_lines(path, check)
 
     def append(self, record):
         record = record | self.settings

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stic_min import InputError, first_line
+from stic_min.runtime.files import read_own_lines
 
 TRIES = 8
 WAIT = 1.0  # seconds before the second try; doubles with every try
@@ -138,16 +139,14 @@ class Judge:
 
     def read(self):
         """The usable replies on disk as {(where, request): Reply}. Removes a last line cut off by a kill."""
+
+        def parse(entry):
+            place = entry["where"], entry["request"]
+            hash(place)
+            return place, entry["body"]
+
         stored = {}
-        lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.is_file() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                entry = json.loads(line)
-                place = entry["where"], entry["request"]
-                body = entry["body"]
-                hash(place)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f"{self.path}, line {number}: not a line written by this command") from None
+        for place, body in read_own_lines(self.path, parse):
             try:
                 reply = read_reply(body)
             except ValueError:
@@ -156,7 +155,7 @@ class Judge:
                 stored[place] = reply
         if self.path.is_file():
             with open(self.path, "r+b") as file:
-                file.truncate(sum(len(line) + 1 for line in lines))
+                file.truncate(file.read().rfind(b"\n") + 1)
         return stored
 
     def clean(self, text):

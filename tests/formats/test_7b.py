@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from published_configs import HF, HF15, HF16, PINPOINTS, V15, V16
+from published_configs import HF, HF15, HF16, PINPOINTS, V15, V15_13B, V16, V16_VICUNA_7B, V16_VICUNA_13B
 
 from stic_min import loader, lora
 from stic_min.clip import ClipConfig
@@ -164,6 +164,19 @@ def test_parameter_counts(tmp_path):
     assert count(published("v1.5", "original").values()) == 6_738_415_616 + 20_979_712
     assert count(v15.values()) == 6_738_415_616 + 20_979_712 + 303_507_456 - 12_598_272 == 7_050_304_512
     assert count(v16[f"mm_projector.{i}.{x}"] for i in "02" for x in ("weight", "bias")) == 20_979_712
+
+
+@pytest.mark.parametrize("options, C, F, layers, newline", [
+    (V16_VICUNA_7B, 4096, 11008, 32, 4096), (V16_VICUNA_13B, 5120, 13824, 40, 5120), (V15_13B, 5120, 13824, 40, 0)
+], ids=["v1.6-vicuna-7b", "v1.6-vicuna-13b", "v1.5-13b"])  # fmt: skip
+def test_other_llava_checkpoints(options, C, F, layers, newline, tmp_path):
+    """The other LLaVA models with Vicuna: 7.06 and 13.35 billion parameters with CLIP's last layer."""
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    config, *_ = read_config(tmp_path)
+    assert (config.template, config.image_mode) == ("vicuna_v1", "anyres" if newline else "pad")
+    decoder = layers * (4 * C * C + 3 * C * F + 2 * C) + 2 * 32000 * C + C
+    projector = C * (1024 + 1) + C * (C + 1)
+    assert count(shapes_of(config).values()) == decoder + projector + 303_507_456 - 12_598_272 + newline
 
 
 @pytest.mark.parametrize("version, expected", [("v1.6", 335_544_320), ("v1.5", 319_815_680)])

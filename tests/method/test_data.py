@@ -16,7 +16,7 @@ from stic_min.runtime import output as output_module
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import Ranks
 from stic_min.runtime.work import subset
-from stic_min.samples import global_batches, instruction_sample, load_tiles, micro_batches, pair_sample
+from stic_min.samples import global_batches, instruction_sample, load_tiles, pair_sample, split_batch
 from stic_min.text import IMAGE
 from stic_min.training import rate
 
@@ -197,10 +197,10 @@ def test_global_batches():
     assert set(batches[0]) != set(range(8)) and global_batches([1], 4, 0) == [[0]]
 
 
-def test_micro_batches():
+def test_split_batch():
     for world, size, n in itertools.product((1, 2, 3, 4), (1, 2, 3), range(1, 14)):
         batch = [10 * i for i in range(n)]
-        shares = [micro_batches(batch, Ranks(rank, world, "cpu"), size) for rank in range(world)]
+        shares = [split_batch(batch, Ranks(rank, world, "cpu"), size) for rank in range(world)]
         assert {len(share) for share in shares} == {-(-n // (world * size))}  # all ranks compute in step
         chunks = [chunk for share in shares for chunk in share]
         assert Counter(sample for samples, real in chunks if real for sample in samples) == Counter(batch)

@@ -211,7 +211,7 @@ def test_instructions_with_two_images_are_skipped(world, capsys, tmp_path, name)
 @pytest.mark.parametrize("out, message", [
     ("images", "is a folder"), (f"{PAIRS}/new.jsonl", "can't write to")])
 def test_out_is_checked_before_the_model_is_loaded(world, capsys, monkeypatch, out, message):
-    monkeypatch.setattr("generate_pairs.load_llava", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("stic_min.loader.load_llava", lambda *args, **options: pytest.fail("loaded"))
     assert outcome(world, "pairs", "--out", world / out) == 1
     [error] = printed(capsys)[1]
     assert message in error

@@ -339,10 +339,10 @@ def test_a_failing_rank_ends_the_others_and_its_message_is_printed(stage1, tmp_p
 import runpy, sys, stic_min
 from stic_min import training
 micro_batches = training.Run.micro_batches
-def fail(run, step):
-    if run.ranks.rank == 1 and step == 1:
+def fail(run):
+    if run.ranks.rank == 1 and run.step == 1:
         raise {error}
-    return micro_batches(run, step)
+    return micro_batches(run)
 training.Run.micro_batches = fail
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,4 +1,4 @@
-"""config.json of both 7B models as published, by their authors and for transformers."""
+"""config.json of both 7B models as published, by their authors and for transformers, and of three relatives."""
 
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
@@ -53,3 +53,12 @@ HF15 = HF | dict(  # llava-hf/llava-1.5-7b-hf
         model_type="llama", rms_norm_eps=1e-05, torch_dtype="float16", vocab_size=32064,
     ),
 )  # fmt: skip
+LLAMA_13B = dict(hidden_size=5120, intermediate_size=13824, num_attention_heads=40, num_hidden_layers=40,
+                 num_key_value_heads=40)  # fmt: skip
+V16_VICUNA_7B = V16 | dict(  # liuhaotian/llava-v1.6-vicuna-7b
+    _name_or_path="lmsys/vicuna-7b-v1.5", architectures=["LlavaLlamaForCausalLM"], attention_bias=False,
+    intermediate_size=11008, max_length=4096, max_position_embeddings=4096, model_type="llava",
+    num_key_value_heads=32, pad_token_id=0, pretraining_tp=1, rope_scaling=None, rope_theta=10000.0,
+)  # fmt: skip
+V16_VICUNA_13B = V16_VICUNA_7B | LLAMA_13B | dict(_name_or_path="lmsys/vicuna-13b-v1.5")
+V15_13B = V15 | LLAMA_13B | dict(_name_or_path="llava-v1.5-13b")
