@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from small_world import (
+    DESCRIPTIONS,
     PAIRS,
     RECORDS,
-    TOLD,
     A,
     B,
     change,
     instruction,
     outcome,
     pair,
-    said,
+    printed,
     small_world,
     write,
 )
@@ -37,7 +37,7 @@ def warnings(w, capsys, name, *flags):
     """The warnings that --check prints."""
     capsys.readouterr()
     assert outcome(w, name, "--check", *flags) == 0
-    return [line.removeprefix("warning: ").replace(str(w), "W") for line in said(capsys)[1]]
+    return [line.removeprefix("warning: ").replace(str(w), "W") for line in printed(capsys)[1]]
 
 
 def edited(w, file, **values):
@@ -122,23 +122,23 @@ def test_equal_pairs_are_counted(world, capsys, tmp_path):
     file = tmp_path / "pairs.jsonl"
     write(file, [pair(A, "Same.", "Same."), pair(B), pair(B, "Cut after this.", "Cut after that.")])
     assert outcome(world, "stage1", "--pairs", file, "--check") == 0
-    out, lines = said(capsys)
+    out, lines = printed(capsys)
     assert f"  equal        1 pairs, no preference to learn from: {file}, line 1 ({A})\n" in out and not lines
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
-    assert said(capsys)[1] == [
+    assert printed(capsys)[1] == [
         "warning: 1 of 3 pairs have identical chosen and rejected: nothing to learn"]
     # as trained: at 98 tokens, the difference in the third pair is cut off
     assert outcome(world, "stage1", "--pairs", file, "--check", "--max-length", 98) == 0
-    assert "  equal        2 pairs, " in said(capsys)[0]
+    assert "  equal        2 pairs, " in printed(capsys)[0]
 
 
 def test_repeated_pairs_are_counted(world, capsys, tmp_path):
     file = tmp_path / "pairs.jsonl"
     write(file, [pair(A), pair(A, "Another."), pair(A), pair(A)])
     assert outcome(world, "stage1", "--pairs", file, "--check") == 0
-    assert "  repeated     2 samples repeat an earlier one\n" in said(capsys)[0]
+    assert "  repeated     2 samples repeat an earlier one\n" in printed(capsys)[0]
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
-    assert said(capsys)[1] == ["warning: 2 of 4 pairs repeat another one"]
+    assert printed(capsys)[1] == ["warning: 2 of 4 pairs repeat another one"]
 
 
 def test_identical_texts(world, capsys, tmp_path):
@@ -159,7 +159,7 @@ def test_generation_counts_identical_responses(world, capsys, tmp_path, monkeypa
         Image.new("RGB", (20, 20), (25 * i, 0, 0)).save(tmp_path / f"{i}.png")
     monkeypatch.setattr("stic_min.text.Tokenizer.decode", lambda self, ids: "~~~~")
     assert outcome(world, "pairs", "--images", tmp_path, "--out", tmp_path / "out.jsonl") == 0
-    out, lines = said(capsys)
+    out, lines = printed(capsys)
     assert "10 of 10 pairs have identical chosen and rejected" in out
     assert lines == ["warning: 10 of 10 chosen responses are identical: '~~~~'"]
 
@@ -170,7 +170,7 @@ def test_generation_counts_identical_responses(world, capsys, tmp_path, monkeypa
 def test_names_as_stic_publishes_them(world, capsys, tmp_path):
     (tmp_path / "names.json").write_bytes(f'\ufeff["{A}", "{B}", "{B}"]'.encode())
     assert outcome(world, "pairs", "--names", tmp_path / "names.json", "--out", tmp_path / "out.jsonl") == 0
-    out, lines = said(capsys)
+    out, lines = printed(capsys)
     assert "1 of 3 names in " in out and f"2 pairs in {tmp_path / 'out.jsonl'}, 0 skipped" in out
     assert not lines
 
@@ -178,7 +178,7 @@ def test_names_as_stic_publishes_them(world, capsys, tmp_path):
 def test_a_message_never_repeats_a_whole_file(world, capsys, tmp_path):
     (tmp_path / "names").write_text("x" * 100_000 + f"\n{B}\n")
     assert outcome(world, "pairs", "--names", tmp_path / "names", "--out", tmp_path / "out.jsonl") == 0
-    [warning] = said(capsys)[1]
+    [warning] = printed(capsys)[1]
     assert warning.startswith("warning: skipped: no such image: ") and len(warning) <= 300
 
 
@@ -188,7 +188,7 @@ def test_images_from_phones_and_deep_pixels(world, capsys, tmp_path):
     Image.fromarray(gray.astype(np.float32)).save(tmp_path / "float.tif")
     (tmp_path / "1.heic").touch()
     assert outcome(world, "pairs", "--images", tmp_path, "--out", tmp_path / "out.jsonl") == 0
-    out, lines = said(capsys)
+    out, lines = printed(capsys)
     assert f"1 .heic file in {tmp_path}: skipped, convert them to JPEG or PNG\n" in out
     assert f"1 pairs in {tmp_path / 'out.jsonl'}, 1 skipped" in out
     assert lines == [f"warning: skipped: can't read image {tmp_path}/float.tif: its pixels are 32-bit "
@@ -199,11 +199,11 @@ def test_images_from_phones_and_deep_pixels(world, capsys, tmp_path):
 def test_instructions_with_two_images_are_skipped(world, capsys, tmp_path, name):
     records = [instruction("a", [A]), instruction("b", [A, B])]
     write(tmp_path / RECORDS, records)
-    write(tmp_path / TOLD, [{"id": "a", "image": [A], "description": "Red."}])
+    write(tmp_path / DESCRIPTIONS, [{"id": "a", "image": [A], "description": "Red."}])
     flags = ["--describe", tmp_path / RECORDS] if name == "describe" else [
-        "--instructions", tmp_path / RECORDS, "--descriptions", tmp_path / TOLD]
+        "--instructions", tmp_path / RECORDS, "--descriptions", tmp_path / DESCRIPTIONS]
     assert outcome(world, name, *flags, "--out", tmp_path / "out") == 0
-    out, lines = said(capsys)
+    out, lines = printed(capsys)
     assert "1 records skipped, the first: " in out and "record 1: 2 images, but a sample has one" in out
     assert not lines
 
@@ -213,5 +213,5 @@ def test_instructions_with_two_images_are_skipped(world, capsys, tmp_path, name)
 def test_out_is_checked_before_the_model_is_loaded(world, capsys, monkeypatch, out, message):
     monkeypatch.setattr("stic_min.loader.load_llava", lambda *args, **options: pytest.fail("loaded"))
     assert outcome(world, "pairs", "--out", world / out) == 1
-    [error] = said(capsys)[1]
+    [error] = printed(capsys)[1]
     assert message in error

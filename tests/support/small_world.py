@@ -1,4 +1,4 @@
-"""A small world in which all commands work, to be damaged by tests: a folder `w` with models, images and records."""
+"""A small world for tests to damage: a folder `w` of models, images and records. All commands run in it."""
 
 import importlib
 import json
@@ -12,17 +12,19 @@ from stic_min.runtime import process
 A, B = "scene_01.jpg", "scene_02.png"
 MODEL, CONFIG, ADAPTER = "model/model.safetensors", "model/config.json", "stage1/adapter_model.safetensors"
 MODEL16, SHARD = "--model {w}/model16", "model16/model-00002-of-00002.safetensors"
-PAIRS, RECORDS, TOLD, ANSWERS = "pairs.jsonl", "instructions.json", "descriptions.jsonl", "answers.jsonl"
+PAIRS, ANSWERS = "pairs.jsonl", "answers.jsonl"
+RECORDS, DESCRIPTIONS = "instructions.json", "descriptions.jsonl"
 
 
 def pair(image, chosen="A red house.", rejected="A blue whale, and a boat."):
-    turns = lambda answer: [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": answer}]
+    user = {"role": "user", "content": "<image>\nWhat?"}
+    turns = lambda response: [user, {"role": "assistant", "content": response}]
     return {"image": image, "chosen": turns(chosen), "rejected": turns(rejected)}
 
 
-def instruction(id, image):
+def instruction(record_id, image):
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A house."}]
-    return {"id": id, "conversations": talk} | ({"image": image} if image else {})
+    return {"id": record_id, "conversations": talk} | ({"image": image} if image else {})
 
 
 def write(path, records):
@@ -44,15 +46,18 @@ def cut(path, keep=0.5):
 
 
 def commands(w):
-    """{name: module and arguments} that all work in the folder `w`, the adapter in runs/stage1 made by the second."""
-    at, pictures = ["--model", w / "model", "--device", "cpu"], ["--images", w / "images"]
-    few, tune = ["--max-new-tokens", "4"], [*at, *pictures, "--batch-size", "2", "--lr", "0.001", "--out", w / "out"]
-    stage2 = ["--instructions", w / RECORDS, "--descriptions", w / TOLD]
+    """{name: module and arguments}; all of them work in the folder `w`."""
+    at = ["--model", w / "model", "--device", "cpu"]
+    images = ["--images", w / "images"]
+    few = ["--max-new-tokens", "4"]
+    describe = ["--describe", w / RECORDS]
+    tune = [*at, *images, "--batch-size", "2", "--lr", "0.001", "--out", w / "out"]
+    stage2 = ["--instructions", w / RECORDS, "--descriptions", w / DESCRIPTIONS]
     score = ["--answers", w / ANSWERS, "--data", w / "scienceqa"]
     adapter = ["--adapter", w / "stage1"]
     return {
-        "pairs": ["generate_pairs", *at, *pictures, *few, "--out", w / "new.jsonl"],
-        "describe": ["generate_pairs", *at, *pictures, *few, "--out", w / "new.jsonl", "--describe", w / RECORDS],
+        "pairs": ["generate_pairs", *at, *images, *few, "--out", w / "new.jsonl"],
+        "describe": ["generate_pairs", *describe, *at, *images, *few, "--out", w / "new.jsonl"],
         "stage1": ["train_stage1", *tune, "--lora-r", "2", "--pairs", w / PAIRS],
         "stage2": ["train_stage2", *tune, *stage2, *adapter],
         "scienceqa": ["evaluate", "scienceqa", *at, *few, "--data", w / "scienceqa", "--out", w / "results"],
@@ -72,8 +77,8 @@ def small_world(tiny, w):
         shutil.copy(tiny / "images" / name, w / "images")
     write(w / PAIRS, [pair(A), pair(B)])
     write(w / RECORDS, [instruction("a", A), instruction("b", B), instruction("text", None)])
-    described = [{"id": id, "image": name, "description": "Red."} for id, name in (("a", A), ("b", B))]
-    write(w / TOLD, described)
+    ids = ("a", A), ("b", B)
+    write(w / DESCRIPTIONS, [{"id": key, "image": name, "description": "Red."} for key, name in ids])
     write(w / ANSWERS, [{"question_id": "4", "prompt": "", "text": "B"}])
     outcome(w, "stage1", "--out", w / "stage1")
     return w
@@ -90,8 +95,8 @@ def outcome(w, name, *flags):
     return 0
 
 
-def said(capsys):
-    """stdout, and stderr without progress."""
+def printed(capsys):
+    """stdout, and the lines of stderr without progress."""
     out, err = capsys.readouterr()
     progress = r"(loading|loaded|pairs|descriptions|checking|merging|scienceqa) "
     return out, [line for line in err.splitlines() if not re.match(progress, line)]
