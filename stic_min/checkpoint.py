@@ -105,8 +105,8 @@ def compare(folder, settings):
     different = [name for name in names if saved.get(name) != settings.get(name)]
     for name in different:
         if name not in DRAWS:
-            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this "
-                             f"run has {settings.get(name)!r}; choose another --out, or delete the folder")
+            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but "
+                             f"this run has {settings.get(name)!r}; choose another --out, or delete the folder")
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
