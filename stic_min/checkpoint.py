@@ -106,7 +106,8 @@ def compare(folder, settings):
     for name in different:
         if name not in DRAWS:
             raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but "
-                             f"this run has {settings.get(name)!r}; choose another --out, or delete the folder")
+                             f"this run has {settings.get(name)!r}; choose another --out, or delete the "
+                             "folder")  # fmt: skip
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
