@@ -158,10 +158,11 @@ def local(tensor):
 
 
 class Checkpoints:
-    """The checkpoints of one run in the folder `out`. Every rank must call every method."""
+    """The checkpoints of one run in the folder --out. Every rank must call every method."""
 
-    def __init__(self, out, adapter, parameters, optimizer, settings, args, ranks):
-        self.out, self.adapter, self.parameters, self.optimizer = out, adapter, parameters, optimizer
+    def __init__(self, adapter, parameters, optimizer, settings, args, ranks):
+        self.out = Path(args.out)
+        self.adapter, self.parameters, self.optimizer = adapter, parameters, optimizer
         self.settings, self.args, self.ranks = settings, args, ranks
         self.saved_step = 0
 
