@@ -71,9 +71,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
 
-    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
-    # report.
-    # `llava` is on the meta device until then, and `weights` says where to read them.
+    # All pairs are tokenized and all images decoded before the weights are loaded: until then `llava` is on
+    # the meta device, and `weights` says where to read them. --check ends here, with a report.
     llava, adapter, weights = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad_default=1024)
     problems = check.Problems(args.check)

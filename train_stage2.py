@@ -48,9 +48,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
 
-    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
-    # report.
-    # `llava` is on the meta device until then, and `weights` says where to read them.
+    # All records are tokenized and all images decoded before the weights are loaded: until then `llava` is on
+    # the meta device, and `weights` says where to read them. --check ends here, with a report.
     llava, adapter, weights = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad_default=2048)
     problems = check.Problems(args.check)

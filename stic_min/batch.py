@@ -40,7 +40,7 @@ class Batch:
     scored[1]                                6             10  11  0
     labels[1]                                -100          l1  </s> -100
 
-    Logits are read at `scored`; those at scored[g, t] predict labels[g, t + 1]. Rows are padded with 0 and -100.
+    Logits are read at `scored`; those at [t] predict labels[t + 1]. Rows are padded with 0 and -100.
     """
 
     ids: torch.Tensor  # (T,) int64, IMAGE at every position of an image

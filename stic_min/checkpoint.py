@@ -105,8 +105,9 @@ def compare(folder, settings):
     different = [name for name in names if saved.get(name) != settings.get(name)]
     for name in different:
         if name not in DRAWS:
-            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but this "
-                             f"run has {settings.get(name)!r}; choose another --out, or delete the folder")
+            raise InputError(f"{folder} belongs to a run with {printable(name)} {saved.get(name)!r}, but "
+                             f"this run has {settings.get(name)!r}; choose another --out, or delete the "
+                             "folder")  # fmt: skip
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
@@ -157,10 +158,11 @@ def local(tensor):
 
 
 class Checkpoints:
-    """The checkpoints of one run in the folder `out`. Every rank must call every method."""
+    """The checkpoints of one run in the folder --out. Every rank must call every method."""
 
-    def __init__(self, out, adapter, parameters, optimizer, settings, args, ranks):
-        self.out, self.adapter, self.parameters, self.optimizer = out, adapter, parameters, optimizer
+    def __init__(self, adapter, parameters, optimizer, settings, args, ranks):
+        self.out = Path(args.out)
+        self.adapter, self.parameters, self.optimizer = adapter, parameters, optimizer
         self.settings, self.args, self.ranks = settings, args, ranks
         self.saved_step = 0
 

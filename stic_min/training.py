@@ -1,5 +1,4 @@
-"""What both stages share: flags, the model with LoRA and FSDP, the learning rate, and the bookkeeping of a
-run.
+"""What both stages share: the model with LoRA and FSDP, the learning rate, and the bookkeeping of a run.
 
 The scripts show the training step; a `Run` does what FSDP, resuming and logging need around it. One optimizer
 step processes one global batch, on any number of ranks and with any micro-batch size: the loss is normalized
@@ -48,8 +47,7 @@ def length_limit(args, llava, pad_default, anyres_default=4096):
 
 
 def build(args, ranks, keep_reference):
-    """The model on the meta device (shapes without numbers), LoRA and projector trainable; nothing is loaded
-    yet.
+    """The model on the meta device (shapes without numbers), with LoRA and projector trainable.
 
     Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`,
     the model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway.
@@ -131,8 +129,7 @@ class Run:
     """The data order, optimizer, log and checkpoints of one epoch, for the loop in the scripts.
 
     A run that was killed resumes from its last checkpoint when the same command is run again, with the same
-    result; SIGTERM and Ctrl-C save a checkpoint first. `out` holds log.jsonl and checkpoint-N, in the end the
-    adapter.
+    result; SIGTERM and Ctrl-C save a checkpoint first. The result replaces the checkpoints.
     """
 
     def __init__(self, args, llava, adapter, samples, ranks, settings):
@@ -150,9 +147,7 @@ class Run:
             groups.append({"params": list(projector.values()), "peak": args.projector_lr})
         self.parameters = lora_parameters | projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-        self.checkpoints = Checkpoints(
-            self.out, adapter, self.parameters, self.optimizer, settings, args, ranks
-        )
+        self.checkpoints = Checkpoints(adapter, self.parameters, self.optimizer, settings, args, ranks)
         self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         self.step = 0
         self.weight = 1.0  # of the current micro-batch; 0 if it only keeps FSDP's ranks in step

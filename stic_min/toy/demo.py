@@ -1,8 +1,9 @@
-"""The whole recipe once on the toy world: draws pictures, runs the scripts, writes a table and a page."""
+"""The whole recipe once on the toy world: draws pictures, runs the scripts, writes a table, a page and a
+figure."""
 
 from stic_min.runtime.files import read_records
 from stic_min.toy import captions as toy_captions
-from stic_min.toy import files, recipe, sheet
+from stic_min.toy import files, pair_figure, recipe, sheet
 
 ON_THE_SHEET = 24
 
@@ -31,7 +32,7 @@ def run(model, out, seed, images, test_images):
     data = out / "dev"
     results = out / "results"
     print(f"drawing pictures: {images} unlabeled, {instructions} for stage 2, {test_images} for evaluation")
-    files.write_unlabeled(unlabeled, images, seed)
+    scenes = files.write_unlabeled(unlabeled, images, seed)
     files.write_instructions(instruct, instructions, seed)
     files.write_benchmark(data, "dev", test_images)
 
@@ -54,6 +55,8 @@ def run(model, out, seed, images, test_images):
     selected = select(questions, captions["base"])
     page = out / "sheet.html"
     sheet.write_sheet(page, "STIC on the toy world", INTRO, HEADER, cells, note, data, selected, captions)
+    pairs = [pair for _, pair in read_records(out / "pairs.jsonl")]
+    pair_figure.write_figure(out / "pair.svg", pairs, unlabeled, scenes)
 
     print()
     for name, *values in [HEADER, *cells]:

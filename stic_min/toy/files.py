@@ -24,8 +24,9 @@ def write_pictures(folder, split, scenes):
 
 
 def write_unlabeled(folder, count, seed):
-    """Pictures for self-training, without any text; each seed has its own."""
-    write_pictures(Path(folder), f"unlabeled{seed}", world.scenes("unlabeled", count, seed))
+    """Pictures for self-training, without any text; each seed has its own. Returns {name: its Scene}."""
+    scenes = world.scenes("unlabeled", count, seed)
+    return dict(zip(write_pictures(Path(folder), f"unlabeled{seed}", scenes), scenes))
 
 
 def write_instructions(folder, count, seed):

@@ -33,8 +33,12 @@ def marked(text, question):
     return body + (f'<div class="missed">not mentioned: {", ".join(missed)}</div>' if missed else "")
 
 
+def data_uri(png):
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
 def picture(path):
-    return f'<img src="data:image/png;base64,{base64.b64encode(Path(path).read_bytes()).decode()}" alt="">'
+    return f'<img src="{data_uri(Path(path).read_bytes())}" alt="">'
 
 
 def write_sheet(path, title, intro, header, scores, note, data, questions, captions):
