@@ -50,9 +50,10 @@ def read_tokenizer(folder, path=None):
         if token not in (None, piece):
             raise InputError(f"{source}: {name} {printable(token)[:40]!r}, but {piece!r} in {tokenizer.path}")
     unknown = tokenizer.pieces.unk_id()
-    supported = {*WITHOUT_TEXT, tokenizer.pieces.id_to_piece(unknown)}
     for token in added_tokens(folder, options):
-        if token not in supported and tokenizer.pieces.piece_to_id(token) == unknown:
+        if token in WITHOUT_TEXT or tokenizer.pieces.piece_to_id(token) != unknown:
+            continue
+        if token != tokenizer.pieces.id_to_piece(unknown):
             raise InputError(f"{folder}: the added token {printable(token)[:40]!r} is not supported")
     return tokenizer
 

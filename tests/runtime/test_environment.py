@@ -91,6 +91,7 @@ def test_no_command_mistakes_itself_for_one_of_many(monkeypatch, tmp_path, comma
     """merge, score, table and ask run on the first rank only: with a leftover RANK=1 they used to do nothing
     and exit with status 0."""
     launched(monkeypatch, "1", None, None, None)
+    monkeypatch.setattr(process.time, "sleep", lambda seconds: None)  # before a second rank reports an error
     monkeypatch.chdir(tmp_path)
     status, said = ended(*command.split())
     assert status == 1 and said.startswith("error: RANK and WORLD_SIZE are set, but this process was not")

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from commands import ENV, ROOT, call, call_two_ranks, lines, run
+from commands import ENV, ROOT, call, call_two_ranks, lines, run, start
 from judge_server import FAULTS, MODEL, SILENCE, JudgeServer
 
 import evaluate
@@ -164,8 +164,7 @@ def test_a_real_kill_while_the_judge_is_asked(world, clean, server, tmp_path):
     server.plan(*[None] * 5, *[SILENCE] * 9, every=1)
     script, *args = command(world, "mmvet", "dar", tmp_path)
     keys = {"OPENAI_BASE_URL": server.url, "OPENAI_API_KEY": KEY}
-    process = subprocess.Popen([sys.executable, f"{script}.py", *map(str, args), "--judge"], cwd=ROOT,
-                               env=ENV | keys, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = start(script, *args, "--judge", env=ENV | keys)
     while process.poll() is None and (not store.exists() or len(replies(store, torn=True)) < 5):
         time.sleep(0.02)
     process.kill()

@@ -38,10 +38,10 @@ def run(*args, check=True):
     return done
 
 
-def start(script, *args, ranks=1, **options):
+def start(script, *args, ranks=1, env=ENV, **options):
     """A command in the background; torchrun starts its ranks if there are several -> the running process."""
     name = script if "." in script else ROOT / f"{script}.py"  # a module of the package, or a script
-    return Forked([*torchrun(ranks)[1:], name, *args], ROOT, ENV, **options)
+    return Forked([*torchrun(ranks)[1:], name, *args], ROOT, env, **options)
 
 
 def run_script(script, *args):

@@ -42,16 +42,16 @@ def run_script(argv, outputs, folder, env, code):
 class Forked:
     """A running script, with the methods of subprocess.Popen that the tests need.
 
-    argv: a file or module, and its arguments. code: lines of Python to execute before it. stdout: an existing file or
-    named pipe, instead of a temporary file.
+    argv: a file or module, and its arguments. code: lines of Python to execute before it. stdout, stderr: existing
+    files or named pipes, instead of temporary files.
     """
 
-    def __init__(self, argv, folder, env, code=(), stdout=None):
+    def __init__(self, argv, folder, env, code=(), stdout=None, stderr=None):
         with mock.patch.dict(os.environ, env):  # Python 3.11 gives the server no other search path
             CONTEXT.set_forkserver_preload(PRELOAD)
             forkserver.ensure_running()
         self.files = [tempfile.NamedTemporaryFile(prefix="stic-") for _ in range(2)]
-        outputs = [stdout or self.files[0].name, self.files[1].name]
+        outputs = [stdout or self.files[0].name, stderr or self.files[1].name]
         self.process = CONTEXT.Process(
             target=run_script, args=([*map(str, argv)], [*map(str, outputs)], str(folder), dict(env), list(code)))
         self.process.start()
