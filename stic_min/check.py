@@ -48,14 +48,14 @@ def out_dir(out):
     if (Path(out) / "adapter_config.json").exists():
         raise InputError(f"{out} holds a finished run; choose another --out, or delete the folder")
     if Path(out).exists() and not Path(out).is_dir():
-        raise InputError(f"--out {out} is a file; it must name a folder")
+        raise InputError(f"--out {out} is a file, not a folder")
     check_place(out)
 
 
 def out_file(out):
     """The same for an output file."""
     if Path(out).is_dir():
-        raise InputError(f"--out {out} is a folder; it must name a file")
+        raise InputError(f"--out {out} is a folder, not a file")
     check_place(out)
 
 

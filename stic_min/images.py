@@ -50,7 +50,7 @@ def check_header(opened: Image.Image) -> None:
     """
     if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(
-            f"{opened.width}x{opened.height} is too many pixels, it may be a decompression bomb"
+            f"{opened.width}x{opened.height} is too many pixels; it may be a decompression bomb"
         )
     if opened.mode in ("I", "F"):
         kind = "integer" if opened.mode == "I" else "float"

@@ -248,7 +248,7 @@ def read_config(folder, vision=None, image_mode=None, template=None):
         raise InputError(f"no such checkpoint folder: {folder} (nothing is downloaded; README.md explains "
                          "how to get one)")  # fmt: skip
     if not source.is_file():
-        raise InputError(f"not a LLaVA checkpoint: there is no {source}")
+        raise InputError(f"not a LLaVA checkpoint: {source} is missing")
     config = read_json(source)
     huggingface = "text_config" in config
     try:

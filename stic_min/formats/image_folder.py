@@ -55,7 +55,7 @@ def list_images(folder: str | Path) -> list[str]:
     if names:
         return names
     if foreign := foreign_images(folder):
-        raise InputError(f"no images in {folder} but {foreign}: convert them to JPEG or PNG")
+        raise InputError(f"no images in {folder}, only {foreign}: convert them to JPEG or PNG")
     nested = [path.relative_to(folder) for path in Path(folder).rglob("*") if readable(path)]
     if nested:
         largest = Counter(path.parent for path in nested).most_common(1)[0][0]

@@ -1,12 +1,13 @@
-"""A drill for long runs: every command is killed again and again, and has to end as if it had not been.
+"""A drill for long runs: every command is killed repeatedly, and must end as if it had never been.
 
   python tests/runtime/drill.py                    40 kills, about seven minutes on two cores
   python tests/runtime/drill.py --kills 200 --seed 7
-  python tests/runtime/drill.py --images 2000      instead: memory and open files of one process that generates for long
+  python tests/runtime/drill.py --images 2000      memory and open files of one long generation run, without kills
 
-On the tiny world of tests/support/tiny.py, under torchrun: a run of five commands that nobody disturbs; then each
-killed at random moments and given again until it has had its kills; at last all are left to their ends. The files have
-to be those of the first run, byte for byte; of log.jsonl all but what depends on the machine. For Linux: reads /proc.
+Everything runs on the tiny world of tests/support/tiny.py, under torchrun. First, five commands run undisturbed. Then
+each is killed at random moments and restarted until it has been killed often enough; finally, all run to completion.
+The files must equal those of the undisturbed run, byte for byte, except for the machine-dependent values in log.jsonl
+and run.json. Linux only: reads /proc.
 """
 
 import argparse
@@ -115,7 +116,7 @@ def undisturbed(ranks, *folders, before):
         if not crashed(done.stdout):
             print(done.stdout)
             break
-        print("a rank crashed by itself: once more", flush=True)
+        print("a rank crashed on its own: trying again", flush=True)
     return {}
 
 
@@ -266,10 +267,10 @@ class Drill:
         self.restarts += bool(self.found)
         resumed = f"resuming after step {self.step} "
         if self.training and self.step and re.search(r"step \d+/", text) and resumed not in text:
-            self.complain(f"did not say '{resumed}'")
+            self.complain(f"did not print '{resumed}'")
         said = re.search(r"(\d+) of them already in", text)
         if said and int(said[1]) != self.lines:
-            self.complain(f"{self.lines} lines were there, it found {said[1]}")
+            self.complain(f"{self.lines} lines were on disk, but it counted {said[1]}")
 
     def compare(self):
         """With the reference; afterwards all starts over."""
@@ -301,7 +302,7 @@ class Drill:
         try:
             status = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            self.complain(f"still runs {PATIENCE} s after: {kind}")
+            self.complain(f"still running {PATIENCE} s after: {kind}")
             send([process.pid, *ranks.values()], signal.SIGKILL)
             status = process.wait()
         self.check_resumed(self.text())
@@ -310,7 +311,7 @@ class Drill:
         crash = not runs and crashed(self.text())
         self.crashes += crash
         if not runs and not crash:
-            self.complain(f"ended with status {status}, and nobody had touched it")
+            self.complain(f"ended with status {status} without being killed")
         ended = time.monotonic() - hit
         left, half = on_disk(self.out), half_written(self.out)
         self.kills, self.saved, self.halves = self.kills + 1, self.saved + bool(left), self.halves + bool(half)
@@ -324,7 +325,7 @@ class Drill:
         if kind == "torchrun":
             self.again_at_once(ranks)
         if not gone(ranks.values()):
-            self.complain(f"a rank still ran {PATIENCE} s after: {kind}")
+            self.complain(f"a rank was still running {PATIENCE} s after: {kind}")
         return True
 
     def hit(self, process, kind, ranks):
@@ -344,18 +345,18 @@ class Drill:
         status, text = process.wait(), self.text()
         refused = "another run is writing to" in text or "holds a finished run" in text
         if status and not (refused and lived or crashed(text)):
-            self.complain(f"beside the ranks of a dead torchrun it ended with status {status}")
+            self.complain(f"next to the ranks of a dead torchrun, it ended with status {status}")
         if OUR_FRAMES.search(text):
-            self.complain("a traceback beside the ranks of a dead torchrun")
+            self.complain("a traceback next to the ranks of a dead torchrun")
         outcome = "refused" if refused else "done"
         print(f"{self.name:<9} again at once: {outcome}, left: {on_disk(self.out)}", flush=True)
 
     def check_stopped(self):
-        """A training run that was stopped between its first and its last step says after which, and has saved it."""
+        """A training run stopped between its first and last step must report the step and have saved it."""
         steps = re.findall(r"^step (\d+)/(\d+)", self.text(), re.M)
         stopped = re.search(r"stopped after step (\d+)", self.text())
         if steps and steps[-1][0] != steps[-1][1] and not stopped:  # the last step is always shown
-            self.complain("stopped within its steps, and did not say so")
+            self.complain("stopped between two steps without reporting it")
         if stopped and newest(self.out) != int(stopped[1]):
             self.complain(f"'{stopped[0]}', but the newest checkpoint is {newest(self.out)}")
 
@@ -426,7 +427,7 @@ def memory(count, folder):
             rows.append((len(output.done), resident(), len(os.listdir("/proc/self/fd"))))
             print("{:>8}  {:>8.1f}  {:>12}".format(*rows[-1]), flush=True)
 
-    print("pictures    RSS MB  open handles")
+    print("  images    RSS MB  open handles")
     command = ["generate_pairs.py", "--model", folder / "llava-v1.6-tiny", "--device", "cpu", "--images", images,
                "--max-new-tokens", 4, "--batch-size", 8, "--out", folder / "pairs.jsonl"]
     begin = time.monotonic()
@@ -440,11 +441,13 @@ def memory(count, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=40, help="of all five commands together (default: 40)")
-    parser.add_argument("--seed", type=int, default=0, help="of their moments")
-    parser.add_argument("--ranks", type=int, default=2, help="of each command (default: 2)")
-    parser.add_argument("--copies", type=int, default=12, help="of all data, which makes the runs longer (default: 12)")
-    parser.add_argument("--images", type=int, metavar="N", help="measure memory and handles over N pictures instead")
+    parser.add_argument("--kills", type=int, default=40, help="number of kills over all five commands (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the moments of the kills (default: 0)")
+    parser.add_argument("--ranks", type=int, default=2, help="number of ranks of each command (default: 2)")
+    parser.add_argument("--copies", type=int, default=12, 
+                        help="number of copies of all data, which makes the runs longer (default: 12)")
+    parser.add_argument("--images", type=int, metavar="N", 
+                        help="number of images for which to measure memory and open files instead")
     parser.add_argument("--chain", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.chain:
@@ -455,7 +458,7 @@ def main():
     if fine:
         shutil.rmtree(folder)
     else:
-        print(f"not as it should be; the files are in {folder}")
+        print(f"failed; the files are in {folder}")
     sys.exit(not fine)
 
 
