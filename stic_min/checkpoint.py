@@ -3,8 +3,8 @@
 checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json:
 the step, the settings that determine the result, and a record of the run so far (runtime/provenance.py).
 Learning rate, data order and dropout follow from step and settings, so nothing else is needed. A checkpoint
-is written to a temporary folder and renamed, so it is complete or not there. Its tensors are whole, and any
-number of ranks can read them.
+is written to a temporary folder and then renamed, so it is either complete or absent. Its tensors are not
+sharded, so any number of ranks can read them.
 """
 
 import errno

@@ -26,9 +26,9 @@ def tokens_over_limit(llava, text, images, sampling):
 def check_question(llava, text, images, sampling):
     """Raises InputError if the question can't be asked."""
     if IMAGE_MARK in text:
-        raise InputError(f"{IMAGE_MARK} in its text, which would stand for a second image")
+        raise InputError(f"its text contains {IMAGE_MARK}, which would stand for a second image")
     if (excess := tokens_over_limit(llava, text, images, sampling)) > 0:
-        raise InputError(f"{excess} tokens longer than the model's limit")
+        raise InputError(f"it is {excess} tokens longer than the model's limit")
 
 
 def truncate_description(llava, description, text, images, sampling):
@@ -135,7 +135,7 @@ def answer_questions(llava, questions, descriptions, entries, read, output, samp
                 images = read(question) if images is None else images
                 check_question(llava, question["text"], images, sampling)
             except InputError as error:
-                console.warn(f"question {key} has no answer: {error}")
+                console.warn(f"question {key} is skipped: {error}")
                 continue
             text = user_text(llava, question["text"], descriptions[key], images, sampling)
             jobs.append(Job(key, [Query(text, images, row_seed(sampling.seed, "answer", key))]))

@@ -48,7 +48,7 @@ def foreign_images(folder: str | Path) -> str:
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the images in `folder`. If there are none, the error explains what is there instead."""
+    """Sorted names of the images in `folder`. If there are none, the error explains what it contains."""
     check_folder(folder)
     readable = lambda path: path.suffix.lower() in SUFFIXES and path.is_file()
     names = sorted(path.name for path in Path(folder).iterdir() if readable(path))

@@ -51,7 +51,7 @@ def stage2_adapter(adapter, ranks):
     """Warns if the adapter that stage 2 starts from was itself trained by stage 2."""
     record = Path(adapter or "") / "run.json"
     if ranks.first and adapter and record.is_file() and "descriptions" in read_json(record):
-        console.warn(f"--adapter {adapter} was trained by stage 2; stage 2 should start from a stage-1 adapter")
+        console.warn(f"--adapter {adapter} was trained by stage 2; start from a stage-1 adapter instead")
 
 
 def one_text(texts, what, ranks):

@@ -71,7 +71,8 @@ def add_judge_flags(parser):
     add("--judge-no-temperature", action="store_true",
         help="omit the temperature from requests, because OpenAI's reasoning models reject it")
     seconds = flags.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
-    add("--judge-timeout", type=seconds, default=60, metavar="SECONDS", help="seconds before a request times out")
+    add("--judge-timeout", type=seconds, default=60, metavar="SECONDS",
+        help="number of seconds before a request times out")
     percent = f"{audit.UNREAD:.0%}".replace("%", "%%")
     add("--allow-unread", action="store_true",
         help=f"score even if more than {percent} of the judge's verdicts are unreadable")
@@ -81,12 +82,12 @@ def check_paths(args):
     """Raises InputError for a file where a folder is expected, and vice versa."""
     for name in ("model", "adapter", "vision", "data", "out", "dir"):
         if (path := getattr(args, name, None)) and os.path.isfile(path):
-            raise InputError(f"{'' if name == 'dir' else f'--{name} '}{path} is a file; expected a folder")
+            raise InputError(f"{'' if name == 'dir' else f'--{name} '}{path} is a file, not a folder")
     for name in ("tokenizer", "answers", "judged", "judge_prompts", "image"):
         paths = getattr(args, name, None) or []
         for path in paths if isinstance(paths, list) else [paths]:
             if os.path.isdir(path):
-                raise InputError(f"--{name.replace('_', '-')} {path} is a folder; expected a file")
+                raise InputError(f"--{name.replace('_', '-')} {path} is a folder, not a file")
 
 
 def check_flags(args, benchmark):

@@ -173,7 +173,7 @@ def test_written_files_have_the_usual_permissions(adapter):
 def test_wrong_adapters(tiny, adapter):
     tensors = read_tensors(adapter)
     for match, wrong in {
-        r"q_proj.lora_A.weight is \(5, 32\), this model needs \(4, 32\)": {
+        r"q_proj.lora_A.weight is \(5, 32\), but this model needs \(4, 32\)": {
             f"{LAYER}A.weight": torch.ones(5, 32)
         },
         r"q_proj.lora_B.weight is \(48, 4\)": {f"{LAYER}B.weight": torch.ones(48, 4)},

@@ -107,7 +107,7 @@ def test_lists_of_names(tmp_path, text):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("[]", "no names of images"), ("\ufeff\r\n", "no names of images"), ('["a.jpg", ', "not JSON"),
+    ("[]", "no image names"), ("\ufeff\r\n", "no image names"), ('["a.jpg", ', "not JSON"),
     ('{"image": "a.jpg"}', "contains JSON objects, not names"),
     ('{"description": 1}', "contains descriptions .*, not names"),
     (json.dumps([FORMS["POVID"]]), "contains preference pairs .*, not names")])

@@ -123,10 +123,10 @@ def test_equal_pairs_are_counted(world, capsys, tmp_path):
     write(file, [pair(A, "Same.", "Same."), pair(B), pair(B, "Cut after this.", "Cut after that.")])
     assert outcome(world, "stage1", "--pairs", file, "--check") == 0
     out, lines = printed(capsys)
-    assert f"  equal        1 pairs, no preference to learn from: {file}, line 1 ({A})\n" in out and not lines
+    assert f"  equal        1 pairs with identical responses: {file}, line 1 ({A})\n" in out and not lines
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
     assert printed(capsys)[1] == [
-        "warning: 1 of 3 pairs have identical chosen and rejected: nothing to learn"]
+        "warning: 1 of 3 pairs have identical responses: no preference to learn"]
     # as trained: at 98 tokens, the difference in the third pair is cut off
     assert outcome(world, "stage1", "--pairs", file, "--check", "--max-length", 98) == 0
     assert "  equal        2 pairs, " in printed(capsys)[0]
@@ -138,7 +138,7 @@ def test_repeated_pairs_are_counted(world, capsys, tmp_path):
     assert outcome(world, "stage1", "--pairs", file, "--check") == 0
     assert "  repeated     2 samples repeat an earlier one\n" in printed(capsys)[0]
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
-    assert printed(capsys)[1] == ["warning: 2 of 4 pairs repeat another one"]
+    assert printed(capsys)[1] == ["warning: 2 of 4 pairs repeat an earlier one"]
 
 
 def test_identical_texts(world, capsys, tmp_path):

@@ -249,7 +249,7 @@ def test_a_score_of_other_answers_than_those_beside_it(tmp_path, differs):
     answers.write_text(json.dumps({"question_id": 1, "text": "red"} | settings | differs))
     with pytest.raises(InputError) as error:
         report.write(tmp_path)
-    assert str(error.value) == f"{path}: not the score of {answers}: run `score` again"
+    assert str(error.value) == f"{path}: not the score of the answers in {answers}; run `score` again"
 
 
 def test_notes_are_those_of_what_was_run(tmp_path):
