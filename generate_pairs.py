@@ -129,7 +129,8 @@ def parse_args():
     add = parser.add_argument
     add("--images", required=True, metavar="DIR", help="folder of the images")
     add("--names", metavar="FILE", help="file of image names to use, one per line or a JSON list")
-    add("--describe", metavar="FILE", help="file of LLaVA instruction data whose images to describe")
+    add("--describe", metavar="FILE",
+        help="file of LLaVA instruction data: describe its images instead of generating pairs")
     add("--out", required=True, metavar="FILE", help="output file, JSON Lines; existing records are kept")
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)

@@ -59,7 +59,7 @@ def parse_args():
         help="DPO temperature (the paper's lambda); larger values stay closer to the reference")
     add("--alpha", type=flags.not_negative, default=1 / 1024,
         help="weight of -log p(y_w), summed over its tokens; 0 gives plain DPO "
-             "(default: 1/1024, the paper's)")  # fmt: skip
+             "(default: 1/1024, as in the paper)")  # fmt: skip
     flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4

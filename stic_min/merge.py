@@ -129,7 +129,7 @@ def main():
                         help="precision of the merged weights (default: as stored)")
     parser.add_argument("--vision", metavar="DIR",
                         help="CLIP folder, needed only if the checkpoint has no vision tower and its "
-                             "config.json points to none")
+                             "config.json does not point to one")
     parser.add_argument("--tokenizer", metavar="FILE",
                         help="tokenizer.model file (default: the checkpoint's)")
     parser.add_argument("--other-base", action="store_true",

@@ -57,7 +57,7 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
                            help="accept an --adapter that was trained on other base weights")
     group.add_argument("--vision", metavar="DIR",
                        help="CLIP folder, needed only if the checkpoint has no vision tower and its "
-                            "config.json points to none")
+                            "config.json does not point to one")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model file (default: the checkpoint's)")
     group.add_argument("--template", choices=sorted(TEMPLATES),
                        help="chat template (default: the checkpoint's)")
@@ -110,7 +110,7 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
         help="number of samples per forward pass on each rank")
     add("--max-length", type=positive, metavar="N",
         help="maximum sequence length in tokens, image tokens included; longer responses are truncated "
-             f"(default: {max_length}; in anyres mode 4096)")  # fmt: skip
+             f"(default: {max_length}; 4096 in anyres mode)")  # fmt: skip
     add("--lora-r", type=positive, metavar="N", help="LoRA rank (default: that of --adapter, else 128)")
     add("--lora-alpha", type=positive, metavar="N",
         help="LoRA alpha; updates are scaled by alpha / rank (default: that of --adapter, else 2 * rank)")

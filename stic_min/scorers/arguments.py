@@ -63,8 +63,8 @@ def add_judge_flags(parser):
     add("--judge-runs", type=flags.positive, metavar="N",
         help="number of times each answer is graded (default: 5 for MM-Vet, 3 for LLaVA-Bench)")
     add("--judge-max-tokens", type=flags.positive, metavar="N",
-        help="maximum length of a reply in tokens; a reasoning model needs more than the default (default: "
-        "the benchmark's)")
+        help="maximum length of a reply in tokens; a reasoning model needs a higher limit (default: the "
+        "benchmark's)")
     add("--judge-token-field", choices=["max_tokens", "max_completion_tokens"],
         help="the endpoint's name for that limit; newer OpenAI models accept only the second (default: "
         "max_tokens)")

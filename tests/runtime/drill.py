@@ -1,4 +1,4 @@
-"""A drill for long runs: every command is killed repeatedly, and must end as if it had never been.
+"""A drill for long runs: every command is killed repeatedly, and its result must not show it.
 
   python tests/runtime/drill.py                    40 kills, about seven minutes on two cores
   python tests/runtime/drill.py --kills 200 --seed 7

@@ -228,7 +228,8 @@ def test_a_table_of_scores_beside_other_answers(two, fails):
     out, _ = two
     change(out / "chartqa-base-dar.jsonl", fingerprint="ffffffffffff")
     path = out / "chartqa-base-dar"
-    assert fails("table", out)[1] == f"{path}.scores.json: not the score of the answers in {path}.jsonl; run `score` again"
+    other = f"{path}.scores.json: not the score of the answers in {path}.jsonl; run `score` again"
+    assert fails("table", out)[1] == other
 
 
 def test_mmvets_score_of_other_answers_is_not_shown(world, tmp_path):
@@ -282,8 +283,8 @@ def test_check_with_dar_counts_both_calls(world, tmp_path):
         said = run(world, "chartqa", tmp_path / "out", *flags).splitlines()
         blind = run(world, "chartqa", tmp_path / "out", *flags, "--blind").splitlines()
     for report, descriptions in (said, 2), (blind, 1):
-        assert [line.split(":")[0].split("time")[1].strip() for line in report if line.startswith("  time")] == [
-            f"{descriptions} responses of, say, 8 tokens", "4 responses of, say, 5 tokens"]  # fmt: skip
+        assert [line.split(" for ")[1] for line in report if line.startswith("  time")] == [
+            f"{descriptions} responses, assuming 8 tokens each", "4 responses, assuming 5 tokens each"]  # fmt: skip
 
 
 def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(world, tmp_path, fails):

@@ -2,9 +2,9 @@
 
   python tests/speed/generation.py --size small --image-mode anyres
 
-Synthetic images of 640x480, random weights, greedy decoding; no sequence ends by itself. All runs start from
-the image and end with token ids, and both sides use our code to cut images into tiles. Batch 1 is what the
-authors' release does. First, the script checks that both generate the same tokens and compares the logits of
+Synthetic images of 640x480, random weights, greedy decoding; no sequence ends early. All runs start from the
+image and end with token ids, and both implementations use our code to cut images into tiles. The authors'
+release uses batch 1. First, the script checks that both generate the same tokens and compares the logits of
 one prompt. Peak memory is measured above the weights, on the first four images, in a separate process per
 run. Below the table, our decode step is compared with the memory bandwidth: it cannot be faster than reading
 the weights and the cache once.
