@@ -39,7 +39,7 @@ KINDS = ("all", "one rank", "SIGTERM", "all", "SIGINT", "all", "torchrun", "all"
 MOMENTS = ("while it runs", "when it has written", "when it has written", "while it writes")
 OF_THE_MACHINE = ("tokens_per_s", "memory_gb", "seconds_left")  # in log.jsonl
 OUR_FRAMES = re.compile(r'File "[^"]*(stic_min/\w+|generate_pairs|train_stage\d|evaluate)\.py", line')
-GROWTH = 4, 4 / 1024  # --images: MB allowed, and a picture: records are kept, a repeated command has to skip them
+GROWTH = 4, 4 / 1024  # --images: MB allowed, plus MB per image: records are kept, so that a repeated command can skip them
 
 
 # ---------------------------------------------------------------- what is run
@@ -409,7 +409,7 @@ def resident():
 
 
 def memory(count, folder):
-    """Pairs of `count` pictures in this process -> whether memory and open files stay what they were."""
+    """Generates pairs for `count` images in this process -> whether memory and open files stay constant."""
     import generate_pairs
     from stic_min.runtime.output import Output
 
@@ -423,7 +423,7 @@ def memory(count, folder):
     def append(output, record, append=Output.append):
         append(output, record)
         if len(output.done) % every == 0:
-            time.sleep(0.05)  # the threads that read pictures ahead come to rest, and have none open
+            time.sleep(0.05)  # the threads that read images ahead become idle, with none open
             rows.append((len(output.done), resident(), len(os.listdir("/proc/self/fd"))))
             print("{:>8}  {:>8.1f}  {:>12}".format(*rows[-1]), flush=True)
 

@@ -174,7 +174,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no shard": ("pairs", drops(SHARD), MODEL16, rf"missing shard {{w}}/{SHARD}"),
     "truncated weights": ("pairs", cuts(MODEL), "", rf"can't read {{w}}/{MODEL}"),
     "no weights": ("stage1", drops(MODEL), "", r"no weights in {w}/model: "),
-    "wrong shape": ("stage1", config(intermediate_size=48), "", rf"{MODEL}: \S+ is \(\d+, \d+\), the config"),
+    "wrong shape": ("stage1", config(intermediate_size=48), "", rf"{MODEL}: \S+ is \(\d+, \d+\), but the config"),
     "unknown tensor": ("ask", weights(MODEL, lambda t: t.update(odd=torch.ones(1))), "",
                        rf"{MODEL}: unknown key odd"),
     "no norm": ("merge", weights(MODEL, lambda t: t.pop("model.norm.weight")), "",
@@ -208,7 +208,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no LoRA settings": ("ask", puts(ADAPTER_CONFIG, b"[]"), "",
                          r"{w}/stage1/adapter_config.json: "),
     "other weights": ("ask", other_base, "",
-                      r"{w}/stage1 was trained on other weights .*{w}/model; .*--other-base"),
+                      r"{w}/stage1 was trained on weights .* other than those of {w}/model; .*--other-base"),
     "made of the base": ("ask", edits(ADAPTER_CONFIG, lambda c: c.update(init_lora_weights="pissa")), "",
                          r"{w}/stage1/adapter_config.json: init_lora_weights 'pissa' changes the base"),
     "another rank": ("stage2", None, "--lora-r 8", r"--lora-r 8: {w}/stage1 has 2"),
@@ -221,7 +221,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
                                        shutil.move(w / "train", w / "images")], "",
                    r"no images directly in {w}/images, but 2 in its subfolders such as train/: pass one"),
     "from a phone": ("pairs", each(lambda path: path.rename(path.with_suffix(".HEIC"))), "",
-                   r"no images in {w}/images but 2 \.heic files: convert them"),
+                   r"no images in {w}/images, only 2 \.heic files: convert them"),
     "float pixels": ("stage1", lambda w: Image.new("F", (9, 9)).save(w / "images" / B, "TIFF"), "",
                      rf"can't read image {{w}}/images/{B}: its pixels are 32-bit floats"),
     "no such folder": ("pairs", None, "--images {w}/nowhere", r"no such image folder: {w}/nowhere"),
@@ -295,7 +295,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
                                      r"contains instructions"),
     "descriptions as instructions": ("stage2", None, "--instructions {w}/descriptions.jsonl",
                                      r"contains descriptions"),
-    "pairs as names": ("pairs", None, "--names {w}/pairs.jsonl", r"contains preference pairs .*, not names"),
+    "pairs as names": ("pairs", None, "--names {w}/pairs.jsonl", r"contains preference pairs .*, not image names"),
     # instructions and descriptions
     "broken list": ("stage2", cuts(RECORDS), "", r"{w}/instructions.json: not JSON"),
     "texts only": ("describe", edits(RECORDS, lambda r: r.__delitem__(slice(2))), "",
@@ -437,7 +437,7 @@ def test_check_passes_good_input(w, capsys, name):
 def test_check_counts_what_would_be_cut_or_skipped(w, capsys):
     assert outcome(w, "stage1", "--check", "--max-length", 97) == 0
     out = printed(capsys)[0]
-    assert re.search(rf"^  cut +2 to 97 tokens: \S+/pairs.jsonl, line 1 \({A}\), ", out, re.MULTILINE), out
+    assert re.search(rf"^  truncated +2 to 97 tokens: \S+/pairs.jsonl, line 1 \({A}\), ", out, re.MULTILINE), out
     cut(w / "images" / A)
     (w / "names").write_text(f"{A}\n{B}\n{B}\nnone.png\n")
     assert outcome(w, "pairs", "--check", "--names", w / "names") == 0  # a run would only warn
@@ -494,7 +494,7 @@ def test_generation_skips_long_prompts_and_empty_responses(w, capsys):
     config(tokenizer_model_max_length=20)(w)
     assert outcome(w, "pairs", "--out", w / "other.jsonl") == 1
     *warnings, _ = printed(capsys)[1]
-    too_long = r"prompt of \d+ tokens, the model's limit is 20$"
+    too_long = r"the prompt has \d+ tokens, but the model's limit is 20$"
     assert len(warnings) == 2 and all(re.search(too_long, warning) for warning in warnings)
 
 
@@ -538,7 +538,7 @@ def test_the_longest_sequence(w, capsys, name, damage, flags, limit):
 
 
 @pytest.mark.parametrize("name, counts", [
-    ("stage1", "1 pairs, 0 cut"), ("stage2", "1 used for training, 0 cut")])
+    ("stage1", "1 pairs, 0 truncated"), ("stage2", "1 used for training, 0 truncated")])
 def test_limit(w, capsys, name, counts):
     assert outcome(w, name, "--limit", 1) == 0
     assert counts in printed(capsys)[0]

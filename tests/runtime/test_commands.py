@@ -56,9 +56,9 @@ def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
 
 @pytest.mark.parametrize("script, shown", [
     ("generate_pairs", {"--temperature": "0.2", "--seed": "0", "--max-new-tokens": "1024"}),
-    ("train_stage1", {"--lr": "1e-07", "--projector-lr": "2e-05", "--beta": "0.1", "--alpha": f"{1 / 1024}",
+    ("train_stage1", {"--lr": "1e-07", "--projector-lr": "2e-05", "--beta": "0.1", "--alpha": "1/1024, as in the paper",
                       "--batch-size": "4", "--lora-dropout": "0.0",
-                      "--max-length": "1024, in anyres mode 4096"}),
+                      "--max-length": "1024; 4096 in anyres mode"}),
     ("train_stage2", {"--lr": "2e-05", "--lora-dropout": "0.05", "--batch-size": "64", "--seed": "0"}),
     ("evaluate", {"--temperature": "0.0", "--seed": "0", "--batch-size": "8"})])
 def test_help_shows_the_defaults(script, shown, capsys):
