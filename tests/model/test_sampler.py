@@ -112,7 +112,7 @@ def test_images_are_a_list_of_images(llava, rows, tiny):
     for call in llava.logits, response_logp, generate:
         with pytest.raises(TypeError, match="images is a single Image; pass a list of PIL images"):
             call(prompt, image)
-        with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image"):
+        with pytest.raises(TypeError, match="images contains a str, not a PIL image: open it with PIL.Image"):
             call(prompt, [str(tiny / "images" / "scene_01.jpg")])
     with pytest.raises(TypeError, match="prompts is a single str; pass a list"):
         llava.generate(prompt, [[image]])

@@ -39,7 +39,7 @@ KINDS = ("all", "one rank", "SIGTERM", "all", "SIGINT", "all", "torchrun", "all"
 MOMENTS = ("while it runs", "when it has written", "when it has written", "while it writes")
 OF_THE_MACHINE = ("tokens_per_s", "memory_gb", "seconds_left")  # in log.jsonl
 OUR_FRAMES = re.compile(r'File "[^"]*(stic_min/\w+|generate_pairs|train_stage\d|evaluate)\.py", line')
-GROWTH = 4, 4 / 1024  # --images: MB allowed, plus MB per image: records are kept, so that a repeated command can skip them
+GROWTH = 4, 4 / 1024  # --images: MB allowed, plus MB per image: records are kept, so that a rerun can skip them
 
 
 # ---------------------------------------------------------------- what is run

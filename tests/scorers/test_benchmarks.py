@@ -367,7 +367,7 @@ def test_a_blind_describer_elsewhere(world, tmp_path):
 
 def test_blind_needs_dar(world, tmp_path):
     with mock.patch("stic_min.loader.load_llava", side_effect=AssertionError):
-        with pytest.raises(InputError, match="^--blind is about the description: it needs --dar$"):
+        with pytest.raises(InputError, match="^--blind changes how descriptions are generated: it needs --dar$"):
             call(*command(world, "mmbench", "direct", tmp_path), "--blind")
 
 
@@ -735,7 +735,7 @@ def test_a_judge_that_stops_answering(world, clean, server, tmp_path, monkeypatc
 @pytest.mark.parametrize("prompts, key, message", [
     (None, "", "--judge needs an API key: set OPENAI_API_KEY, or pass --judge-key"),
     (None, "a b", "the judge's key is empty or has invalid characters (set OPENAI_API_KEY)"),
-    ("{", KEY, "prompts.json: "), ('{"mm_vet": 1}', KEY, "prompts.json: mm_vet."), ("", KEY, "prompts.json: ")])
+    ("{", KEY, "prompts.json: "), ('{"mm_vet": 1}', KEY, "is missing or not text"), ("", KEY, "prompts.json: ")])
 def test_what_a_judge_needs_is_said_before_the_model_is_loaded(world, tmp_path, monkeypatch, fails, name, prompts, key,
                                                                message):  # fmt: skip
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -752,9 +752,9 @@ def test_what_a_judge_needs_is_said_before_the_model_is_loaded(world, tmp_path, 
     ("scienceqa", "--judge --judge-key k", "--judge: scienceqa is scored without a judge"),
     ("scienceqa", "--judged x.json", "--judged: there are no published verdicts for scienceqa"),
     ("mmbench", "--judged x.json", "--judged: there are no published verdicts for mmbench"),
-    ("mmvet", "--judged x.json --judge", "--judged reads verdicts and --judge requests them: use one of them"),
+    ("mmvet", "--judged x.json --judge", "--judged reads verdicts and --judge requests them: use only one"),
     ("mmvet", "--judge-model gpt-4", "--judge-model requires --judge"),
-    ("mmbench", "--judge --judge-runs 2", "--judge-runs: mmbench has one run"),
+    ("mmbench", "--judge --judge-runs 2", "--judge-runs: mmbench is judged only once"),
     ("mmvet", "--rule strict_int", "--rule strict_int: mmvet has no second rule"),
     ("mathvista", "--rule llava", "--rule llava: mathvista has lenient_int and strict_int")])
 def test_flags_that_do_not_go_together(world, done, fails, name, flags, message):
