@@ -10,10 +10,10 @@
 Answers are greedy. Each is written to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl as soon as it is complete,
 one line per answer; descriptions go to .descriptions.jsonl, one line per image, and scores to .scores.json.
 To resume, run the same command again: existing output is skipped. MM-Vet and LLaVA-Bench need a judge model,
-and MathVista and MMBench benefit from one: --judge asks it over the network. --check validates a benchmark's
-files and images first, on any machine, and reports what the run would lack and take. --preset released
-reproduces the authors' scripts: Vicuna's template and, on MMBench, a describer that does not see the image.
-More in stic_min/scorers/README.md.
+and MathVista and MMBench benefit from one; --judge queries it over the network. --check validates a
+benchmark's files and images on any machine, and estimates memory and time, without running. --preset released
+reproduces the authors' scripts: Vicuna's template and, on MMBench, descriptions generated without seeing the
+image. For more, see stic_min/scorers/README.md.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def run_benchmark(args):
     args = plan.apply_preset(args)
     benchmark = harness.get_benchmark(args.command)
     if args.blind and not args.dar:
-        raise InputError("--blind is about the description: it needs --dar")
+        raise InputError("--blind changes how descriptions are generated: it needs --dar")
     arguments.check_flags(args, benchmark)
     label = Path(args.adapter).resolve().name if args.adapter else "base"
     stem = Path(args.out) / f"{benchmark.name}-{label}-{plan.get_mode(args)}"
@@ -79,7 +79,7 @@ def ask_questions(run, stem, llava):
         descriptions = dar.describe_images(llava, run.to_describe, run.read, output, longer, name)
     run.answers.start()
     if run.answers.ranks.first and not run.entries.keys() <= run.answers.done.keys():
-        Path(f"{stem}.scores.json").unlink(missing_ok=True)  # these scores are not of the coming answers
+        Path(f"{stem}.scores.json").unlink(missing_ok=True)  # those scores are of the previous answers
     questions = {q[key]: q for q in run.questions}
     described = {q[key]: harness.find_description(q, descriptions) for q in run.questions}
     entries, read, output = run.entries, run.read, run.answers
@@ -97,11 +97,11 @@ def score_answers(run, stem, answers):
         print(f"{stem}{suffix}")
     if benchmark.name in ("mmvet", "llavabench") and not args.judge:
         if run.settings.items() <= grading.read_saved_run(f"{stem}.scores.json").items():
-            print(f"its score is in {stem}.scores.json")
+            print(f"the score is in {stem}.scores.json")
             return
         subset = f" --limit {args.limit} --seed {args.seed}" if args.limit else ""
         command = f"score {benchmark.name} --answers {run.answers.path} --data {args.data} --judge{subset}"
-        print(f"no score yet: {benchmark.name} is graded by a judge model. With its key in OPENAI_API_KEY:")
+        print(f"no score yet: {benchmark.name} is graded by a judge model. Set OPENAI_API_KEY, then run:")
         print(f"  python evaluate.py {command}")
         return
     descriptions = audit.read_descriptions(stem, run.settings)
@@ -161,7 +161,7 @@ def run_ask(args):
     from stic_min.images import open_image
 
     if args.dar and not args.image:
-        raise InputError("--dar describes an image first: it needs --image")
+        raise InputError("--dar describes the image first: it needs --image")
     ranks = Ranks(0, 1, start_device(args.device))
     images = [open_image(path) for path in args.image]
     llava = open_model(args, ranks)
@@ -194,13 +194,14 @@ def parse_args():
     for benchmark in benchmarks:
         sub = command(benchmark.name, benchmark.title, run_benchmark, harness.format_help(benchmark))
         arguments.add_benchmark_flags(sub, benchmark)
-    sub = command("score", "score an existing answers file, without a model", run_score)
+    sub = command("score", "score existing answers, without a model", run_score)
     arguments.add_score_flags(sub, benchmarks)
-    sub = command("table", "put the scores in a folder into the paper's tables, as text and HTML", run_table)
-    sub.add_argument("dir", metavar="DIR", help="folder of scores, also for tables.md and report.html")
+    sub = command("table", "add the scores in a folder to the paper's tables, as text and HTML", run_table)
+    sub.add_argument("dir", metavar="DIR", help="folder of scores; the tables are written there")
     sub = command("ask", "ask one question about an image (or several, or none)", run_ask)
-    sub.add_argument("question")
-    sub.add_argument("--image", action="append", default=[], metavar="FILE", help="image; can be repeated")
+    sub.add_argument("question", help="text of the question")
+    sub.add_argument("--image", action="append", default=[], metavar="FILE",
+                     help="image file; repeat the flag for several images")  # fmt: skip
     sub.add_argument("--dar", action="store_true", help="describe the image first, then answer (section 4)")
     flags.add_model_flags(sub)
     flags.add_sampling_flags(sub, temperature=0.0)

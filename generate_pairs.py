@@ -7,9 +7,10 @@
   torchrun --nproc_per_node=4 generate_pairs.py ...      the same, with the images split over four GPUs
 
 Preferred responses come from the step-by-step prompt on the clean image. Half of the dispreferred responses
-come from a hallucination prompt, half from the captioning prompt on a corrupted image. Each pair is one line
-of JSON, appended as soon as it is complete; running the command again skips existing pairs. An unreadable
-image is skipped with a warning. """
+come from a hallucination prompt, half from a captioning prompt on a corrupted image. Each pair is one line of
+JSON, appended as soon as it is complete. To resume, run the same command again: existing pairs are skipped.
+An unreadable image is skipped with a warning.
+"""
 
 import argparse
 import os
@@ -94,7 +95,7 @@ def names_to_pair(args, ranks):
     if args.names:
         names = read_names(args.names)
         if repeats := len(names) - len(set(names)):
-            ranks.print(f"{repeats} of {len(names)} names in {args.names} repeat another one: one pair each")
+            ranks.print(f"{repeats} of {len(names)} names in {args.names} are repeated: one pair per image")
         return names
     names = list_images(args.images)
     if foreign := foreign_images(args.images):
@@ -126,9 +127,10 @@ def records_to_describe(args, ranks):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     add = parser.add_argument
-    add("--images", required=True, metavar="DIR", help="folder of images")
-    add("--names", metavar="FILE", help="only these of the images, one name per line or a JSON list")
-    add("--describe", metavar="FILE", help="LLaVA instruction data: describe its images instead")
+    add("--images", required=True, metavar="DIR", help="folder of the images")
+    add("--names", metavar="FILE", help="file of image names to use, one per line or a JSON list")
+    add("--describe", metavar="FILE",
+        help="file of LLaVA instruction data: describe its images instead of generating pairs")
     add("--out", required=True, metavar="FILE", help="output file, JSON Lines; existing records are kept")
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
@@ -189,7 +191,7 @@ def main():
         if all(response.text for response in responses):
             output.append(record_of(job, responses))
         else:
-            console.warn(f"skipped: {brief(job.key)}: the model's response is empty")
+            console.warn(f"skipped: {brief(job.key)}: the model returned an empty response")
     report(args, output.finish(keys), len(keys), what, ranks)
 
 
@@ -220,7 +222,7 @@ def report(args, records, count, what, ranks):
         chosen = [record["chosen"][1]["content"] for record in records]
         consistency.one_text(chosen, "chosen responses", ranks)
         if equal := sum(record["chosen"] == record["rejected"] for record in records):
-            print(f"{equal} of {len(records)} pairs have identical chosen and rejected: nothing to learn")
+            print(f"{equal} of {len(records)} pairs have identical responses: no preference to learn")
     if not records:
         raise InputError(f"no {what}: every image was skipped")
 

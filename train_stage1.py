@@ -5,7 +5,7 @@ with LoRA.
   torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, sharded by FSDP
 
 Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
-weights with LoRA off and the projector as it was. To resume a run that was stopped, run the same command
+weights with LoRA off and the original projector. To resume a run that was stopped, run the same command
 again.
 """
 
@@ -46,19 +46,20 @@ def check_reference(llava, sample, beta):
     batch = collate([sample], [load_tiles(sample, llava)], llava.config, llava.device)
     term = dpo_loss(*pair_logps(llava, batch), *reference_logps(llava, batch), beta).mean().item()
     if not abs(term - math.log(2)) <= 1e-6:  # in bf16 as well; also true for NaN
-        raise InputError(f"before step 1 the DPO term is {term:.6f}, not ln 2: policy and reference differ")
+        raise InputError(f"before step 1, the DPO term is {term:.6f}, not ln 2: policy and reference differ")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     add = parser.add_argument
-    add("--pairs", required=True, metavar="FILE", help="preference pairs, a JSON list or JSON Lines")
-    add("--images", required=True, metavar="DIR", help="folder of the pairs' images")
+    add("--pairs", required=True, metavar="FILE", help="file of preference pairs, a JSON list or JSON Lines")
+    add("--images", required=True, metavar="DIR", help="root folder of the pairs' images")
     add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
     add("--beta", type=flags.not_negative, default=0.1,
         help="DPO temperature (the paper's lambda); larger values stay closer to the reference")
     add("--alpha", type=flags.not_negative, default=1 / 1024,
-        help="weight of -log p(y_w), summed over its tokens (the paper's is 1/1024); 0 gives plain DPO")
+        help="weight of -log p(y_w), summed over its tokens; 0 gives plain DPO "
+             "(default: 1/1024, as in the paper)")  # fmt: skip
     flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
@@ -71,8 +72,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
 
-    # All pairs are tokenized and all images decoded before the weights are loaded: until then `llava` is on
-    # the meta device, and `weights` says where to read them. --check ends here, with a report.
+    # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
+    # report. `llava` is on the meta device until then; `weights` records where to read its parameters.
     llava, adapter, weights = training.build(args, ranks, keep_reference=True)
     max_length = training.length_limit(args, llava, pad_default=1024)
     problems = check.Problems(args.check)
@@ -80,7 +81,8 @@ def main():
         args, ranks, problems, read_kind(args.pairs, "pairs"), parse_pair,
         lambda pair: pair_sample(pair, llava, args.images, max_length),
     )  # fmt: skip
-    ranks.print(f"{len(samples)} pairs, {sum(sample.cut for sample in samples)} cut to {max_length} tokens")
+    truncated = f"{sum(sample.cut for sample in samples)} truncated to {max_length} tokens"
+    ranks.print(f"{len(samples)} pairs, {truncated}")
     consistency.same_model(args, args.pairs, llava.config.template, ranks)
     consistency.preferences(pairs, samples, args.pairs, ranks, problems)
     check.verify_images(samples, ranks, problems)

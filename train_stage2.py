@@ -5,10 +5,10 @@ theta_hat.
       --descriptions descriptions.jsonl --images DIR --out runs/stage2
   torchrun --nproc_per_node=4 train_stage2.py ...      the same global batches on four GPUs, sharded by FSDP
 
-Trains on every answer of the described records. Continues from stage 1's LoRA and projector, or from the base
-model without --adapter (a control that skips stage 1). --plain is ordinary fine-tuning on the same records (a
-control that skips the descriptions). runs/stage2 holds all that is needed beside the base model. To resume a
-run that was stopped, run the same command again.
+Trains on every answer in the described records. Continues from stage 1's LoRA and projector or, without
+--adapter, starts from the base model (a control that skips stage 1). --plain is ordinary fine-tuning on the
+same records (a control that skips the descriptions). runs/stage2 is self-contained apart from the base
+model. To resume a run that was stopped, run the same command again.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from stic_min.samples import instruction_sample
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     add = parser.add_argument
-    add("--instructions", required=True, metavar="FILE", help="LLaVA instruction data, a JSON list")
+    add("--instructions", required=True, metavar="FILE", help="file of LLaVA instruction data, a JSON list")
     add("--descriptions", required=True, metavar="FILE", help="output of generate_pairs.py --describe")
-    add("--images", required=True, metavar="DIR", help="folder of the instructions' images")
+    add("--images", required=True, metavar="DIR", help="root folder of the instructions' images")
     add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
-    add("--one-line", action="store_true", help="use the paper's one-line prompt form for descriptions")
+    add("--one-line", action="store_true", help="use the paper's one-line form for descriptions in prompts")
     add("--plain", action="store_true", help="train on the same records without descriptions (a control)")
     flags.add_model_flags(parser, image_mode="pad, as in Table 4")
     flags.add_limit_flag(parser)
@@ -48,8 +48,8 @@ def main():
     check_folder(args.images)
     ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
 
-    # All records are tokenized and all images decoded before the weights are loaded: until then `llava` is on
-    # the meta device, and `weights` says where to read them. --check ends here, with a report.
+    # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
+    # report. `llava` is on the meta device until then; `weights` records where to read its parameters.
     llava, adapter, weights = training.build(args, ranks, keep_reference=False)
     max_length = training.length_limit(args, llava, pad_default=2048)
     problems = check.Problems(args.check)
@@ -58,8 +58,8 @@ def main():
         args, ranks, problems, read_kind(args.descriptions, "descriptions"), infusion,
         lambda instruction: instruction_sample(instruction, llava, args.images, max_length),
     )  # fmt: skip
-    cut = sum(sample.cut for sample in samples)
-    ranks.print(f"{infusion.summary()}; {len(samples)} used for training, {cut} cut to {max_length} tokens")
+    truncated = f"{sum(sample.cut for sample in samples)} truncated to {max_length} tokens"
+    ranks.print(f"{infusion.summary()}; {len(samples)} used for training, {truncated}")
     consistency.stage2_adapter(args.adapter, ranks)
     if not args.plain:
         consistency.same_model(args, args.descriptions, llava.config.template, ranks)

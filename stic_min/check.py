@@ -48,14 +48,14 @@ def out_dir(out):
     if (Path(out) / "adapter_config.json").exists():
         raise InputError(f"{out} holds a finished run; choose another --out, or delete the folder")
     if Path(out).exists() and not Path(out).is_dir():
-        raise InputError(f"--out {out} is a file; it must name a folder")
+        raise InputError(f"--out {out} is a file, not a folder")
     check_place(out)
 
 
 def out_file(out):
     """The same for an output file."""
     if Path(out).is_dir():
-        raise InputError(f"--out {out} is a folder; it must name a file")
+        raise InputError(f"--out {out} is a folder, not a file")
     check_place(out)
 
 
@@ -120,8 +120,8 @@ def print_report(lines, problems):
         print(f"  problem      {problem}")
     if problems:
         reasons = "1 reason" if len(problems) == 1 else f"{len(problems)} reasons"
-        hint = ", the first 100 of them above" if len(problems) > 100 else ""
-        raise InputError(f"the run would fail, for {reasons}{hint}")
+        hint = " (the first 100 are listed above)" if len(problems) > 100 else ""
+        raise InputError(f"the run would fail for {reasons}{hint}")
     print("check passed: no problems found")
 
 
@@ -139,13 +139,13 @@ def report_training(args, llava, adapter, samples, settings, problems, ranks, re
     if duplicates := consistency.repeats(samples):
         lines.append(("repeated", f"{duplicates} samples repeat an earlier one"))
     if equal := [sample.name for sample in samples if not sample.differs]:
-        lines.append(("equal", f"{len(equal)} pairs, no preference to learn from: {abbreviate(equal)}"))
+        lines.append(("equal", f"{len(equal)} pairs with identical responses: {abbreviate(equal)}"))
     if samples:
         cut = [sample.name for sample in samples if sample.cut]
         names = f": {abbreviate(cut)}" if cut else ""
         lines.append(("tokens", f"per sample: {percentiles([sample.length for sample in samples])}"))
         lines.append(("scored", f"of these: {percentiles([sample.scored for sample in samples])}"))
-        lines.append(("cut", f"{len(cut)} to {settings['max_length']} tokens{names}"))
+        lines.append(("truncated", f"{len(cut)} to {settings['max_length']} tokens{names}"))
         lines += training_cost(args, llava, adapter, samples, reference)
     print_report(lines, problems)
 

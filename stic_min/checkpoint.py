@@ -3,8 +3,8 @@
 checkpoint-N holds the adapter after step N in PEFT's format, ready to use; Adam's two moments; and run.json:
 the step, the settings that determine the result, and a record of the run so far (runtime/provenance.py).
 Learning rate, data order and dropout follow from step and settings, so nothing else is needed. A checkpoint
-is written to a temporary folder and renamed, so it is complete or not there. Its tensors are whole, and any
-number of ranks can read them.
+is written to a temporary folder and then renamed, so it is either complete or absent. Its tensors are not
+sharded, so any number of ranks can read them.
 """
 
 import errno
@@ -75,9 +75,9 @@ def save(out, step, adapter, moments, settings, keep):
     except (OSError, InputError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         older = folders(out)
-        hint = "there is no earlier one"
+        hint = "there is no earlier checkpoint"
         if older:
-            hint = f"{older[-1]} is complete: run the same command to resume from it"
+            hint = f"{older[-1]} is complete; run the same command to resume from it"
         raise InputError(f"can't write a checkpoint of step {step} to {out} ({error}); {hint}") from None
     temporary.rename(out / f"{NAME}{step}")
     sync(out)
@@ -111,7 +111,7 @@ def compare(folder, settings):
     step = int(folder.name.removeprefix(NAME))
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
-    return step, [f"{name} {saved.get(name)!r} before" for name in different]
+    return step, [f"{name} (was {saved.get(name)!r})" for name in different]
 
 
 def read_record(folder):
@@ -132,7 +132,7 @@ def newest(out, settings, report):
     folder = checkpoints[-1]
     step, different = compare(folder, settings)
     if different:
-        report(f"with {' and '.join(different)}: dropout masks differ from here on")
+        report(f"changed since the checkpoint: {', '.join(different)}; dropout masks differ from here on")
     tensors = read_written(folder)
     moments = read_tensors(folder / OPTIMIZER)
     trained = {name for name in tensors if ".lora_" in name} | {name.partition(".")[2] for name in moments}

@@ -1,7 +1,7 @@
 """CLIP's vision transformer up to hidden state -2: f(.) of the paper's section 3, an image as patch features.
 
 Reads the vision half of openai/clip-vit-large-patch14-336, or the tuned tower inside a LLaVA-1.6 checkpoint;
-modules have the names they have there (`pre_layrnorm` is spelled like that). Not here: the last layer and
+modules keep the names they have there (`pre_layrnorm` is spelled that way). Not here: the last layer and
 `post_layernorm`, which hidden state -2 does not depend on; the text tower and the projections.
 
 Shapes: N tiles, S patches, C channels, H heads of D channels.

@@ -100,6 +100,6 @@ def generation_cost(args, llava, lengths, answer=ANSWER):
     return [
         ("memory", f"about {(weights + cache) / 1e9:.3g} GB per GPU: weights {weights / 1e9:.3g}, KV cache "
                    f"for {slots} responses (--batch-size) {cache / 1e9:.3g}"),
-        ("time", f"{len(lengths)} responses of, say, {answer} tokens: about {console.clock(seconds)} on one "
-                 "H200"),
+        ("time", f"about {console.clock(seconds)} on one H200 for {len(lengths)} responses, assuming "
+                 f"{answer} tokens each"),
     ]  # fmt: skip

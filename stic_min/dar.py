@@ -26,13 +26,13 @@ def tokens_over_limit(llava, text, images, sampling):
 def check_question(llava, text, images, sampling):
     """Raises InputError if the question can't be asked."""
     if IMAGE_MARK in text:
-        raise InputError(f"{IMAGE_MARK} in its text, which would stand for a second image")
+        raise InputError(f"its text contains {IMAGE_MARK}, which would stand for a second image")
     if (excess := tokens_over_limit(llava, text, images, sampling)) > 0:
-        raise InputError(f"{excess} tokens longer than the model's limit")
+        raise InputError(f"it is {excess} tokens longer than the model's limit")
 
 
 def truncate_description(llava, description, text, images, sampling):
-    """The description, cut at its end if it is too long for the model together with `text`; None if nothing
+    """The description, truncated if it is too long for the model together with `text`; None if nothing
     fits.
 
     Decoding and encoding again may change the number of tokens, so it is cut until it fits.
@@ -45,7 +45,7 @@ def truncate_description(llava, description, text, images, sampling):
         description = llava.tokenizer.decode(ids)
     if description != uncut:
         lengths = f"{len(uncut)} to {len(description)} characters"
-        console.warn(f"a description is cut from {lengths} to fit the model's sequence")
+        console.warn(f"a description was truncated from {lengths} to fit the model's sequence")
     return description if excess() <= 0 else None
 
 
@@ -87,7 +87,7 @@ def describe_images(llava, question_of, read, output, sampling, what):
         except InputError:
             return []
         if tokens_over_limit(llava, DESCRIBE_PROMPT, images, sampling) > 0:
-            console.warn(f"{name} is not described: with its prompt it is longer than the model's limit")
+            console.warn(f"{name} is not described: its prompt is longer than the model's limit")
             return []
         return [Job(name, [Query(DESCRIBE_PROMPT, images, row_seed(sampling.seed, "describe", name))])]
 
@@ -135,7 +135,7 @@ def answer_questions(llava, questions, descriptions, entries, read, output, samp
                 images = read(question) if images is None else images
                 check_question(llava, question["text"], images, sampling)
             except InputError as error:
-                console.warn(f"question {key} has no answer: {error}")
+                console.warn(f"question {key} is skipped: {error}")
                 continue
             text = user_text(llava, question["text"], descriptions[key], images, sampling)
             jobs.append(Job(key, [Query(text, images, row_seed(sampling.seed, "answer", key))]))

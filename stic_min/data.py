@@ -98,7 +98,7 @@ def parse_instruction(where: str, key: str, record: dict) -> Instruction:
         messages = messages[1:]
     roles = [m.get("from") for m in messages]
     if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
-        raise InputError(f"{where}: turns are {brief(roles)}, not human and gpt in turn")
+        raise InputError(f"{where}: turns are {brief(roles)}, but human and gpt must alternate")
     users = [text_field(m, "value", f"{where}: a human turn") for m in messages[::2]]
     answers = [text_field(m, "value", f"{where}: a gpt turn") for m in messages[1::2]]
     marked = [i for i, text in enumerate(users) if IMAGE_MARK in text] or [0]

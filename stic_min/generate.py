@@ -83,7 +83,7 @@ def sampler_requests(llava, jobs: list[Job]) -> list[sampler.Request]:
             length = prompt_length(llava, request)
             limit = llava.config.max_length
             if length > limit:
-                message = f"a prompt of {length} tokens, the model's limit is {limit}"
+                message = f"the prompt has {length} tokens, but the model's limit is {limit}"
                 raise InputError(f"{brief(job.key)}: {message}")
             requests.append(request)
     return requests

@@ -1,4 +1,4 @@
-"""Images in: opening them, the corruptions h(v) of Algorithm 1, and cutting into tiles for CLIP.
+"""From image files to CLIP's input: opening them, the corruptions h(v) of Algorithm 1, cutting into tiles.
 
 Two layouts, as in LLaVA:
   pad     v1.5 and all of STIC's training: one square tile, the image centered on CLIP's mean color;
@@ -50,7 +50,7 @@ def check_header(opened: Image.Image) -> None:
     """
     if opened.width * opened.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError(
-            f"{opened.width}x{opened.height} is too many pixels, it may be a decompression bomb"
+            f"{opened.width}x{opened.height} is too many pixels; it may be a decompression bomb"
         )
     if opened.mode in ("I", "F"):
         kind = "integer" if opened.mode == "I" else "float"
@@ -82,7 +82,7 @@ def open_image(source, name: str | None = None) -> Image.Image:
     if long > THINNEST * short or long**2 > LARGEST_SQUARE:
         size = f"{image.width}x{image.height}"
         raise InputError(
-            f"image {path} is {size}: too long and narrow, padded to a square it would take gigabytes"
+            f"image {path} is {size}, too long and narrow: padded to a square, it would take gigabytes"
         )
     return image
 

@@ -81,11 +81,11 @@ def check_images(images):
     """Raises TypeError unless `images` is a list of PIL images: a path or one image is an easy slip."""
     if not isinstance(images, list | tuple):
         kind = type(images).__name__
-        raise TypeError(f"images is one {kind}, it has to be a list of PIL images (empty for none)")
+        raise TypeError(f"images is a single {kind}; pass a list of PIL images (empty for none)")
     for image in images:
         if not isinstance(image, Image.Image):
             kind = type(image).__name__
-            raise TypeError(f"images holds a {kind}, not a PIL image: open it with PIL.Image.open")
+            raise TypeError(f"images contains a {kind}, not a PIL image: open it with PIL.Image.open")
 
 
 class LLaVA(nn.Module):
@@ -232,7 +232,7 @@ class LLaVA(nn.Module):
         from stic_min import sampler  # here, not at the top: the sampler is built on this model
 
         if isinstance(prompts, str):
-            raise TypeError("prompts is one str, it has to be a list; images[i] are the images of prompts[i]")
+            raise TypeError("prompts is a single str; pass a list (images[i] are the images of prompts[i])")
         for prompt_images in images:
             check_images(prompt_images)
         seeds = [row_seed(seed, p, prompts[:i].count(p)) for i, p in enumerate(prompts)]

@@ -111,7 +111,8 @@ def check_keys(llava, weights, folder):
             raise InputError(f"{weight.file}: unknown key {weight.key}")
         shape, expected = tuple(weight.read().shape), tuple(parameters[name].shape)
         if shape != expected:
-            raise InputError(f"{weight.file}: {weight.key} is {shape}, the configuration needs {expected}")
+            needed = f"but the configuration needs {expected}"
+            raise InputError(f"{weight.file}: {weight.key} is {shape}, {needed}")
     for name in parameters:
         if name not in weights:
             raise InputError(f"{folder}: no tensor for {name}")

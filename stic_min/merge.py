@@ -2,9 +2,9 @@
 
   python -m stic_min.merge --model M --adapter runs/stage2 --out llava-stic
 
-Whatever loads M (LLaVA, transformers, this project) loads the result. The sum is computed in fp32 and rounded
-to the target dtype. The fraction of the change that survives rounding is printed, because at the paper's
-learning rates bf16 loses much of it. Using the adapter unmerged loses nothing.
+Whatever loads M (LLaVA, transformers, this project) also loads the result. The sum is computed in fp32 and
+rounded to the target dtype. The fraction of the update that survives rounding is printed, because at the
+paper's learning rates bf16 loses much of it. Using the adapter unmerged loses nothing.
 """
 
 import argparse
@@ -122,13 +122,16 @@ def main():
                                      formatter_class=flags.HelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
     parser.add_argument("--adapter", required=True, metavar="DIR",
-                        help="LoRA adapter folder; its projector is merged, too")
-    parser.add_argument("--out", required=True, metavar="DIR", help="new checkpoint folder")
+                        help="LoRA adapter folder; its projector is merged too")
+    parser.add_argument("--out", required=True, metavar="DIR",
+                        help="output folder for the merged checkpoint; must not exist yet")
     parser.add_argument("--dtype", choices=flags.DTYPES,
                         help="precision of the merged weights (default: as stored)")
     parser.add_argument("--vision", metavar="DIR",
-                        help="CLIP folder, if the checkpoint has no vision tower and names none that exists")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the checkpoint's)")
+                        help="CLIP folder, needed only if the checkpoint has no vision tower and its "
+                             "config.json does not point to one")
+    parser.add_argument("--tokenizer", metavar="FILE",
+                        help="tokenizer.model file (default: the checkpoint's)")
     parser.add_argument("--other-base", action="store_true",
                         help="accept an --adapter that was trained on other base weights")
     args = parser.parse_args()
@@ -136,7 +139,7 @@ def main():
         return  # there is no work for other ranks
     dtype = getattr(torch, args.dtype) if args.dtype else None
     fraction = merge(args.model, args.adapter, args.out, dtype, args.vision, args.tokenizer, args.other_base)
-    print(f"wrote {args.out}; {100 * fraction:.2f}% of the change survived rounding")
+    print(f"wrote {args.out}; {100 * fraction:.2f}% of the update survived rounding")
     if fraction < ENOUGH:
         better = "float32" if dtype == torch.float16 else "float16"
         console.warn(f"rounding lost the rest: use the adapter unmerged, or merge with --dtype {better}")

@@ -42,7 +42,7 @@ def pair_sample(pair: Pair, llava, folder: str | Path, max_length: int) -> Train
     length = len(prompt) - 1 + llava.config.image_tokens(image_size(path))
     room = max_length - length
     if room <= 0:
-        limit = f"no room for a response in {max_length}"
+        limit = f"which leaves no room for a response in {max_length}"
         raise InputError(f"{pair.where}: the prompt takes {length} tokens, {limit}")
     # A response that was cut off gets no end token: the model did not generate it there.
     responses = [

@@ -141,7 +141,7 @@ class Tokenizer:
         self.eos = self.pieces.eos_id()
         self.size = len(self.pieces)
         if min(self.bos, self.eos) < 0:
-            raise InputError(f"{path}: no begin or no end token")
+            raise InputError(f"{path}: no begin or end token")
         self.newline = self.pieces.encode("\n")  # the leading-space piece and the newline itself
 
     def encode(self, text: str) -> list[int]:

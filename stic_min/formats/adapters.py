@@ -109,11 +109,11 @@ def read_adapter(folder: str | Path, llava) -> Adapter:
         if matrix not in ("lora_A", "lora_B") or module.rpartition(".")[2] not in TARGETS:
             raise InputError(f"{file}: unknown key {key}")
         if f"{module}.weight" not in parameters:
-            raise InputError(f"{file}: {key} belongs to another model, this model has no {module}")
+            raise InputError(f"{file}: {key} belongs to another model: this one has no {module}")
         out_features, in_features = parameters[f"{module}.weight"].shape
         expected = (r, in_features) if matrix == "lora_A" else (out_features, r)
         if tuple(value.shape) != expected:
-            raise InputError(f"{file}: {key} is {tuple(value.shape)}, this model needs {expected}")
+            raise InputError(f"{file}: {key} is {tuple(value.shape)}, but this model needs {expected}")
         tensors[f"{module}.{matrix}"] = finite(value, key, file)
     modules = sorted({name.rpartition(".")[0] for name in tensors})
     for name in (f"{module}.{matrix}" for module in modules for matrix in ("lora_A", "lora_B")):
@@ -144,8 +144,8 @@ def check_base(folder, base_name, fingerprint, llava):
     if fingerprint == base.fingerprint:
         return
     if fingerprint and not base.any_adapter:
-        raise InputError(f"{folder} was trained on other weights ({printable(trained_on)[:80]}) than those "
-                         f"of {base.folder}; use it anyway with --other-base")
+        raise InputError(f"{folder} was trained on weights ({printable(trained_on)[:80]}) other than those "
+                         f"of {base.folder}; to use it anyway, pass --other-base")
     names = {model_name(path).lower() for path in (base.folder, Path(base.folder).resolve())}
     if fingerprint or (base_name and trained_on.lower() not in names):
         name = printable(base_name or "")[:80]
@@ -171,7 +171,7 @@ def read_projector(folder, parameters):
                 raise InputError(f"{file}: {key} appears twice")
             if name in parameters and value.shape != parameters[name].shape:
                 needed = tuple(parameters[name].shape)
-                raise InputError(f"{file}: {key} is {tuple(value.shape)}, this model needs {needed}")
+                raise InputError(f"{file}: {key} is {tuple(value.shape)}, but this model needs {needed}")
             tensors[name] = finite(value, key, file)
         missing = sorted(n for n in parameters if n.startswith("mm_projector.") and n not in tensors)
         if missing and tensors.keys() - {"image_newline"}:

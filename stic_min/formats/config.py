@@ -200,8 +200,8 @@ def read_original(config, folder, vision):
     lists = DECODER | ORIGINAL, DECODER_REQUIRED | ORIGINAL_REQUIRED, DECODER_REFUSED | ORIGINAL_REFUSED
     options = check_options(config, source, *lists, DECODER_HARMLESS | ORIGINAL_HARMLESS)
     if "mm_vision_tower" not in options and vision is None:
-        raise InputError(f"{source}: no mm_vision_tower: not a LLaVA checkpoint, or pass its CLIP folder "
-                         "with --vision")  # fmt: skip
+        raise InputError(f"{source}: no mm_vision_tower: not a LLaVA checkpoint? If it is, pass its CLIP "
+                         "folder with --vision")  # fmt: skip
     vision_folder = find_vision_folder(folder, options.get("mm_vision_tower"), vision)
     clip = ClipConfig()
     if vision_folder is not None:
@@ -245,10 +245,10 @@ def read_config(folder, vision=None, image_mode=None, template=None):
     if folder.is_file():
         raise InputError(f"{folder} is a file; --model must be a checkpoint folder")
     if not folder.is_dir():
-        raise InputError(f"no such checkpoint folder: {folder} (nothing is downloaded; README.md explains "
+        raise InputError(f"no such checkpoint folder: {folder} (nothing is downloaded; see README.md for "
                          "how to get one)")  # fmt: skip
     if not source.is_file():
-        raise InputError(f"not a LLaVA checkpoint: there is no {source}")
+        raise InputError(f"not a LLaVA checkpoint: {source} is missing")
     config = read_json(source)
     huggingface = "text_config" in config
     try:
@@ -269,6 +269,6 @@ def read_config(folder, vision=None, image_mode=None, template=None):
                          "image_grid_pinpoints")  # fmt: skip
     template, reason = (template, "as given") if template else chat_template(options, decoder, folder)
     if template is None:
-        raise InputError(f"{folder}: {reason}; its chat template is not available here, choose one with "
+        raise InputError(f"{folder}: {reason}; its chat template is not available here; choose one with "
                          "--template")  # fmt: skip
     return LlavaConfig(decoder, clip, mode, pinpoints, template, longest), vision_folder, huggingface, reason

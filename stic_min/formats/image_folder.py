@@ -48,14 +48,14 @@ def foreign_images(folder: str | Path) -> str:
 
 
 def list_images(folder: str | Path) -> list[str]:
-    """Sorted names of the images in `folder`. If there are none, the error explains what is there instead."""
+    """Sorted names of the images in `folder`. If there are none, the error explains what it contains."""
     check_folder(folder)
     readable = lambda path: path.suffix.lower() in SUFFIXES and path.is_file()
     names = sorted(path.name for path in Path(folder).iterdir() if readable(path))
     if names:
         return names
     if foreign := foreign_images(folder):
-        raise InputError(f"no images in {folder} but {foreign}: convert them to JPEG or PNG")
+        raise InputError(f"no images in {folder}, only {foreign}: convert them to JPEG or PNG")
     nested = [path.relative_to(folder) for path in Path(folder).rglob("*") if readable(path)]
     if nested:
         largest = Counter(path.parent for path in nested).most_common(1)[0][0]

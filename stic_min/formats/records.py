@@ -49,12 +49,12 @@ def read_names(path) -> list[str]:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             kinds = filter(None, (record_kind(record) for _, record in read_records(path)))
             content = next((KINDS[kind] for kind in kinds), "JSON objects")
-            raise InputError(f"{path} contains {content}, not names of images (--names)")
+            raise InputError(f"{path} contains {content}, not image names (--names)")
     else:
         names = text.split("\n")
     names = [name.strip() for name in names if name.strip()]
     if not names:
-        raise InputError(f"{path}: no names of images")
+        raise InputError(f"{path}: no image names")
     return names
 
 

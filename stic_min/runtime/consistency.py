@@ -51,7 +51,7 @@ def stage2_adapter(adapter, ranks):
     """Warns if the adapter that stage 2 starts from was itself trained by stage 2."""
     record = Path(adapter or "") / "run.json"
     if ranks.first and adapter and record.is_file() and "descriptions" in read_json(record):
-        console.warn(f"--adapter {adapter} was trained by stage 2; stage 2 should start from stage 1's")
+        console.warn(f"--adapter {adapter} was trained by stage 2; start from a stage-1 adapter instead")
 
 
 def one_text(texts, what, ranks):
@@ -73,14 +73,14 @@ def preferences(pairs, samples, path, ranks, problems):
     the responses are identical in all pairs, that is a problem."""
     equal = sum(not sample.differs for sample in samples)
     if samples and equal == len(samples):
-        message = f"{path}: chosen and rejected are identical in all {equal} pairs, nothing to prefer"
+        message = f"{path}: chosen and rejected are identical in all {equal} pairs: no preference to learn"
         problems.add(InputError(message))
     if not ranks.first:
         return
     if not problems.check:  # --check lists them
         if equal:
             pairs_with = f"{equal} of {len(samples)} pairs have"
-            console.warn(f"{pairs_with} identical chosen and rejected: nothing to learn")
+            console.warn(f"{pairs_with} identical responses: no preference to learn")
         if duplicates := repeats(samples):
-            console.warn(f"{duplicates} of {len(samples)} pairs repeat another one")
+            console.warn(f"{duplicates} of {len(samples)} pairs repeat an earlier one")
     one_text([pair.chosen for pair in pairs], "chosen responses", ranks)

@@ -11,11 +11,12 @@ DTYPES = "bfloat16", "float16", "float32"  # by name: importing torch would dela
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds each flag's default, and keeps the line breaks of the description."""
+    """Adds each flag's default unless its help gives one, and keeps the line breaks of the description."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False or action.default == []
-        return action.help if silent else super()._get_help_string(action)
+        given = "(default:" in (action.help or "")
+        return action.help if silent or given else super()._get_help_string(action)
 
 
 # ---------------------------------------------------------------- types
@@ -55,40 +56,43 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
         group.add_argument("--other-base", action="store_true",
                            help="accept an --adapter that was trained on other base weights")
     group.add_argument("--vision", metavar="DIR",
-                       help="CLIP folder, if the checkpoint has no vision tower and names none that exists")
-    group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model (default: the checkpoint's)")
+                       help="CLIP folder, needed only if the checkpoint has no vision tower and its "
+                            "config.json does not point to one")
+    group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model file (default: the checkpoint's)")
     group.add_argument("--template", choices=sorted(TEMPLATES),
                        help="chat template (default: the checkpoint's)")
     group.add_argument("--image-mode", choices=["pad", "anyres"],
-                       help=f"image layout (default: {image_mode})")
+                       help="image layout: pad takes 576 tokens per image, anyres up to 2,880 "
+                            f"(default: {image_mode})")
     group.add_argument("--dtype", choices=DTYPES,
                        help="precision of the weights (default: bfloat16 on a GPU, else float32)")
     group.add_argument("--device",
-                       help="cuda, cpu, ... (default: a GPU if available; under torchrun, this rank's)")
+                       help="torch device, such as cuda or cpu (default: a GPU if available; under torchrun, "
+                            "this rank's)")
     parser.add_argument("--seed", type=seed_value, default=0, help="random seed")
 
 
 def add_check_flag(parser):
     parser.add_argument("--check", action="store_true",
-                        help="validate all inputs, estimate memory and time, then exit without running; exit "
-                             "status 1 if the run would fail")  # fmt: skip
+                        help="validate all inputs, estimate memory and time, then exit without running; the "
+                             "exit status is 1 if the run would fail")  # fmt: skip
 
 
 def add_limit_flag(parser):
     parser.add_argument("--limit", type=positive, metavar="N",
-                        help="use only a random subset of N, sampled with --seed")
+                        help="size of a random subset to use, sampled with --seed (default: all)")
 
 
 def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024):
     group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=not_negative, default=temperature,
+    group.add_argument("--temperature", type=not_negative, default=temperature, metavar="T",
                        help="sampling temperature; 0 is greedy")
-    group.add_argument("--top-p", type=top_p_value,
-                       help="sample from the most probable tokens, up to this total (default: all)")
-    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens,
-                       help="maximum number of tokens per response")
+    group.add_argument("--top-p", type=top_p_value, metavar="P",
+                       help="total probability of the most probable tokens to sample from (default: 1)")
+    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
+                       help="maximum length of a response in tokens")
     if batch_size:
-        group.add_argument("--batch-size", type=positive, default=batch_size,
+        group.add_argument("--batch-size", type=positive, default=batch_size, metavar="N",
                            help="number of responses sampled in parallel")
 
 
@@ -98,24 +102,27 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
     add_check_flag(parser)
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=not_negative, default=lr, help="peak learning rate for LoRA")
-    add("--projector-lr", type=not_negative, default=2e-5,
+    add("--projector-lr", type=not_negative, default=2e-5, metavar="LR",
         help="peak learning rate for the projector; 0 freezes it")
-    add("--batch-size", type=positive, default=batch_size, help="samples per optimizer step, over all ranks")
-    add("--micro-batch", type=positive, default=1, help="samples per forward pass on each rank")
+    add("--batch-size", type=positive, default=batch_size, metavar="N",
+        help="number of samples per optimizer step, over all ranks")
+    add("--micro-batch", type=positive, default=1, metavar="N",
+        help="number of samples per forward pass on each rank")
     add("--max-length", type=positive, metavar="N",
-        help="maximum sequence length in tokens, image tokens included; longer responses are cut "
-             f"(default: {max_length}, in anyres mode 4096)")  # fmt: skip
-    add("--lora-r", type=positive, help="LoRA rank (default: 128, or that of --adapter)")
-    add("--lora-alpha", type=positive,
-        help="LoRA alpha; updates are scaled by alpha / rank (default: 2 * rank, or that of --adapter)")
-    add("--lora-dropout", type=probability, default=dropout, help="dropout probability on LoRA's input")
+        help="maximum sequence length in tokens, image tokens included; longer responses are truncated "
+             f"(default: {max_length}; 4096 in anyres mode)")  # fmt: skip
+    add("--lora-r", type=positive, metavar="N", help="LoRA rank (default: that of --adapter, else 128)")
+    add("--lora-alpha", type=positive, metavar="N",
+        help="LoRA alpha; updates are scaled by alpha / rank (default: that of --adapter, else 2 * rank)")
+    add("--lora-dropout", type=probability, default=dropout, metavar="P",
+        help="dropout probability on LoRA's input")
     add("--shard", choices=["full", "none"], default="full",
-        help="under torchrun: full is FSDP; none replicates the weights on every rank and all-reduces the "
-             "gradients of LoRA and projector")  # fmt: skip
+        help="sharding under torchrun: full is FSDP; none replicates the weights on every rank and "
+             "all-reduces the gradients of LoRA and projector")  # fmt: skip
     add("--checkpoint-activations", action="store_true",
-        help="recompute activations in the backward pass: less memory, about a third more time")
+        help="recompute activations in the backward pass: less memory, but about a third more time")
     add("--save-every", type=positive, metavar="STEPS",
-        help="steps between checkpoints to resume from (default: a tenth of the run)")
+        help="number of steps between checkpoints to resume from (default: a tenth of the run)")
     add("--keep", type=positive, metavar="N", default=2, help="number of most recent checkpoints to keep")
 
 

@@ -45,7 +45,7 @@ class Output:
     def __init__(self, path, key, settings, ranks):
         self.path, self.key, self.settings, self.ranks = Path(path), key, settings, ranks
         if self.path.is_dir():
-            raise InputError(f"--out {path} is a folder; it must name a file")
+            raise InputError(f"--out {path} is a folder, not a file")
         check_place(path)
         self.file = self.path if ranks.world == 1 else self.part(ranks.rank)
         # Every rank reads all files, so that all of them end if a file is not ours.

@@ -161,7 +161,7 @@ def explain(error):
     if isinstance(error, InputError):
         return f"error: {error}"
     if out_of_memory(error):
-        reason = ". ".join(first_line(error).split(". ")[:2]) if str(error) else "of the machine"
+        reason = ". ".join(first_line(error).split(". ")[:2]) if str(error) else "main memory"
         return f"error: {OUT_OF_MEMORY.format(one_line(reason, 70))}"
     known = DISK_FULL + MACHINE_FAILURE
     if isinstance(error, OSError) and (error.filename is not None or error.errno in known):
@@ -172,7 +172,7 @@ def explain(error):
         remedy = "rename the file or folder" if error.encoding == "utf-8" else "set PYTHONUTF8=1"
         return f"error: {text} can't be written in {error.encoding}: {remedy}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "error: can't start a thread: the limit on processes (ulimit -u) is reached"
+        return "error: can't start a thread: the limit on processes (ulimit -u) has been reached"
     if has_process_group() and any(text in str(error) for text in PEER_GONE):
         return f"rank {place()[0]} exiting because another rank failed: {first_line(error)}"
     torch = torch_module()

@@ -11,13 +11,14 @@ from stic_min.scorers.plan import DESCRIPTION_TOKENS
 def add_benchmark_flags(parser, benchmark):
     add = parser.add_argument
     add("--data", required=True, metavar="DIR", help="folder of the benchmark's files, as published")
-    add("--out", required=True, metavar="DIR", help="folder for answers and scores")
+    add("--out", required=True, metavar="DIR", help="output folder for answers and scores")
     add("--dar", action="store_true",
-        help="describe the image first, then answer (section 4); the description has up to "
+        help="describe the image first, then answer (section 4); a description has up to "
         f"{DESCRIPTION_TOKENS} tokens, or --max-new-tokens if given")
-    add("--blind", action="store_true", help="with --dar: describe without the image (as released)")
+    add("--blind", action="store_true",
+        help="with --dar: generate descriptions without the image, as in the release")
     add("--preset", choices=["released"],
-        help="released: --template vicuna_v1, and on MMBench with --dar also --blind")
+        help="settings of the authors' scripts: --template vicuna_v1 and, on MMBench with --dar, --blind")
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
@@ -30,16 +31,16 @@ def add_benchmark_flags(parser, benchmark):
 
 def add_score_flags(parser, benchmarks):
     add = parser.add_argument
-    add("benchmark", choices=sorted(harness.MODULES))
+    add("benchmark", choices=sorted(harness.MODULES), help="benchmark that the answers are for")
     add("--answers", metavar="FILE",
-        help="answers: JSON lines of question_id, prompt and text, or the official format")
+        help="file of answers: JSON Lines with question_id, prompt and text, or the official format")
     add("--data", required=True, metavar="DIR", help="folder of the benchmark's files, as published")
     add("--judged", nargs="+", metavar="FILE",
-        help="published verdicts: grades (MM-Vet), reviews (LLaVA-Bench, one file per run) or extractions "
-        "(MathVista)")
+        help="files of published verdicts: grades (MM-Vet), reviews (LLaVA-Bench, one file per run) or "
+        "extractions (MathVista)")
     rules = "; ".join(f"{b.name}: {', '.join(b.rules)}" for b in benchmarks if b.rules)
     add("--rule", metavar="NAME",
-        help=f"scoring rule, where official scorers differ (default: the first). {rules}")
+        help=f"scoring rule, where official scorers differ (default: the first listed). {rules}")
     add("--json", action="store_true", help="print the scores as JSON")
     flags.add_limit_flag(parser)
     add("--seed", type=flags.seed_value, default=0, help="random seed for --limit")
@@ -55,36 +56,38 @@ def add_judge_flags(parser):
         help="base URL of an OpenAI-compatible API (default: OPENAI_BASE_URL, else "
         "https://api.openai.com/v1)")
     add("--judge-key", metavar="KEY",
-        help="API key (default: OPENAI_API_KEY, which other users of the machine cannot see)")
+        help="API key (default: OPENAI_API_KEY, which, unlike a flag, other users of the machine cannot see)")
     add("--judge-prompts", metavar="FILE",
         help="JSON file with the official prompts (see stic_min/scorers/README.md); without it, scores are "
         "not comparable with published ones")
     add("--judge-runs", type=flags.positive, metavar="N",
-        help="number of times each answer is graded (default: the benchmark's: MM-Vet 5, LLaVA-Bench 3)")
+        help="number of times each answer is graded (default: 5 for MM-Vet, 3 for LLaVA-Bench)")
     add("--judge-max-tokens", type=flags.positive, metavar="N",
-        help="maximum tokens per reply (default: the benchmark's); a reasoning model needs more")
+        help="maximum length of a reply in tokens; a reasoning model needs a higher limit (default: the "
+        "benchmark's)")
     add("--judge-token-field", choices=["max_tokens", "max_completion_tokens"],
-        help="the endpoint's name for that limit (default: max_tokens); newer OpenAI models accept only the "
-        "second")
+        help="the endpoint's name for that limit; newer OpenAI models accept only the second (default: "
+        "max_tokens)")
     add("--judge-no-temperature", action="store_true",
-        help="send no temperature, which OpenAI's reasoning models reject")
+        help="omit the temperature from requests, because OpenAI's reasoning models reject it")
     seconds = flags.number(int, lambda n: 1 <= n <= 3600, "a whole number of seconds, at most 3600")
-    add("--judge-timeout", type=seconds, default=60, metavar="SECONDS", help="timeout per request")
+    add("--judge-timeout", type=seconds, default=60, metavar="SECONDS",
+        help="number of seconds before a request times out")
     percent = f"{audit.UNREAD:.0%}".replace("%", "%%")
     add("--allow-unread", action="store_true",
-        help=f"score even if more than {percent} of the judge's verdicts cannot be read")
+        help=f"score even if more than {percent} of the judge's verdicts are unreadable")
 
 
 def check_paths(args):
     """Raises InputError for a file where a folder is expected, and vice versa."""
     for name in ("model", "adapter", "vision", "data", "out", "dir"):
         if (path := getattr(args, name, None)) and os.path.isfile(path):
-            raise InputError(f"{'' if name == 'dir' else f'--{name} '}{path} is a file, expected a folder")
+            raise InputError(f"{'' if name == 'dir' else f'--{name} '}{path} is a file, not a folder")
     for name in ("tokenizer", "answers", "judged", "judge_prompts", "image"):
         paths = getattr(args, name, None) or []
         for path in paths if isinstance(paths, list) else [paths]:
             if os.path.isdir(path):
-                raise InputError(f"--{name.replace('_', '-')} {path} is a folder, expected a file")
+                raise InputError(f"--{name.replace('_', '-')} {path} is a folder, not a file")
 
 
 def check_flags(args, benchmark):
@@ -99,8 +102,8 @@ def check_flags(args, benchmark):
     if args.judged and not benchmark.read_judged:
         raise InputError(f"--judged: there are no published verdicts for {benchmark.name}")
     if args.judged and args.judge:
-        raise InputError("--judged reads verdicts and --judge requests them: use one of them")
+        raise InputError("--judged reads verdicts and --judge requests them: use only one")
     if given and not args.judge:
         raise InputError(f"--judge-{given[0].replace('_', '-')} requires --judge")
     if "runs" in given and not benchmark.runs:
-        raise InputError(f"--judge-runs: {benchmark.name} has one run")
+        raise InputError(f"--judge-runs: {benchmark.name} is judged only once")

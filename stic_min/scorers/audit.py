@@ -94,9 +94,9 @@ def read_descriptions(stem, settings):
     descriptions = {}
     for where, record in read_records(path) if path.is_file() else []:
         if not all(isinstance(record.get(name), str) for name in ("image", "description")):
-            raise InputError(f"{where}: needs the texts 'image' and 'description'")
+            raise InputError(f"{where}: needs text fields 'image' and 'description'")
         if name := find_difference(settings, record):
-            values = f"{name} {record.get(name)!r}, the answers with {settings.get(name)!r}"
-            raise InputError(f"{where}: made with {values}")
+            values = f"{name} {record.get(name)!r}, but the answers with {settings.get(name)!r}"
+            raise InputError(f"{where}: written with {values}")
         descriptions[record["image"]] = record
     return descriptions

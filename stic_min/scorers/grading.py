@@ -29,7 +29,7 @@ def start_judge(args, benchmark, stem):
         for field in benchmark.own_prompts:
             text = texts.get(field) if isinstance(texts, dict) else None
             if not isinstance(text, str) or not text.strip():
-                raise InputError(f"{args.judge_prompts}: has no text {benchmark.prompts}.{field}")
+                raise InputError(f"{args.judge_prompts}: {benchmark.prompts}.{field} is missing or not text")
     return Judge(
         args.judge_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
         key,
@@ -125,7 +125,7 @@ def save_scores(benchmark, stem, settings, limit, questions, scores, description
     path = f"{stem}.scores.json"
     saved = read_saved_run(path)
     if limit and saved and saved["limit"] is None and settings.items() <= saved.items():
-        print(f"{path} has the score of all questions: kept", file=sys.stderr)
+        print(f"{path} already has the score of all questions and is kept", file=sys.stderr)
         return
     first = questions[0]
     texts = {image: record["description"] for image, record in (descriptions or {}).items()}
@@ -154,7 +154,7 @@ def print_scores(benchmark, scores, settings):
         judges = ", ".join(note["served"]) or note["model"]
         lines.append(f"judged by {judges} (the official judge is {note['official']})")
     if note and not note["comparable"]:
-        reason = "the judge's prompt was our own wording (--judge-prompts)"
+        reason = "the judge's prompt was in our own words (see --judge-prompts)"
         lines.append(f"not comparable with published numbers: {reason}")
     elif benchmark.name in published.BENCHMARKS:
         base = published.guess_base([settings.get("model") or ""])

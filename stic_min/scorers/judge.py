@@ -182,7 +182,7 @@ class Judge:
             except Refused as refusal:
                 if trial == TRIES:
                     raise JudgeError(
-                        f"judge {self.url}: no usable reply about {where} in {TRIES} tries ({refusal}); "
+                        f"judge {self.url}: no usable reply for {where} in {TRIES} tries ({refusal}); "
                         "verdicts so far are kept; run the same command to resume"
                     ) from None
                 wait = min(max(WAIT * 2 ** (trial - 1), refusal.wait or 0), LONGEST_WAIT)

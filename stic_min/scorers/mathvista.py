@@ -149,7 +149,7 @@ def read_judged(paths):
     {"pid", "extraction"}. Raises InputError: not one file, neither form, a pid repeated or missing, no
     extraction."""
     if len(paths) != 1:
-        raise InputError(f"MathVista: {len(paths)} files of extractions, expected one")
+        raise InputError(f"MathVista: {len(paths)} files of extractions; expected one")
     entries = _official_entries(paths[0])
     if entries is None:
         entries = [(where, record.get("pid"), record) for where, record in read_records(paths[0])]
@@ -321,7 +321,7 @@ def report(scores: dict) -> str:
              f"accuracy in % [95% interval], rule {scores['rule']}"]  # fmt: skip
     if scores["unextracted"]:
         lines += [f"A lower bound: {scores['unextracted']} answers could not be extracted by the rules and "
-                  "count as wrong; extracting them takes a judge"]  # fmt: skip
+                  "count as wrong; extracting them requires a judge"]  # fmt: skip
     rows = [("all", scores)]
     for tag in PRINTED:
         rows.append((tag.replace("_", " "), None))

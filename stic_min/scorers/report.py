@@ -78,17 +78,17 @@ def read_results(folder: str | Path) -> list[Row]:
         if name not in published.BENCHMARKS:  # the toy world's are not in the paper
             continue
         if not is_ours(result):
-            raise InputError(f"{path}: not written by this version of evaluate.py: run `score` again")
+            raise InputError(f"{path}: not written by this version of evaluate.py; run `score` again")
         run = result["run"]
         if other := audit.find_other_answers(path, run):
-            raise InputError(f"{path}: not the score of {other}: run `score` again")
+            raise InputError(f"{path}: not the score of the answers in {other}; run `score` again")
         keys = ("model", "adapter", "mode", "fingerprint", "template", "image_mode")
         results = by_run.setdefault(tuple(run.get(key) for key in keys), {})
         if name in results:
-            raise InputError(f"{path}: a second score of the same run, of {run['model']} on {name}")
+            raise InputError(f"{path}: a second score of the same run ({run['model']} on {name})")
         results[name] = result
     if not by_run:
-        raise InputError(f"{folder}: contains no .scores.json of a benchmark")
+        raise InputError(f"{folder} contains no .scores.json of a benchmark")
     rows = []
     one_model = len({model for model, *_ in by_run}) == 1
     for (model, adapter, mode, *details), results in by_run.items():
@@ -340,8 +340,8 @@ def write(folder: str | Path) -> None:
     charts = [chart(name, rows, base) for name in names]
     body = [
         "<h1>STIC: scores on the paper's benchmarks</h1>",
-        f"<p class=note>{escape(', '.join(models))}. {escape(remarks[0])} Bars: blue ours, gray the paper's, "
-        f"ocher LLaVA's own, both for LLaVA-{base[1:]} 7B.</p>",
+        f"<p class=note>{escape(', '.join(models))}. {escape(remarks[0])} Bars: blue is ours, gray the "
+        f"paper's, ocher LLaVA's own (the last two for LLaVA-{base[1:]} 7B).</p>",
         f"<div class=charts>{''.join(charts)}</div>",
         *(f"<h2>{escape(table.title)}</h2>{html_table(table.header, table.rows, table.ours)}"
           for table in paper_tables),

@@ -5,7 +5,7 @@
   python -m stic_min.toy study    the paper's tables on the toy world, plus further controls, over several
                                   seeds; one process per core; run the same command again to resume
 
-The base model (1.3 M parameters) comes with the project; `python -m stic_min.toy.pretrain` trains another
+The base model (1.3M parameters) comes with the project; `python -m stic_min.toy.pretrain` trains another
 from scratch.
 """
 
@@ -24,26 +24,28 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m stic_min.toy", description=__doc__, formatter_class=flags.HelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo")
+    parser.add_argument("command", nargs="?", choices=["demo", "study"], default="demo",
+                        help="command to run")
     parser.add_argument("--model", metavar="DIR", action="append", type=Path,
-                        help="base model (default: the one in the project); repeat the flag to study several")
-    parser.add_argument("--seed", type=flags.seed_value, default=0, help="random seed; the first of a study")
+                        help="base model folder; repeat the flag to study several (default: the project's)")
+    parser.add_argument("--seed", type=flags.seed_value, default=0,
+                        help="random seed; for a study, the first of --seeds")
     parser.add_argument("--images", type=flags.positive, default=1000, metavar="N",
-                        help="pairs for stage 1, one per picture; stage 2 gets half as many instructions")
+                        help="number of pairs for stage 1, one per picture; stage 2 gets half as many")
     parser.add_argument("--test-images", type=flags.positive, metavar="N",
-                        help="number of pictures for evaluation (default: 300; study: 1000)")
+                        help="number of pictures for evaluation (default: 300; for a study 1000)")
     parser.add_argument("--out", metavar="DIR", type=Path,
-                        help="output folder (default: toy-run; study: toy-study)")
+                        help="output folder (default: toy-run; for a study toy-study)")
     group = parser.add_argument_group("study", study.overview())
     group.add_argument("--seeds", type=flags.positive, metavar="N",
                        help="number of seeds, each with its own pictures (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
     group.add_argument("--processes", type=flags.positive, metavar="N",
-                       help="number of chains to run at a time, one core each (default: all cores)")
+                       help="number of chains to run in parallel, one core each (default: all cores)")
     args = parser.parse_args()
     models = args.model or [recipe.BASE]
     if args.command == "demo" and (len(models) > 1 or args.seeds or args.split or args.processes):
-        parser.error("several --model, --seeds, --split and --processes are for the study")
+        parser.error("--seeds, --split, --processes and more than one --model are only for the study")
     for model in models:
         read_json(model / "config.json")  # report a wrong --model before drawing anything
     torch.set_num_threads(1)  # a second thread only slows down a model of this size

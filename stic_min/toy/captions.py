@@ -1,4 +1,4 @@
-"""Scores the toy world's captions: hallucinated and omitted objects (CHAIR, precision, recall, F1).
+"""The toy world's captions: hallucinated and omitted objects (CHAIR, precision, recall, F1).
 
 Data: `captions.json`, written by `python -m stic_min.toy`: {"vocabulary": names of all possible objects,
 "captions": [{"question_id", "image", "text": the captioning prompt, "objects": the objects in the picture,

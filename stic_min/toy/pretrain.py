@@ -6,7 +6,7 @@
 2. the ViT, supervised with the contents of each cell;
 3. projector and decoder on captions, questions and descriptions (world.record), the ViT frozen, as in LLaVA.
 
-Writes an ordinary LLaVA folder in bf16, with pretrain.json: seed, command, time, losses and dev scores.
+Writes an ordinary LLaVA checkpoint in bf16, and pretrain.json: seed, command, time, losses and dev scores.
 """
 
 import argparse
@@ -284,18 +284,18 @@ def dev_scores(llava, count=400):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--out", required=True, metavar="DIR", help="output folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="output folder for the checkpoint")
     parser.add_argument("--seed", type=flags.seed_value, default=0,
                         help="random seed for weights, records and their order")
-    parser.add_argument("--scenes", type=flags.positive, default=world.TRAINED_ON,
+    parser.add_argument("--scenes", type=flags.positive, metavar="N", default=world.TRAINED_ON,
                         help="number of scenes (and pictures) in the training data")
-    parser.add_argument("--steps", type=flags.positive, default=STEPS,
-                        help="number of decoder steps, 32 records each")
+    parser.add_argument("--steps", type=flags.positive, metavar="N", default=STEPS,
+                        help="number of training steps of the decoder, 32 records each")
     args = parser.parse_args()
     out = Path(args.out)
     begin = time.monotonic()
     if (out / "config.json").exists():
-        raise InputError(f"{out} holds a model; choose another --out, or delete the folder")
+        raise InputError(f"{out} contains a model; choose another --out, or delete the folder")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 

@@ -1,4 +1,4 @@
-"""The recipe on the toy world: the four scripts with flags that suit a model of 1.3 M parameters."""
+"""The recipe on the toy world: the four scripts with flags that suit a model of 1.3M parameters."""
 
 import os
 import runpy

@@ -157,7 +157,7 @@ def run_jobs(jobs, total, processes):
 
 def run(models, out, seeds, pairs, split, test_images, processes):
     if len({m.resolve().name for m in models}) < len(models):
-        raise InputError("two of --model have the same name")
+        raise InputError("two --model folders have the same name")
     settings = {"images": pairs, "split": split, "test_images": test_images}
     for model in models:
         recipe.claim(out / model.resolve().name, settings, model)

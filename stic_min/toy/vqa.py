@@ -1,4 +1,4 @@
-"""Scores the toy world's questions about pictures: accuracy by type of question.
+"""The toy world's questions about pictures: accuracy by type of question.
 
 Data: `questions.json`, written by `python -m stic_min.toy`: [{"question_id", "image", "type", "text",
 "answer"}]. An answer is right if it equals the true answer, ignoring case, surrounding whitespace and one

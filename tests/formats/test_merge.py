@@ -143,7 +143,7 @@ def test_a_lost_change_is_a_warning(tiny, tmp_path, capsys, size, flags, warns):
     with mock.patch.object(sys, "argv", list(map(str, command))):
         main()
     captured = capsys.readouterr()
-    assert re.search(r"wrote .*out; \d+\.\d\d% of the change", captured.out)
+    assert re.search(r"wrote .*out; \d+\.\d\d% of the update", captured.out)
     lines = [line for line in captured.err.splitlines() if line.startswith("warning: ")]
     assert [warns in line for line in lines] == ([True] if warns else [])
 

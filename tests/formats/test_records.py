@@ -107,10 +107,10 @@ def test_lists_of_names(tmp_path, text):
 
 
 @pytest.mark.parametrize("text, complaint", [
-    ("[]", "no names of images"), ("\ufeff\r\n", "no names of images"), ('["a.jpg", ', "not JSON"),
-    ('{"image": "a.jpg"}', "contains JSON objects, not names"),
-    ('{"description": 1}', "contains descriptions .*, not names"),
-    (json.dumps([FORMS["POVID"]]), "contains preference pairs .*, not names")])
+    ("[]", "no image names"), ("\ufeff\r\n", "no image names"), ('["a.jpg", ', "not JSON"),
+    ('{"image": "a.jpg"}', "contains JSON objects, not image names"),
+    ('{"description": 1}', "contains descriptions .*, not image names"),
+    (json.dumps([FORMS["POVID"]]), "contains preference pairs .*, not image names")])
 def test_files_without_names_are_an_error(tmp_path, text, complaint):
     (tmp_path / "names").write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=f"^{tmp_path}/names.*{complaint}"):

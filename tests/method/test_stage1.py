@@ -78,9 +78,10 @@ def test_stage1_starts_at_theta_0(runs):
     assert records[0]["dpo"] == pytest.approx(math.log(2), abs=1e-5) and abs(records[0]["margin"]) < 1e-6
     assert all(abs(r["margin"]) > 1e-6 for r in records[1:])
     assert all(r["loss"] == pytest.approx(r["dpo"] + r["alpha_nll"], abs=1e-6) for r in records)
+    assert all(r["alpha_nll"] == pytest.approx(-r["logp_chosen"] / 1024, rel=1e-5) for r in records)  # the default
     assert [r["lr"] for r in records] == pytest.approx([1e-3, 1e-3, 0.5e-3])  # warm-up, then a cosine
     printed = runs.printed["stage1"]
-    assert "8 pairs, 0 cut to 1024 tokens" in printed and f"step {STEPS}/{STEPS}" in printed
+    assert "8 pairs, 0 truncated to 1024 tokens" in printed and f"step {STEPS}/{STEPS}" in printed
 
 
 def test_there_is_no_weight_decay(runs, tmp_path):

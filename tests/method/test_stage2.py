@@ -44,7 +44,7 @@ def test_stage2_trains_on_every_answer_of_the_described_records_only(runs):
     records = log(runs.out / "stage2")
     assert sum(r["answer_tokens"] for r in records) == sum(len(encode(answer)) for answer in answers)
     assert all(set(r) == {"step", "loss", "answer_tokens", "grad_norm", "lr"} for r in records)
-    counts = "8 described of 8 records with an image, 10 in all; 8 used for training, 0 cut to 2048 tokens"
+    counts = "8 described of 8 records with an image, 10 in all; 8 used for training, 0 truncated to 2048 tokens"
     assert counts in runs.printed["stage2"]
 
 

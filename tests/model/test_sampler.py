@@ -110,11 +110,11 @@ def test_images_are_a_list_of_images(llava, rows, tiny):
     response_logp = lambda prompt, images: llava.response_logp(prompt, "Yes", images)
     generate = lambda prompt, images: llava.generate([prompt], [images])
     for call in llava.logits, response_logp, generate:
-        with pytest.raises(TypeError, match="images is one Image, it has to be a list of PIL images"):
+        with pytest.raises(TypeError, match="images is a single Image; pass a list of PIL images"):
             call(prompt, image)
-        with pytest.raises(TypeError, match="images holds a str, not a PIL image: open it with PIL.Image"):
+        with pytest.raises(TypeError, match="images contains a str, not a PIL image: open it with PIL.Image"):
             call(prompt, [str(tiny / "images" / "scene_01.jpg")])
-    with pytest.raises(TypeError, match="prompts is one str, it has to be a list; images"):
+    with pytest.raises(TypeError, match="prompts is a single str; pass a list"):
         llava.generate(prompt, [[image]])
 
 

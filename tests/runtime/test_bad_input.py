@@ -174,7 +174,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no shard": ("pairs", drops(SHARD), MODEL16, rf"missing shard {{w}}/{SHARD}"),
     "truncated weights": ("pairs", cuts(MODEL), "", rf"can't read {{w}}/{MODEL}"),
     "no weights": ("stage1", drops(MODEL), "", r"no weights in {w}/model: "),
-    "wrong shape": ("stage1", config(intermediate_size=48), "", rf"{MODEL}: \S+ is \(\d+, \d+\), the config"),
+    "wrong shape": ("stage1", config(intermediate_size=48), "", rf"{MODEL}: \S+ is \(\d+, \d+\), but the config"),
     "unknown tensor": ("ask", weights(MODEL, lambda t: t.update(odd=torch.ones(1))), "",
                        rf"{MODEL}: unknown key odd"),
     "no norm": ("merge", weights(MODEL, lambda t: t.pop("model.norm.weight")), "",
@@ -208,7 +208,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no LoRA settings": ("ask", puts(ADAPTER_CONFIG, b"[]"), "",
                          r"{w}/stage1/adapter_config.json: "),
     "other weights": ("ask", other_base, "",
-                      r"{w}/stage1 was trained on other weights .*{w}/model; .*--other-base"),
+                      r"{w}/stage1 was trained on weights .* other than those of {w}/model; .*--other-base"),
     "made of the base": ("ask", edits(ADAPTER_CONFIG, lambda c: c.update(init_lora_weights="pissa")), "",
                          r"{w}/stage1/adapter_config.json: init_lora_weights 'pissa' changes the base"),
     "another rank": ("stage2", None, "--lora-r 8", r"--lora-r 8: {w}/stage1 has 2"),
@@ -221,7 +221,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
                                        shutil.move(w / "train", w / "images")], "",
                    r"no images directly in {w}/images, but 2 in its subfolders such as train/: pass one"),
     "from a phone": ("pairs", each(lambda path: path.rename(path.with_suffix(".HEIC"))), "",
-                   r"no images in {w}/images but 2 \.heic files: convert them"),
+                   r"no images in {w}/images, only 2 \.heic files: convert them"),
     "float pixels": ("stage1", lambda w: Image.new("F", (9, 9)).save(w / "images" / B, "TIFF"), "",
                      rf"can't read image {{w}}/images/{B}: its pixels are 32-bit floats"),
     "no such folder": ("pairs", None, "--images {w}/nowhere", r"no such image folder: {w}/nowhere"),
@@ -266,7 +266,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "NaN weights": ("scienceqa", weights(MODEL, damaged), "",
                     r"4: the model's logits in float32 are NaN or infinite; the checkpoint .* damaged"),
     "NaN in training": ("stage1", weights(MODEL, damaged), "",
-                        r"before step 1 the DPO term is nan, not ln 2"),
+                        r"before step 1, the DPO term is nan, not ln 2"),
     "too fast": ("stage1", None, "--lr 1e30 --batch-size 1",
                  r"step 2: the loss is .* the gradient .*, line 2"),
     "long question": ("ask", config(tokenizer_model_max_length=20), "",
@@ -295,7 +295,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
                                      r"contains instructions"),
     "descriptions as instructions": ("stage2", None, "--instructions {w}/descriptions.jsonl",
                                      r"contains descriptions"),
-    "pairs as names": ("pairs", None, "--names {w}/pairs.jsonl", r"contains preference pairs .*, not names"),
+    "pairs as names": ("pairs", None, "--names {w}/pairs.jsonl", r"contains preference pairs .*, not image names"),
     # instructions and descriptions
     "broken list": ("stage2", cuts(RECORDS), "", r"{w}/instructions.json: not JSON"),
     "texts only": ("describe", edits(RECORDS, lambda r: r.__delitem__(slice(2))), "",
@@ -420,7 +420,7 @@ def test_check_lists_all_problems(w, capsys):
     names = [re.search(r"none.png|line 5|scene_02.png: ", problem)[0] for problem in problems]
     assert names == ["line 5", "none.png", "scene_02.png: "]
     assert "3 usable, 2 images" in out and f"1 images appear more than once: {w}/images/{A}" in out
-    assert lines == ["error: the run would fail, for 3 reasons"]
+    assert lines == ["error: the run would fail for 3 reasons"]
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2", "pairs", "describe"])
@@ -437,7 +437,7 @@ def test_check_passes_good_input(w, capsys, name):
 def test_check_counts_what_would_be_cut_or_skipped(w, capsys):
     assert outcome(w, "stage1", "--check", "--max-length", 97) == 0
     out = printed(capsys)[0]
-    assert re.search(rf"^  cut +2 to 97 tokens: \S+/pairs.jsonl, line 1 \({A}\), ", out, re.MULTILINE), out
+    assert re.search(rf"^  truncated +2 to 97 tokens: \S+/pairs.jsonl, line 1 \({A}\), ", out, re.MULTILINE), out
     cut(w / "images" / A)
     (w / "names").write_text(f"{A}\n{B}\n{B}\nnone.png\n")
     assert outcome(w, "pairs", "--check", "--names", w / "names") == 0  # a run would only warn
@@ -489,12 +489,12 @@ def test_generation_skips_long_prompts_and_empty_responses(w, capsys):
     with mock.patch("stic_min.text.Tokenizer.decode", return_value=""):
         assert outcome(w, "pairs") == 1
     *warnings, error = printed(capsys)[1]
-    assert warnings == [f"warning: skipped: {name}: the model's response is empty" for name in (A, B)]
+    assert warnings == [f"warning: skipped: {name}: the model returned an empty response" for name in (A, B)]
     assert error == "error: no pairs: every image was skipped"
     config(tokenizer_model_max_length=20)(w)
     assert outcome(w, "pairs", "--out", w / "other.jsonl") == 1
     *warnings, _ = printed(capsys)[1]
-    too_long = r"prompt of \d+ tokens, the model's limit is 20$"
+    too_long = r"the prompt has \d+ tokens, but the model's limit is 20$"
     assert len(warnings) == 2 and all(re.search(too_long, warning) for warning in warnings)
 
 
@@ -503,7 +503,7 @@ def test_a_long_question_counts_as_wrong(w, capsys):
     assert outcome(w, "scienceqa") == 0
     out, warnings = printed(capsys)
     assert 0 < len(warnings) < 6 and f"6 questions, {len(warnings)} without a prediction" in out
-    too_long = r"question \d+ has no answer: \d+ tokens longer than the model"
+    too_long = r"question \d+ is skipped: it is \d+ tokens longer than the model"
     assert all(re.search(too_long, warning) for warning in warnings)
 
 
@@ -534,11 +534,11 @@ def test_the_longest_sequence(w, capsys, name, damage, flags, limit):
     if damage:
         damage(w)
     assert outcome(w, name, *flags.format(w=w).split()) == 0
-    assert f"0 cut to {limit} tokens" in printed(capsys)[0]
+    assert f"0 truncated to {limit} tokens" in printed(capsys)[0]
 
 
 @pytest.mark.parametrize("name, counts", [
-    ("stage1", "1 pairs, 0 cut"), ("stage2", "1 used for training, 0 cut")])
+    ("stage1", "1 pairs, 0 truncated"), ("stage2", "1 used for training, 0 truncated")])
 def test_limit(w, capsys, name, counts):
     assert outcome(w, name, "--limit", 1) == 0
     assert counts in printed(capsys)[0]
@@ -573,7 +573,7 @@ def test_a_benchmark_question_with_a_bad_image_counts_as_wrong(w, capsys):
     cut(w / "scienceqa/images/test/4/image.png")
     assert outcome(w, "scienceqa") == 0
     out, [warning] = printed(capsys)
-    assert warning.startswith("warning: question 4 has no answer: can't read image ")
+    assert warning.startswith("warning: question 4 is skipped: can't read image ")
     assert "6 questions, 1 without a prediction" in out
 
 
@@ -581,7 +581,7 @@ def test_a_benchmark_question_with_a_bad_image_counts_as_wrong(w, capsys):
 def test_cut_responses_are_counted(w, capsys, length, cuts):
     write(w / PAIRS, [pair(A, "A", "B"), pair(B)])
     assert outcome(w, "stage1", "--max-length", length) == 0
-    assert f"2 pairs, {cuts} cut to {length} tokens" in printed(capsys)[0]
+    assert f"2 pairs, {cuts} truncated to {length} tokens" in printed(capsys)[0]
 
 
 @pytest.mark.parametrize("name, flags", [
@@ -649,7 +649,7 @@ def test_resuming_with_another_micro_batch_prints_what_that_changes(w, capsys):
     stopped(w, "stage2", "--batch-size", 1)
     capsys.readouterr()
     assert outcome(w, "stage2", "--batch-size", 1, "--micro-batch", 2) == 0
-    assert "with micro_batch 1 before: dropout masks differ from here on" in printed(capsys)[0]
+    assert "changed since the checkpoint: micro_batch (was 1); dropout masks differ from here on" in printed(capsys)[0]
 
 
 def test_ten_checkpoints_in_a_run_and_the_newest_are_kept(w, capsys):

@@ -57,7 +57,7 @@ def test_help_shows_every_default_zero_included(monkeypatch, capsys):
         evaluate.main()
     text = " ".join(capsys.readouterr().out.split())
     assert "0 is greedy (default: 0.0)" in text and "random seed (default: 0)" in text
-    assert "per response (default: 1024)" in text and "None" not in text and "default: False" not in text
+    assert "in tokens (default: 1024)" in text and "None" not in text and "default: False" not in text
 
 
 @pytest.mark.parametrize("seconds, text", [(0, "0:00"), (65, "1:05"), (59.6, "1:00"), (3700, "1:01:40")])

@@ -37,7 +37,7 @@ def test_a_finished_run_is_an_adapter_with_its_projector(runs, two_ranks, tmp_pa
 def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
     command = ["stic_min.merge", "--model", runs.model, "--out"]
     exact = call(*command, tmp_path / "exact", "--adapter", runs.out / "stage2", "--dtype", "float32")
-    assert "100.00% of the change survived rounding" in exact
+    assert "100.00% of the update survived rounding" in exact
     images = [open_image(runs.tiny / "images" / "scene_02.png")]
     vision = runs.tiny / "clip-tiny"
     logits = lambda path, **options: load_llava(path, **options).logits("<image>\nWhat is this?", images)
@@ -48,7 +48,7 @@ def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
     rates = ["--lr", 1e-7, "--projector-lr", 0]  # so small an update is mostly lost to rounding
     call(*runs.commands["stage1"], *rates, "--out", tmp_path / "small")
     printed = run_script(*command, tmp_path / "stored", "--adapter", tmp_path / "small")
-    assert abs(float(printed.split("; ")[1].split("% of the change survived")[0])) < 90
+    assert abs(float(printed.split("; ")[1].split("% of the update survived")[0])) < 90
     kinds = lambda file: {key: (value.dtype, value.shape) for key, value in load_file(file).items()}
     for file in runs.model.glob("*.safetensors"):
         assert kinds(file) == kinds(tmp_path / "stored" / file.name)
@@ -56,9 +56,9 @@ def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
 
 @pytest.mark.parametrize("script, shown", [
     ("generate_pairs", {"--temperature": "0.2", "--seed": "0", "--max-new-tokens": "1024"}),
-    ("train_stage1", {"--lr": "1e-07", "--projector-lr": "2e-05", "--beta": "0.1", "--alpha": f"{1 / 1024}",
+    ("train_stage1", {"--lr": "1e-07", "--projector-lr": "2e-05", "--beta": "0.1", "--alpha": "1/1024, as in the paper",
                       "--batch-size": "4", "--lora-dropout": "0.0",
-                      "--max-length": "1024, in anyres mode 4096"}),
+                      "--max-length": "1024; 4096 in anyres mode"}),
     ("train_stage2", {"--lr": "2e-05", "--lora-dropout": "0.05", "--batch-size": "64", "--seed": "0"}),
     ("evaluate", {"--temperature": "0.0", "--seed": "0", "--batch-size": "8"})])
 def test_help_shows_the_defaults(script, shown, capsys):

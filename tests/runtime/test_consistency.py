@@ -106,7 +106,7 @@ def test_stage_2_without_the_adapter_of_its_descriptions(world, capsys, monkeypa
 def test_stage_2_from_an_adapter_of_stage_2(world, capsys):
     assert outcome(world, "stage2", "--out", world / "stage2") == 0
     assert warnings(world, capsys, "stage2", "--adapter", world / "stage2") == [
-        "--adapter W/stage2 was trained by stage 2; stage 2 should start from stage 1's"]
+        "--adapter W/stage2 was trained by stage 2; start from a stage-1 adapter instead"]
 
 
 @pytest.mark.parametrize("name", ["pairs", "describe", "stage1", "stage2"])
@@ -123,13 +123,13 @@ def test_equal_pairs_are_counted(world, capsys, tmp_path):
     write(file, [pair(A, "Same.", "Same."), pair(B), pair(B, "Cut after this.", "Cut after that.")])
     assert outcome(world, "stage1", "--pairs", file, "--check") == 0
     out, lines = printed(capsys)
-    assert f"  equal        1 pairs, no preference to learn from: {file}, line 1 ({A})\n" in out and not lines
+    assert f"  equal        1 pairs with identical responses: {file}, line 1 ({A})\n" in out and not lines
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
     assert printed(capsys)[1] == [
-        "warning: 1 of 3 pairs have identical chosen and rejected: nothing to learn"]
+        "warning: 1 of 3 pairs have identical responses: no preference to learn"]
     # as trained: at 98 tokens, the difference in the third pair is cut off
     assert outcome(world, "stage1", "--pairs", file, "--check", "--max-length", 98) == 0
-    assert "  equal        2 pairs, " in printed(capsys)[0]
+    assert "  equal        2 pairs with identical responses: " in printed(capsys)[0]
 
 
 def test_repeated_pairs_are_counted(world, capsys, tmp_path):
@@ -138,7 +138,7 @@ def test_repeated_pairs_are_counted(world, capsys, tmp_path):
     assert outcome(world, "stage1", "--pairs", file, "--check") == 0
     assert "  repeated     2 samples repeat an earlier one\n" in printed(capsys)[0]
     assert outcome(world, "stage1", "--pairs", file, "--out", tmp_path / "out") == 0
-    assert printed(capsys)[1] == ["warning: 2 of 4 pairs repeat another one"]
+    assert printed(capsys)[1] == ["warning: 2 of 4 pairs repeat an earlier one"]
 
 
 def test_identical_texts(world, capsys, tmp_path):
@@ -160,7 +160,7 @@ def test_generation_counts_identical_responses(world, capsys, tmp_path, monkeypa
     monkeypatch.setattr("stic_min.text.Tokenizer.decode", lambda self, ids: "~~~~")
     assert outcome(world, "pairs", "--images", tmp_path, "--out", tmp_path / "out.jsonl") == 0
     out, lines = printed(capsys)
-    assert "10 of 10 pairs have identical chosen and rejected" in out
+    assert "10 of 10 pairs have identical responses" in out
     assert lines == ["warning: 10 of 10 chosen responses are identical: '~~~~'"]
 
 

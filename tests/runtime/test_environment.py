@@ -153,7 +153,7 @@ def test_ranks_that_do_not_find_each_other(monkeypatch, rank, taken, capfd):
     (OSError(errno.ESTALE, "Stale file handle"), "error: reading or writing: Stale file handle"),
     (RuntimeError("can't start new thread"),
      "error: can't start a thread: the limit on processes (ulimit -u)"),
-    (MemoryError(), "error: out of memory (of the machine). Training: "),
+    (MemoryError(), "error: out of memory (main memory). Training: "),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity of 79.11 GiB"),
      "error: out of memory (CUDA out of memory. Tried to allocate 2.00 GiB). Training: "),
     (dist.DistBackendError("NCCL error in: a.cpp:3690\nLast error:\nDuplicate GPU detected : rank 1"),

@@ -294,7 +294,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(stage1, tmp_path):
     size = (tmp_path / "checkpoint-6" / "adapter_model.safetensors").stat().st_size + 1000
     status, message = run_on_a_full_disk(command, size)
     assert status == 1 and message.startswith(f"error: can't write a checkpoint of step 8 to {tmp_path} (")
-    assert message.endswith(f"{tmp_path}/checkpoint-6 is complete: run the same command to resume from it")
+    assert message.endswith(f"{tmp_path}/checkpoint-6 is complete; run the same command to resume from it")
     assert not (tmp_path / "checkpoint.new").exists()  # it would keep the disk full
     assert "resuming after step 6" in call(*command) and identical(tmp_path, stage1.ones)
 

@@ -20,7 +20,7 @@ from stic_min.runtime import console, process
 
 ROOT = Path(__file__).resolve().parents[2]
 STOPPED, KEPT = (
-    "stopped after step 3; the same command goes on from there",
+    "stopped after step 3; run the same command to resume",
     "stopped; completed output is kept",
 )
 WRONG = "error: sample 7 is off"

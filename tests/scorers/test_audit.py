@@ -221,14 +221,15 @@ def test_descriptions_of_another_run(two, fails):
     out, score = two
     path = out / "chartqa-base-dar.descriptions.jsonl"
     change(path, adapter="stage2")
-    assert fails(*score)[1] == f"{path}, line 1: made with adapter 'stage2', the answers with None"
+    assert fails(*score)[1] == f"{path}, line 1: written with adapter 'stage2', but the answers with None"
 
 
 def test_a_table_of_scores_beside_other_answers(two, fails):
     out, _ = two
     change(out / "chartqa-base-dar.jsonl", fingerprint="ffffffffffff")
     path = out / "chartqa-base-dar"
-    assert fails("table", out)[1] == f"{path}.scores.json: not the score of {path}.jsonl: run `score` again"
+    other = f"{path}.scores.json: not the score of the answers in {path}.jsonl; run `score` again"
+    assert fails("table", out)[1] == other
 
 
 def test_mmvets_score_of_other_answers_is_not_shown(world, tmp_path):
@@ -240,7 +241,7 @@ def test_mmvets_score_of_other_answers_is_not_shown(world, tmp_path):
         result = {"run": settings | {"seed": seed, "limit": None}}
         write_json(tmp_path / "mmvet-base-direct.scores.json", result)
         said = run(world, "mmvet", tmp_path)
-        assert ("its score is in" in said) is shown and ("no score yet" in said) is not shown
+        assert ("the score is in" in said) is shown and ("no score yet" in said) is not shown
 
 
 # ---------------------------------------------------------------- --check
@@ -267,7 +268,7 @@ def test_check_reports_on_each_benchmark(world, tmp_path):
         assert said["images"] == f"{images}, 0 of them can't be read" and said.get("of them") == groups
         assert said["tokens"].startswith("a question with its image: ")
         assert said["last"] == "check passed: no problems found"
-        assert said["memory"].startswith("about ") and said["time"].startswith(f"{questions} responses of, say, ")
+        assert said["memory"].startswith("about ") and f" for {questions} responses, assuming " in said["time"]
         judge = {"llavabench": "not given (--judge): no score", "mmvet": "not given (--judge): no score"}
         wrong = "not given (--judge): answers that only a judge can read count as wrong"
         assert said["judge"] == judge.get(name, wrong if name in JUDGED else "not needed")
@@ -282,8 +283,8 @@ def test_check_with_dar_counts_both_calls(world, tmp_path):
         said = run(world, "chartqa", tmp_path / "out", *flags).splitlines()
         blind = run(world, "chartqa", tmp_path / "out", *flags, "--blind").splitlines()
     for report, descriptions in (said, 2), (blind, 1):
-        assert [line.split(":")[0].split("time")[1].strip() for line in report if line.startswith("  time")] == [
-            f"{descriptions} responses of, say, 8 tokens", "4 responses of, say, 5 tokens"]  # fmt: skip
+        assert [line.split(" for ")[1] for line in report if line.startswith("  time")] == [
+            f"{descriptions} responses, assuming 8 tokens each", "4 responses, assuming 5 tokens each"]  # fmt: skip
 
 
 def test_check_says_what_is_already_there_and_refuses_what_does_not_go_with_it(world, tmp_path, fails):
@@ -303,7 +304,7 @@ def test_check_counts_images_that_can_not_be_read(own, tmp_path, fails, name, fa
     if fatal:
         said, error = fails(*command(own, name, tmp_path / "out", "--check"))
         assert f"can't be asked; {name} is scored only as a whole" in said
-        assert error == "the run would fail, for 1 reason"
+        assert error == "the run would fail for 1 reason"
     else:
         said = run(own, name, tmp_path / "out", "--check")
     assert ", 1 of them can't be read\n    unread     can't read image " in said and str(picture) in said
@@ -351,12 +352,12 @@ def test_a_file_in_the_place_of_a_folder(world, tmp_path, fails, flag):
     path.write_text("{}")
     with no_weights():
         _, error = fails(*command(world, "chartqa", tmp_path / "out", flag, path))
-    assert error == f"{flag} {path} is a file, expected a folder"
+    assert error == f"{flag} {path} is a file, not a folder"
 
 
 def test_a_table_of_a_file(tmp_path, fails):
     (tmp_path / "file").write_text("{}")
-    assert fails("table", tmp_path / "file")[1] == f"{tmp_path / 'file'} is a file, expected a folder"
+    assert fails("table", tmp_path / "file")[1] == f"{tmp_path / 'file'} is a file, not a folder"
 
 
 @pytest.mark.parametrize("flag", ["--answers", "--judged", "--judge-prompts", "--image", "--tokenizer"])
@@ -364,7 +365,7 @@ def test_a_folder_in_the_place_of_a_file(world, tmp_path, fails, flag):
     asked = {"--image": ["ask", "What?", "--model", world / "llava-v1.6-tiny"],
              "--tokenizer": ["ask", "What?", "--model", world / "llava-v1.6-tiny"]}  # fmt: skip
     score = ["score", "mmvet", "--data", world / "mmvet"]
-    assert fails(*asked.get(flag, score), flag, tmp_path)[1] == f"{flag} {tmp_path} is a folder, expected a file"
+    assert fails(*asked.get(flag, score), flag, tmp_path)[1] == f"{flag} {tmp_path} is a folder, not a file"
 
 
 def test_an_output_that_can_not_be_written_is_said_before_the_model_is_loaded(world, tmp_path, fails):

@@ -309,7 +309,7 @@ def test_what_is_printed(clean, name, mode):
     assert harness.get_benchmark(name).report(saved) in said
     if name in JUDGED:
         assert f"judged by {MODEL} (the official judge is gpt-" in said
-        assert "not comparable with published numbers: the judge's prompt was our own wording" in said
+        assert "not comparable with published numbers: the judge's prompt was in our own words" in said
     assert ("\n  paper, LLaVA-1.6 7B  " in said) is (name not in JUDGED)
 
 
@@ -366,7 +366,7 @@ def test_a_blind_describer_elsewhere(world, tmp_path):
 
 def test_blind_needs_dar(world, tmp_path):
     with mock.patch("stic_min.loader.load_llava", side_effect=AssertionError):
-        with pytest.raises(InputError, match="^--blind is about the description: it needs --dar$"):
+        with pytest.raises(InputError, match="^--blind changes how descriptions are generated: it needs --dar$"):
             call(*command(world, "mmbench", "direct", tmp_path), "--blind")
 
 
@@ -418,7 +418,7 @@ def test_without_a_judge_it_says_how_to_get_a_score(world, server, tmp_path, mon
     said = call(*command(world, name, "dar", tmp_path), *limit)
     answers = tmp_path / f"{name}-base-dar.jsonl"
     head, hint = said.splitlines()[-2:]
-    assert head == f"no score yet: {name} is graded by a judge model. With its key in OPENAI_API_KEY:"
+    assert head == f"no score yet: {name} is graded by a judge model. Set OPENAI_API_KEY, then run:"
     assert hint.startswith(f"  python evaluate.py score {name} --answers {answers} --data {world / name} --judge")
     assert not [*tmp_path.glob("*.scores.json")]
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -428,7 +428,7 @@ def test_without_a_judge_it_says_how_to_get_a_score(world, server, tmp_path, mon
     assert (saved["n"], saved["run"]["limit"]) == ((2, 2) if limit else (3, None))
     assert server.requests[0].headers["Authorization"] == f"Bearer {KEY}"
     said = call(*command(world, name, "dar", tmp_path), *limit)
-    assert said.endswith(f"its score is in {tmp_path / f'{name}-base-dar.scores.json'}\n")
+    assert said.endswith(f"the score is in {tmp_path / f'{name}-base-dar.scores.json'}\n")
 
 
 # ---------------------------------------------------------------- score, table
@@ -441,7 +441,7 @@ def done(clean, tmp_path):
 
 
 def has_paper(name, said):
-    """Whether the paper's row of the base model stands below a score."""
+    """Whether the paper's row of the base model is printed below a score."""
     return f"\n  {'paper, LLaVA-1.6 7B':<44}{published.TABLE2[False, False][name]:>6}\n" in said
 
 
@@ -667,7 +667,7 @@ def test_a_missing_picture_costs_its_own_questions(own, clean, server, tmp_path,
             process.run(evaluate.main)
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("warning: ", "error: "))]
     assert len(said) == len(lost) + stop
-    assert all(f" has no answer: no such image: '{picture}'" in line for line in said[: len(lost)])
+    assert all(f" is skipped: no such image: '{picture}'" in line for line in said[: len(lost)])
     assert not stop or f"{len(lost)} of 3 questions have no answer, the first is " in said[-1]
     kept, whole = lines(out / f"{stem}.jsonl"), lines(clean.out / f"{stem}.jsonl")
     assert kept == [r for r in whole if r["question_id"] not in lost] and 0 < len(kept) < len(whole)
@@ -691,7 +691,7 @@ def test_a_broken_picture_in_mmbench(own, clean, tmp_path, capsys, mode, picture
     file.write_text("".join([*rows, "\t".join(cells)]))
     said = call(*command(own, "mmbench", mode, out))
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1 and warnings[0].startswith(f"warning: question 260 has no answer: {reason}")
+    assert len(warnings) == 1 and warnings[0].startswith(f"warning: question 260 is skipped: {reason}")
     assert "3 questions in 6 rows, 1 without an answer" in said
     assert lines(out / f"{stem}.jsonl") == lines(clean.out / f"{stem}.jsonl")[:-1]
     file.write_text(whole)
@@ -704,7 +704,7 @@ def test_a_judge_that_is_not_there(world, done, tmp_path, monkeypatch, fails, na
     monkeypatch.setattr(judge, "TRIES", 2)
     out = tmp_path / "out"
     warnings, error = fails(*command(world, name, "dar", out, NOBODY))
-    assert re.match(rf"judge {NOBODY}/chat/completions: no usable reply about .+ in 2 tries \(.*refused.*\); verdicts "
+    assert re.match(rf"judge {NOBODY}/chat/completions: no usable reply for .+ in 2 tries \(.*refused.*\); verdicts "
                     "so far are kept; run the same command to resume", error)  # fmt: skip
     assert 0 < len(warnings) <= judge.WORKERS
     kept = files(out)
@@ -715,7 +715,7 @@ def test_a_judge_that_is_not_there(world, done, tmp_path, monkeypatch, fails, na
 
 
 @pytest.mark.parametrize("fault, message", [
-    (SILENCE, r"no usable reply about v1_\d, run \d, attempt 1 in 2 tries \(timed out\); verdicts so far are kept"),
+    (SILENCE, r"no usable reply for v1_\d, run \d, attempt 1 in 2 tries \(timed out\); verdicts so far are kept"),
     (401, r'HTTP 401 {"error": "not now"}$'), (404, r'HTTP 404 {"error": "not now"}$')])
 def test_a_judge_that_stops_answering(world, clean, server, tmp_path, monkeypatch, fails, fault, message):
     monkeypatch.setattr(judge, "TRIES", 2)
@@ -734,7 +734,7 @@ def test_a_judge_that_stops_answering(world, clean, server, tmp_path, monkeypatc
 @pytest.mark.parametrize("prompts, key, message", [
     (None, "", "--judge needs an API key: set OPENAI_API_KEY, or pass --judge-key"),
     (None, "a b", "the judge's key is empty or has invalid characters (set OPENAI_API_KEY)"),
-    ("{", KEY, "prompts.json: "), ('{"mm_vet": 1}', KEY, "prompts.json: has no text "), ("", KEY, "prompts.json: ")])
+    ("{", KEY, "prompts.json: "), ('{"mm_vet": 1}', KEY, "is missing or not text"), ("", KEY, "prompts.json: ")])
 def test_what_a_judge_needs_is_said_before_the_model_is_loaded(world, tmp_path, monkeypatch, fails, name, prompts, key,
                                                                message):  # fmt: skip
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
@@ -751,9 +751,9 @@ def test_what_a_judge_needs_is_said_before_the_model_is_loaded(world, tmp_path, 
     ("scienceqa", "--judge --judge-key k", "--judge: scienceqa is scored without a judge"),
     ("scienceqa", "--judged x.json", "--judged: there are no published verdicts for scienceqa"),
     ("mmbench", "--judged x.json", "--judged: there are no published verdicts for mmbench"),
-    ("mmvet", "--judged x.json --judge", "--judged reads verdicts and --judge requests them: use one of them"),
+    ("mmvet", "--judged x.json --judge", "--judged reads verdicts and --judge requests them: use only one"),
     ("mmvet", "--judge-model gpt-4", "--judge-model requires --judge"),
-    ("mmbench", "--judge --judge-runs 2", "--judge-runs: mmbench has one run"),
+    ("mmbench", "--judge --judge-runs 2", "--judge-runs: mmbench is judged only once"),
     ("mmvet", "--rule strict_int", "--rule strict_int: mmvet has no second rule"),
     ("mathvista", "--rule llava", "--rule llava: mathvista has lenient_int and strict_int")])
 def test_flags_that_do_not_go_together(world, done, fails, name, flags, message):
@@ -778,7 +778,8 @@ def test_a_subset_keeps_the_whole_benchmarks_score(world, done, capsys):
     whole = (done / "chartqa-base-direct.scores.json").read_bytes()
     assert "a subset: --limit 2" in call(*command(world, "chartqa", "direct", done), "--limit", 2)
     assert (done / "chartqa-base-direct.scores.json").read_bytes() == whole
-    assert "chartqa-base-direct.scores.json has the score of all questions: kept" in capsys.readouterr().err
+    kept = "chartqa-base-direct.scores.json already has the score of all questions and is kept"
+    assert kept in capsys.readouterr().err
 
 
 def test_a_mark_in_a_question_costs_that_question(own, tmp_path, capsys):
@@ -786,7 +787,7 @@ def test_a_mark_in_a_question_costs_that_question(own, tmp_path, capsys):
     questions.write_text(questions.read_text().replace("What is this?", "What is <image>?"))
     call(*command(own, "llavabench", "direct", tmp_path / "out"))
     assert [r["question_id"] for r in lines(tmp_path / "out" / "llavabench-base-direct.jsonl")] == [1, 2]
-    assert "warning: question 0 has no answer: <image> in its text" in capsys.readouterr().err
+    assert "warning: question 0 is skipped: its text contains <image>" in capsys.readouterr().err
 
 
 def test_without_any_picture_there_is_no_score(own, tmp_path, fails):

@@ -32,7 +32,7 @@ def test_to_float(text, number):
     ("5%", "0.05", True), ("0.05", "5%", True), ("5", "5%", False), ("5%", "5", False), ("5.2%", "5%", True),
     # no 5 % of zero: as text
     ("0", "0", True), ("0.0", "0", False), ("0", "0.0", False), ("0.01", "0", False), ("0%", "0", False),
-    # what is no number: the same letters, in any case
+    # not a number: the same letters, in any case
     ("Blue", "blue", True), ("blue.", "blue", False), ("1,000", "1,000", True), ("1000", "1,000", False),
     ("1,000", "1000", False), ("[1, 2]", "[1, 2]", True), ("[1,2]", "[1, 2]", False), ("", "", True),
     ("nan", "5", False), ("nan", "nan", False), ("inf", "5", False), ("inf", "inf", False), ("NaN", "0", False),

@@ -46,7 +46,7 @@ def test_a_long_description_is_cut_to_what_fits(llava, image, capsys):
         kept = dar.truncate_description(llava, description, QUESTION, [image], SAMPLING)
         assert description.startswith(kept) and len(kept) < len(description)
         assert limit - 4 <= length(llava, with_description(kept, QUESTION)) <= limit  # as much as fits, to a word
-        assert capsys.readouterr().err.startswith("warning: a description is cut from ")
+        assert capsys.readouterr().err.startswith("warning: a description was truncated from ")
     shorten(llava, empty - 1)
     assert dar.truncate_description(llava, description, QUESTION, [image], SAMPLING) is None
 

@@ -128,7 +128,7 @@ def test_an_endpoint_that_is_not_there(new, monkeypatch):
     monkeypatch.setattr(judge, "TRIES", 2)
     with JudgeServer() as server:
         pass
-    with pytest.raises(InputError, match=r"^judge http://127.+: no usable reply about q1 in 2 tries \(.*refused.*\)"):
+    with pytest.raises(InputError, match=r"^judge http://127.+: no usable reply for q1 in 2 tries \(.*refused.*\)"):
         ask(new(server))
 
 
@@ -137,7 +137,7 @@ def test_it_gives_up_and_goes_on_later(new):
         with pytest.raises(InputError) as error:
             ask(new(server))
         assert str(error.value) == (
-            f'judge {server.url}/chat/completions: no usable reply about q1 in 8 tries (HTTP 500 {{"error": "not now"}}'
+            f'judge {server.url}/chat/completions: no usable reply for q1 in 8 tries (HTTP 500 {{"error": "not now"}}'
             "); verdicts so far are kept; run the same command to resume")  # fmt: skip
         assert len(server.requests) == 8 and len(new.said) == 7 and not any("\n" in line for line in new.said)
         assert ask(new(server)).content and len(server.requests) == 9  # the garbage on disk is no reply
@@ -387,7 +387,7 @@ def test_a_reply_has_an_end(tmp_path, monkeypatch, write, reason):
     listening, url = raw_server(write)
     slow = Judge(url, KEY, MODEL, tmp_path / "j.jsonl", texts={}, runs=1, timeout=1, progress=None, warn=print)
     begin = time.monotonic()
-    with pytest.raises(InputError, match=rf"no usable reply about q1 in 1 tries \({reason}\)"):
+    with pytest.raises(InputError, match=rf"no usable reply for q1 in 1 tries \({reason}\)"):
         slow.ask("q1", ASKED, temperature=0, max_tokens=3)
     listening.close()
     assert time.monotonic() - begin < 10

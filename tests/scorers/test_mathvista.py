@@ -339,7 +339,7 @@ def test_read_judged_rejects(tmp_path, content, named):
     with pytest.raises(InputError) as error:
         mathvista.read_judged([path])
     assert named in str(error.value) and "judged.jsonl" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(InputError, match="2 files of extractions, expected one"):
+    with pytest.raises(InputError, match="2 files of extractions; expected one"):
         mathvista.read_judged([path, path])
 
 

@@ -249,7 +249,7 @@ def test_a_score_of_other_answers_than_those_beside_it(tmp_path, differs):
     answers.write_text(json.dumps({"question_id": 1, "text": "red"} | settings | differs))
     with pytest.raises(InputError) as error:
         report.write(tmp_path)
-    assert str(error.value) == f"{path}: not the score of {answers}: run `score` again"
+    assert str(error.value) == f"{path}: not the score of the answers in {answers}; run `score` again"
 
 
 def test_notes_are_those_of_what_was_run(tmp_path):
@@ -301,7 +301,7 @@ def test_bars_are_of_the_base_model(tmp_path, model, base, figures):
     first, *others = chart(tmp_path, "MM-Vet")
     assert first == ("ours, base", "40.0 35.0 to 45.0")
     assert {label.replace("&#x27;", "'"): figure for label, figure in others} == figures
-    assert f"both for {base}." in page(tmp_path)
+    assert f"(the last two for {base})." in page(tmp_path)
 
 
 # ---- the page
@@ -372,7 +372,7 @@ def test_the_prompt_of_item_1(tmp_path):
 
 def test_toy_scores_are_not_the_papers(tmp_path):
     (tmp_path / "toyvqa-base-direct.scores.json").write_text('{"benchmark": "toyvqa", "score": 99.0, "n": 1}')
-    with pytest.raises(InputError, match=f"^{tmp_path}: contains no .scores.json of a benchmark$"):
+    with pytest.raises(InputError, match=f"^{tmp_path} contains no .scores.json of a benchmark$"):
         report.write(tmp_path)
     save(tmp_path, "textvqa", 60)
     report.write(tmp_path)
@@ -383,7 +383,7 @@ def test_toy_scores_are_not_the_papers(tmp_path):
 def test_a_folder_without_scores(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("{}")
-    with pytest.raises(InputError, match=f"^{tmp_path / folder}: contains no .scores.json of a benchmark$"):
+    with pytest.raises(InputError, match=f"^{tmp_path / folder} contains no .scores.json of a benchmark$"):
         report.write(tmp_path / folder)
     assert not [*tmp_path.rglob("tables.md")]
 

@@ -2,9 +2,9 @@
 
   python tests/speed/generation.py --size small --image-mode anyres
 
-Synthetic images of 640x480, random weights, greedy decoding; no sequence ends by itself. All runs start from
-the image and end with token ids, and both sides use our code to cut images into tiles. Batch 1 is what the
-authors' release does. First, the script checks that both generate the same tokens and compares the logits of
+Synthetic images of 640x480, random weights, greedy decoding; no sequence ends early. All runs start from the
+image and end with token ids, and both implementations use our code to cut images into tiles. The authors'
+release uses batch 1. First, the script checks that both generate the same tokens and compares the logits of
 one prompt. Peak memory is measured above the weights, on the first four images, in a separate process per
 run. Below the table, our decode step is compared with the memory bandwidth: it cannot be faster than reading
 the weights and the cache once.
@@ -38,16 +38,16 @@ PROMPTS = (160, 20)  # tokens after the image: the step-by-step prompt, a halluc
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
-    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="anyres")
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small", help="size of the model")
+    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="anyres", help="image layout")
     parser.add_argument("--pictures", type=int, default=12, help="number of images")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens per response")
-    parser.add_argument("--slots", type=int, default=8, help="sequences that our sampler decodes at a time")
+    parser.add_argument("--tokens", type=int, default=128, help="length of each response in tokens")
+    parser.add_argument("--slots", type=int, default=8, help="number of sequences that our sampler decodes in parallel")
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 2, 4],
                         help="batch sizes for transformers, in sequences")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = {f"transformers, batch {b}": b for b in args.peer_batches}

@@ -62,14 +62,14 @@ def seconds_per_sample(step, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small", help="size of the model")
     parser.add_argument("--pictures", type=int, default=8, help="number of images for the measurement")
-    parser.add_argument("--tokens", type=int, default=250, help="tokens per response")
-    parser.add_argument("--slots", type=int, default=8, help="sequences that the sampler decodes at a time")
-    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=1, help="samples per step")
+    parser.add_argument("--tokens", type=int, default=250, help="length of each response in tokens")
+    parser.add_argument("--slots", type=int, default=8, help="number of sequences that the sampler decodes in parallel")
+    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=1, help="number of samples per step")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured training rounds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
     args = parser.parse_args()
     device, dtype = start_device(args.device), getattr(torch, args.dtype)
 

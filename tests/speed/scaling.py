@@ -35,10 +35,10 @@ def generate(llava, size, slots, tokens, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small", help="size of the model")
     parser.add_argument("--repeat", type=int, default=3, help="number of measured rounds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
     args = parser.parse_args()
     llava = build_ours(args.size, "anyres", start_device(args.device), getattr(torch, args.dtype))
     defaults = {"size": (640, 480), "slots": 8, "tokens": 64}

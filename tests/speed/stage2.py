@@ -98,13 +98,13 @@ def make(name, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small")
-    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad")
-    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=4, help="samples per step")
+    parser.add_argument("--size", choices=["tiny", "small", "7b"], default="small", help="size of the model")
+    parser.add_argument("--image-mode", choices=["pad", "anyres"], default="pad", help="image layout")
+    parser.add_argument("--micro-batch", type=int, choices=range(1, 5), default=4, help="number of samples per step")
     parser.add_argument("--r", type=int, default=128, help="LoRA rank")
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu", help="torch device")
+    parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

@@ -192,8 +192,8 @@ def test_self_training_sees_no_label(demo):
     (("--seed", 1), "created with seed 0"),
     (("--images", 400), "created with images 300"),
     (("--model", "nowhere"), "no such"),
-    (("--model", recipe.BASE, "--model", recipe.BASE), "several --model"),
-    (("--seeds", 2), "are for the study"),
+    (("--model", recipe.BASE, "--model", recipe.BASE), "more than one --model"),
+    (("--seeds", 2), "are only for the study"),
     (("--images", 40002), "at most 40000"),
 ])  # fmt: skip
 def test_demo_refuses(demo, capsys, flags, message):
@@ -328,7 +328,7 @@ def test_pretraining_writes_an_ordinary_checkpoint(tmp_path, monkeypatch):
     assert "--seed 1" in record["command"] and record["dev"]["questions"]["n"] == 5 * len(world.QUESTIONS)
     assert sum(p.numel() for p in load_llava(tmp_path / "a").parameters()) < 1.4e6
     assert (tmp_path / "a/config.json").read_bytes() == (recipe.BASE / "config.json").read_bytes()
-    with pytest.raises(InputError, match="holds a model"):
+    with pytest.raises(InputError, match="contains a model"):
         pretrain.main()
 
 
