@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint
 
 
@@ -80,6 +79,8 @@ class Packed:
         self.spans = spans
 
     def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
+        from torch.nn.attention.bias import causal_lower_right  # here, as it takes a second to import
+
         out = []
         for span in self.spans:
             tokens = slice(span.start, span.end)
