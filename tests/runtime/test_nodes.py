@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +19,7 @@ import commands
 import pytest
 from chain import STEPS, assert_same_training, chain
 from commands import ENV, ROOT, call, free_port, lines
+from forked import Forked
 
 from stic_min import InputError
 from stic_min.runtime import files, process
@@ -28,32 +28,29 @@ from stic_min.runtime.ranks import Ranks
 
 def two_nodes(*command, folders=(ROOT, ROOT)):
     """README.md's command for two nodes, each in its folder -> [(exit status, output), ...]."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                "--rdzv-id=tests", "--rdzv-backend=c10d",
-                f"--rdzv-endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
-    how = {"env": ENV, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    nodes = [subprocess.Popen([*torchrun, *map(str, command)], cwd=folder, **how) for folder in folders]
+    torchrun = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=tests",
+                "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}"]  # fmt: skip
+    nodes = [Forked([*torchrun, *command], folder, ENV) for folder in folders]
     try:
-        said = [node.communicate(timeout=200)[0] for node in nodes]
+        outputs = ["".join(node.communicate(timeout=200)) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    return [(node.returncode, text) for node, text in zip(nodes, said)]
+    return [(node.returncode, output) for node, output in zip(nodes, outputs)]
 
 
 # ---------------------------------------------------------------- a shared disk
 
 
 @pytest.fixture(scope="module")
-def runs(tiny, tmp_path_factory):
+def runs(chains, tiny, tmp_path_factory):
     """The output of all commands: from one process in `one`, from two nodes in `two`."""
     folder = tmp_path_factory.mktemp("nodes")
-    one, two = (chain("llava-v1.6-tiny", tiny, folder / name) for name in ("one", "two"))
-    for command in one.values():
-        call(*command)
+    one = chains("llava-v1.6-tiny")
+    two = chain("llava-v1.6-tiny", tiny, folder / "two")
     ended = two_nodes(commands.__file__, json.dumps(list(two.values()), default=str))
     assert [status for status, _ in ended] == [0, 0], ended
-    return SimpleNamespace(one=folder / "one", two=folder / "two", pairs=one["pairs"], folder=folder)
+    return SimpleNamespace(one=one.out, two=folder / "two", pairs=one.commands["pairs"], folder=folder)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])

@@ -19,6 +19,7 @@ import pytest
 import torch
 from chain import identical, log, stop_after
 from commands import ENV, ROOT, call, call_ranks, call_two_ranks, ended, start, torchrun, wait_for
+from forked import Forked
 
 from stic_min import InputError, check, training
 from stic_min.loader import load_llava
@@ -348,12 +349,12 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
     begin = time.monotonic()
-    command = [sys.executable, *torchrun(2), wrapper, ROOT / f"{script}.py", *args]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and time.monotonic() - begin < 60
-    # torchrun's own report comes after ours; the other rank prints one line at most.
-    ours = done.stderr[: done.stderr.find("torch/distributed/elastic")].splitlines()
-    assert any(line.endswith(message) for line in ours), done.stderr
+    process = Forked([*torchrun(2)[1:], wrapper, ROOT / f"{script}.py", *args], ROOT, ENV)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and time.monotonic() - begin < 60
+    # torchrun's own traceback comes after ours; the other rank prints one line at most.
+    ours = err[: err.find("Process ForkServerProcess")].splitlines()
+    assert any(line.endswith(message) for line in ours), err
     assert sum("Traceback" in line for line in ours) <= (2 if "bug" in message else 1)
 
 

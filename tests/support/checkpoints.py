@@ -1,4 +1,4 @@
-"""Copies of the tiny checkpoints with other files, tensors or settings, and what is asked of them."""
+"""Copies of the tiny checkpoints with other files, tensors or settings."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def read_tensors(folder):
 
 
 def copy(tiny, name, folder, tensors=None, form="model.safetensors", without=(), **config):
-    """A checkpoint like `name` in `folder`, its files in another form, with some of its configuration changed."""
+    """A copy of the checkpoint `name` in `folder`, in files of another form, with some of its settings changed."""
     tensors, folder = tensors or read_tensors(tiny / name), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("tokenizer.model", "tokenizer_config.json"):

@@ -1,8 +1,8 @@
 """A judge on this machine, over real HTTP: an OpenAI-compatible chat endpoint that fails now and then.
 
-What it says depends on the request alone, and is right in form for each benchmark that asks: a run that was stopped and
-goes on gets the same verdicts. When it fails is a schedule: `faults` are given out, one to every `every`-th request,
-until there are none left (None: no fault); a list shorter than judge.TRIES never ends a run.
+Its replies depend on the request alone and have the right form for each benchmark, so that a run that was stopped and
+resumed gets the same verdicts. `faults` is a schedule: every `every`-th request gets the next fault, until none is
+left (None: no fault). A list shorter than judge.TRIES never ends a run.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-os.environ["no_proxy"] = "127.0.0.1"  # a proxy for the rest of the world is none of this server's business
+os.environ["no_proxy"] = "127.0.0.1"  # no proxy is asked for this server
 
 NOT_JSON, NO_CHOICES, SILENCE = "<html>502 Bad Gateway</html>", '{"error": "overloaded"}', "silence"
 FAULTS = (429, 500, NOT_JSON, SILENCE, "half", NO_CHOICES, "hang up")  # silence costs the client's timeout
@@ -20,7 +20,7 @@ MODEL = "tiny-judge-1"
 
 
 def verdict(body):
-    """What the judge says to a request: a text in the form that the benchmark asks for."""
+    """The judge's reply to a request: a text in the form that the benchmark asks for."""
     number = int(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest(), 16)
     if body["messages"][0]["role"] == "system":  # LLaVA-Bench: two ratings and the reasons
         return f"{5 + number % 5} {1 + number // 5 % 9}\nThe first one is better."
@@ -72,10 +72,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class JudgeServer:
-    """with JudgeServer(faults) as server: `server.url` for --judge-url, `server.requests` with path, headers and body.
+    """with JudgeServer(faults) as server: `server.url` is for --judge-url, `server.requests` lists what it was sent.
 
-    verdict: body -> content, in place of the function above. complaint: body of a status that is a fault. headers: of
-    every answer.
+    verdict: body -> content, replaces the function above. complaint: body of a faulty status. headers: of every reply.
     """
 
     def __init__(self, faults=(), every=2, verdict=verdict, complaint='{"error": "not now"}', headers=None):
@@ -88,7 +87,7 @@ class JudgeServer:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def plan(self, *faults, every=2):
-        """What it does from now on; requests are counted anew."""
+        """Sets the faults from now on, and counts requests from 0 again."""
         self.faults, self.every, self.requests = list(faults), every, []
 
     def __enter__(self):

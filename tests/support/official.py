@@ -1,4 +1,4 @@
-"""What the official scorers give, from the project's reference data; without it the test that asks is skipped."""
+"""Results of the official scorers, read from the project's reference data. Tests that need it are skipped without."""
 
 import json
 import os
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-# Numbers computed by the official code; the project never needs them to run.
+# Numbers computed by the official code. The program never needs them.
 SHARED = Path(os.environ.get("STIC_SHARED") or Path(__file__).resolve().parents[3] / "shared")
 
 
 def shared(name):
-    """The content of a file of cases: a JSON value, or the list of a JSON lines file."""
+    """The cases of one file: a JSON value, or the list of a JSON Lines file."""
     path = SHARED / "scorers" / name
     if not path.is_file():
         pytest.skip(f"no shared data: {name}")

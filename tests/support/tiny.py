@@ -18,7 +18,7 @@ SIDE, PATCH = 56, 14                                    # a tile is 4 x 4 = 16 p
 VOCAB, HIDDEN, MLP, HEADS, LAYERS = 600, 32, 64, 4, 2   # the decoder
 WIDTH, VISION_MLP, VISION_LAYERS = 32, 64, 3            # the tower; hidden state -2 needs two of its three layers
 
-# file, size, mode, and the scene: background, then shapes in percent of the width and the height (disc: its box)
+# file, size, mode, and the scene: background, then shapes in percent of width and height (disc: its box)
 PICTURES = [
     ("scene_01.jpg", (300, 200), "RGB", "skyblue, box green 0 70 100 100, disc gold 75 7 93 33, box red 25 45 60 85,"
      "box sienna 39 62 47 85, poly maroon 20 45 42 18 65 45, box white 29 52 35 62, box white 50 52 56 62"),
@@ -36,7 +36,7 @@ PICTURES = [
     ("scene_08.jpg", (120, 300), "RGB", "azure, box lime 0 85 100 100, box brown 42 40 58 92, disc darkgreen 4 8 96 50,"
      "disc red 22 20 34 25, disc red 56 16 68 21, disc red 42 29 54 34, disc red 66 34 78 39, disc red 22 38 34 43"),
 ]
-# the instruction data: number of the picture or None, then human and gpt in turn
+# instructions: number of the image or None, then human and gpt in turn
 TALKS = [
     (1, "<image>\nDescribe the image concisely.", "A red house with a brown door stands under a yellow sun."),
     (2, "What colour is the sail of the boat?\n<image>", "The sail is white."),         # LLaVA has both orders
@@ -49,7 +49,7 @@ TALKS = [
     (None, "What is 12 + 30?", "12 + 30 = 42.", "And 42 - 2?", "42 - 2 = 40."),
     (8, "<image>\nHow many apples?\nA. 3\nB. 5\nAnswer with the option's letter from the given choices directly.", "B"),
 ]
-# ScienceQA: id, number of the picture or None, question, choices, answer, hint, subject, grade
+# ScienceQA: id, number of the image or None, question, choices, answer, hint, subject, grade
 PROBLEMS = [
     ("4", 1, "Which part of the house lets people in?", ["the roof", "the door"], 1, "", "natural", 2),
     ("11", None, "Which word is a noun?", ["run", "quickly", "table"], 2, "A noun names a thing.", "language", 3),
@@ -58,7 +58,7 @@ PROBLEMS = [
     ("37", None, "Which ocean is the largest?", ["Pacific", "Atlantic", "Arctic", "Indian"], 0, "", "social", 7),
     ("52", 8, "What makes its own food?", ["tree", "ladder", "sky"], 0, "Plants use light to do so.", "natural", 10),
 ]
-# more text for the tokenizer: the words of the prompts, so that these do not fall into single letters
+# more text for the tokenizer: words of the prompts, so that these are not split into single letters
 PHRASES = """A chat between a curious human and an artificial intelligence assistant. USER: ... ASSISTANT: ...
 The assistant gives helpful, detailed, and polite answers to the human's questions. USER: ... ASSISTANT: ...
 [INST] ... [/INST] ... [INST] Image description: ... [/INST] Illustrate the details of the picture. Summarize the
@@ -69,7 +69,7 @@ visual content presented. Explain what is depicted in the photograph. Outline th
 
 
 def train_tokenizer(path):
-    """Write a sentencepiece BPE model with Llama's settings (ids 0 unk, 1 bos, 2 eos); always the same bytes."""
+    """Writes a sentencepiece BPE model with Llama's settings (ids 0 unk, 1 bos, 2 eos), always the same bytes."""
     lines = PHRASES.split("\n") + [" ".join(map(chr, range(32, 127)))]
     lines += [line for _, *turns in TALKS for turn in turns for line in turn.replace("<image>", "").split("\n") if line]
     lines += [line for _, _, question, choices, *_ in PROBLEMS for line in (question, *choices)]
@@ -83,7 +83,7 @@ def train_tokenizer(path):
 
 
 class Weights(dict):
-    """Name -> tensor, drawn from one generator: the order of the calls fixes every number."""
+    """Name -> tensor, sampled from one generator: the order of the calls determines every number."""
 
     def __init__(self, seed):
         self.generator = torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ class Weights(dict):
             self.add(name, bias, shape[0], suffix=".bias")
 
     def add_decoder(self, kv):
-        """The decoder and the projector; kv: width of the keys. The sizes give logits of standard deviation about 1."""
+        """The decoder and the projector; kv: width of the keys. Logits have a standard deviation of about 1."""
         self.add("model.embed_tokens", 0.05, VOCAB, HIDDEN)
         for layer in (f"model.layers.{i}." for i in range(LAYERS)):
             for name, std, rows in ("q", 0.25, HIDDEN), ("k", 0.25, kv), ("v", 0.1, kv), ("o", 0.1, HIDDEN):
@@ -109,7 +109,7 @@ class Weights(dict):
         self.add("model.mm_projector.2", 0.1, HIDDEN, HIDDEN, bias=0.02)
 
     def add_vision(self, prefix):
-        """The whole tower, also the last layer and post_layernorm, which hidden state -2 does not need."""
+        """The whole tower, with the last layer and post_layernorm, which hidden state -2 does not need."""
         self.add(prefix + "embeddings.class_embedding", 0.2, WIDTH, suffix="")
         self.add(prefix + "embeddings.patch_embedding", 0.05, WIDTH, 3, PATCH, PATCH)
         self.add(prefix + "embeddings.position_embedding", 0.2, (SIDE // PATCH) ** 2 + 1, WIDTH)
@@ -130,7 +130,7 @@ def write_json(path, value):
 
 
 def write_clip(root):
-    """root/clip-tiny: the tower both checkpoints name, as CLIP is published, with pieces of the rest of CLIP."""
+    """root/clip-tiny: the tower that both checkpoints name, published like CLIP, with parts of the rest of CLIP."""
     weights = Weights(seed=1)
     weights.add_vision("vision_model.")
     weights["vision_model.embeddings.position_ids"] = torch.arange((SIDE // PATCH) ** 2 + 1)[None]
@@ -151,7 +151,7 @@ def write_clip(root):
 
 
 def write_texts(folder, tokenizer, **config):
-    """What both checkpoints have beside their weights; `tokenizer` and `config` are where they differ."""
+    """The JSON files and tokenizer of a checkpoint; `tokenizer` and `config` are where the two differ."""
     write_json(folder / "tokenizer_config.json", dict(
         add_bos_token=True, add_eos_token=False, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         model_max_length=2048, padding_side="right", tokenizer_class="LlamaTokenizer", **tokenizer))
@@ -185,7 +185,7 @@ def write_v16(root):
 
 
 def write_v15(root):
-    """root/llava-v1.5-tiny: float16, one file, square padded pictures, the tower of clip-tiny."""
+    """root/llava-v1.5-tiny: float16, one file, square padded images, the tower of clip-tiny."""
     folder = Path(root) / "llava-v1.5-tiny"
     write_texts(folder, dict(legacy=False, pad_token=None), architectures=["LlavaLlamaForCausalLM"],
                 model_type="llava_llama", torch_dtype="float16", num_key_value_heads=HEADS, pad_token_id=0,
@@ -197,7 +197,7 @@ def write_v15(root):
 
 
 def paint(number):
-    """Picture `number` (from 1) as a PIL image."""
+    """Image `number` (from 1)."""
     _, size, mode, scene = PICTURES[number - 1]
     background, *shapes = scene.split(",")
     image = Image.new("RGB", size, background)
@@ -205,7 +205,7 @@ def paint(number):
     for kind, colour, *numbers in map(str.split, shapes):
         at = [float(n) * size[i % 2] / 100 for i, n in enumerate(numbers)]
         {"box": pen.rectangle, "disc": pen.ellipse, "poly": pen.polygon, "line": pen.line}[kind](at, fill=colour)
-    if mode == "RGBA":          # dropping this alpha and compositing with it give different pictures
+    if mode == "RGBA":          # dropping this alpha and compositing with it give different images
         image.putalpha(Image.linear_gradient("L").resize(size))
     return image.convert(mode)
 
@@ -247,7 +247,7 @@ def write_all(root):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the checkpoints and data the tests run on.")
-    parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write to; made if it is not there")
+    parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write to, created if missing")
     args = parser.parse_args()
     write_all(args.dir)
     print("wrote", *sorted(args.dir.iterdir()), sep="\n  ")
