@@ -1,13 +1,13 @@
-"""A drill for long runs: every command is killed repeatedly, and its result must not show it.
+"""A drill for long runs: every command is killed again and again, and must end as if it had never been.
 
-  python tests/runtime/drill.py                    40 kills, about seven minutes on two cores
+  python tests/runtime/drill.py                    40 kills, about five minutes on two cores
   python tests/runtime/drill.py --kills 200 --seed 7
-  python tests/runtime/drill.py --images 2000      memory and open files of one long generation run, without kills
+  python tests/runtime/drill.py --images 2000      instead: memory and open files of a long generation
 
-Everything runs on the tiny world of tests/support/tiny.py, under torchrun. First, five commands run undisturbed. Then
-each is killed at random moments and restarted until it has been killed often enough; finally, all run to completion.
-The files must equal those of the undisturbed run, byte for byte, except for the machine-dependent values in log.jsonl
-and run.json. Linux only: reads /proc.
+On the tiny world of tests/support/tiny.py, under torchrun. First, five commands run undisturbed. Then each is
+killed at random moments and started again, until it has had its kills. At last all run to their ends. The
+files must be those of the first run, byte for byte (log.jsonl: all but what depends on the machine). Linux only: it
+reads /proc.
 """
 
 import argparse
@@ -30,23 +30,25 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
+import commands  # noqa: E402
 import tiny  # noqa: E402
+from forked import Forked  # noqa: E402
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+ENV = commands.ENV | {"OMP_NUM_THREADS": "1"}
 PATIENCE = 60  # seconds for a command to end after one of its ranks is dead, or after a signal
-# What a kill hits. "all" is a power cut: torchrun and its ranks at once. "torchrun" leaves the ranks behind, alive.
+# What a kill hits. "all" is a power cut: torchrun and its ranks at once. "torchrun" leaves its ranks running.
 KINDS = ("all", "one rank", "SIGTERM", "all", "SIGINT", "all", "torchrun", "all")
 MOMENTS = ("while it runs", "when it has written", "when it has written", "while it writes")
-OF_THE_MACHINE = ("tokens_per_s", "memory_gb", "seconds_left")  # in log.jsonl
-OUR_FRAMES = re.compile(r'File "[^"]*(stic_min/\w+|generate_pairs|train_stage\d|evaluate)\.py", line')
-GROWTH = 4, 4 / 1024  # --images: MB allowed, plus MB per image: records are kept, so that a rerun can skip them
+OF_THE_MACHINE = ("tokens_per_s", "memory_gb", "seconds_left")  # fields of log.jsonl
+OUR_FRAMES = re.compile(r'File "[^"]*(stic_min/[\w/]+|generate_pairs|train_stage\d|evaluate)\.py", line')
+GROWTH = 4, 4 / 1024  # --images: MB allowed, and MB per image, whose record is kept to be skipped later
 
 
 # ---------------------------------------------------------------- what is run
 
 
 def write_world(folder, copies):
-    """The tiny world with everything in it `copies` times, under other names: there has to be time to be killed."""
+    """The tiny world with everything in it `copies` times under other names: time for kills."""
     tiny.write_all(folder)
     images, science = folder / "images", folder / "scienceqa"
     named = lambda name, copy: f"{Path(name).stem}-{copy}{Path(name).suffix}"
@@ -61,36 +63,38 @@ def write_world(folder, copies):
             record["image"] = named(record["image"], record["id"].split("-")[1])
     tiny.write_json(folder / "instructions.json", copied)
     problems = json.loads((science / "problems.json").read_text())
-    for id in problems:
-        for copy in range(copies if problems[id]["image"] else 0):
-            shutil.copytree(science / "images" / "test" / id, science / "images" / "test" / f"{id}-{copy}")
-    problems = {f"{id}-{copy}": problem for id, problem in problems.items() for copy in range(copies)}
+    folder = science / "images" / "test"
+    for key, problem in problems.items():
+        for copy in range(copies if problem["image"] else 0):
+            shutil.copytree(folder / key, folder / f"{key}-{copy}")
+    problems = {f"{key}-{copy}": problem for key, problem in problems.items() for copy in range(copies)}
     tiny.write_json(science / "problems.json", problems)
     tiny.write_json(science / "pid_splits.json", {"train": [], "val": [], "test": list(problems)})
 
 
 def chain(world, inputs, out):
-    """{name: command}; what a command needs of the ones before it is in `inputs`, it writes to out / name."""
-    at, pictures = ["--model", world / "llava-v1.6-tiny", "--device", "cpu"], ["--images", world / "images"]
-    train = [*at, *pictures, "--lr", 1e-3, "--batch-size", 2, "--save-every", 1]
+    """{name: command}. Each reads the output of earlier ones from `inputs`, and writes to out / name."""
+    at = ["--model", world / "llava-v1.6-tiny", "--device", "cpu"]
+    images = ["--images", world / "images"]
+    train = [*at, *images, "--lr", 1e-3, "--batch-size", 2, "--save-every", 1]
     few = ["--max-new-tokens", 64, "--batch-size", 2]
-    more = ["--max-new-tokens", 192, "--batch-size", 2]  # nothing is trained on these, which would take longer
+    more = ["--max-new-tokens", 192, "--batch-size", 2]  # nothing is trained on these
     return {
-        "pairs": ["generate_pairs.py", *at, *pictures, *few, "--out", out / "pairs" / "pairs.jsonl"],
+        "pairs": ["generate_pairs.py", *at, *images, *few, "--out", out / "pairs" / "pairs.jsonl"],
         "stage1": ["train_stage1.py", *train, "--lora-r", 32, "--pairs", inputs / "pairs" / "pairs.jsonl",
                    "--out", out / "stage1"],
-        "describe": ["generate_pairs.py", "--describe", world / "instructions.json", *at, *pictures, *few,
+        "describe": ["generate_pairs.py", "--describe", world / "instructions.json", *at, *images, *few,
                      "--adapter", inputs / "stage1", "--out", out / "describe" / "descriptions.jsonl"],
-        "stage2": ["train_stage2.py", *train, "--lora-dropout", 0.05, "--instructions", world / "instructions.json",
-                   "--descriptions", inputs / "describe" / "descriptions.jsonl", "--adapter", inputs / "stage1",
-                   "--out", out / "stage2"],
+        "stage2": ["train_stage2.py", *train, "--lora-dropout", 0.05, "--adapter", inputs / "stage1",
+                   "--instructions", world / "instructions.json",
+                   "--descriptions", inputs / "describe" / "descriptions.jsonl", "--out", out / "stage2"],
         "evaluate": ["evaluate.py", "scienceqa", "--dar", *at, "--data", world / "scienceqa", *more,
                      "--adapter", inputs / "stage2", "--out", out / "evaluate"],
     }
 
 
 def run_chain(world, inputs, out):
-    """On every rank: all commands, one after the other. What takes longest in this small world is to start Python."""
+    """On every rank: all commands, one after the other, in one start of Python."""
     import torch.distributed as dist
 
     for name, (script, *args) in chain(world, inputs, out).items():
@@ -105,32 +109,35 @@ def run_chain(world, inputs, out):
 
 
 def undisturbed(ranks, *folders, before):
-    """The chain in one start of Python -> {command: (seconds, what it said)}, empty if it failed; `before` a start."""
+    """The chain in one start, after `before` -> {command: (seconds, output)}, empty if it failed."""
     for _ in range(3):
         before()
-        done = subprocess.run(torchrun(ranks, __file__, "--chain", *folders), cwd=ROOT, env=ENV, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        if done.returncode == 0:
-            parts = re.split(r"^took (\w+) (\S+)\n", done.stdout, flags=re.M)
-            return {name: (float(took), said) for said, name, took in zip(parts[::3], parts[1::3], parts[2::3])}
-        if not crashed(done.stdout):
-            print(done.stdout)
+        process = Forked(torchrun(ranks, __file__, "--chain", *folders), ROOT, ENV)
+        out, err = process.communicate()
+        if process.returncode == 0:
+            texts = re.split(r"^took (\w+) (\S+)\n", out, flags=re.M)
+            triples = zip(texts[::3], texts[1::3], texts[2::3])
+            return {name: (float(seconds), text) for text, name, seconds in triples}
+        if not crashed(out + err):
+            print(out + err)
             break
-        print("a rank crashed on its own: trying again", flush=True)
+        print("a rank crashed by itself: once more", flush=True)
     return {}
 
 
-def crashed(said):
-    """Whether a rank died by itself, in C code: gloo's thread does once in many runs (torch 2.15). It is counted, and
-    has to be survived like any other death."""
-    return bool(re.search(r"Signal (6|11) \(SIG\w+\) received", said))
+def crashed(text):
+    """Whether a rank died by itself, in C code, as gloo's thread does once in many runs (torch 2.15).
+
+    This is counted, and must be survived like any other death.
+    """
+    return bool(re.search(r"Signal (6|11) \(SIG\w+\) received", text))
 
 
 # ---------------------------------------------------------------- processes
 
 
 def torchrun(ranks, *args):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *map(str, args)]
+    return ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *args]
 
 
 def alive(pid):
@@ -141,17 +148,17 @@ def alive(pid):
 
 
 def ranks_of(process):
-    """{rank: pid} of torchrun's children. Each has a session of its own: a signal to torchrun's group misses them."""
-    found = {}
+    """{rank: pid} of torchrun's children. Each is in a session of its own: no signal to torchrun's group."""
+    pids = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
             if parent == process.pid:
                 rank = re.search(rb"(?:^|\0)RANK=(\d+)", (folder / "environ").read_bytes())
-                found |= {int(rank[1]): int(folder.name)} if rank else {}
+                pids |= {int(rank[1]): int(folder.name)} if rank else {}
         except OSError:
-            pass  # ended meanwhile
-    return found
+            pass  # it has ended meanwhile
+    return pids
 
 
 def send(pids, number):
@@ -163,7 +170,7 @@ def send(pids, number):
 
 
 def gone(pids):
-    """Whether they end in time. If not they are killed."""
+    """Whether they end in time. If not, they are killed."""
     limit = time.monotonic() + PATIENCE
     while any(map(alive, pids)) and time.monotonic() < limit:
         time.sleep(0.01)
@@ -181,26 +188,26 @@ def newest(out):
 
 
 def finished(out):
-    """Whether a training run has written all that it has to."""
+    """Whether a training run is complete."""
     return (out / "adapter_config.json").exists()
 
 
 def lines(file):
     try:
         return file.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:  # put together with others meanwhile
+    except FileNotFoundError:  # merged with others meanwhile
         return []
 
 
 def whole_lines(out):
-    """Lines of JSON that a restart may count on, in `out`'s first file and the ranks' parts of it."""
+    """The complete lines of `out`'s first file and of the ranks' parts of it, which a restart must keep."""
     files = sorted(out.glob("*.jsonl")) + sorted(out.glob("*.jsonl.part*"))
     stem = lambda file: file.name.split(".jsonl")[0]
     return {line for file in files if stem(file) == stem(files[0]) for line in lines(file)}
 
 
 def on_disk(out):
-    """What there is to go on from, in words; empty if there is nothing."""
+    """What a restart can resume from, in words; empty if there is nothing."""
     if finished(out):
         return "the finished adapter"
     if step := newest(out):
@@ -215,17 +222,17 @@ def half_written(out):
 
 
 def contents(folder):
-    """{file: what is in it}, with everything that should have been removed."""
-    found = {}
+    """{file: content}, leftovers included."""
+    files = {}
     for file in (p for p in folder.rglob("*") if p.is_file()):
-        found[str(file.relative_to(folder))] = file.read_bytes()
+        files[str(file.relative_to(folder))] = file.read_bytes()
         if file.name == "log.jsonl":
             records = map(json.loads, file.read_text().splitlines())
-            found["log.jsonl"] = [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in records]
+            files["log.jsonl"] = [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in records]
         if file.name == "run.json":
-            found["run.json"] = json.loads(file.read_text())
-            del found["run.json"]["record"]  # of when, where and how long
-    return found
+            files["run.json"] = json.loads(file.read_text())
+            del files["run.json"]["record"]  # when, where and how long
+    return files
 
 
 # ---------------------------------------------------------------- one command
@@ -234,7 +241,8 @@ def contents(folder):
 class Drill:
     def __init__(self, name, command, reference, out, ranks, rng):
         self.name, self.reference, self.out, self.rng = name, reference, out, rng
-        self.training, self.command = name.startswith("stage"), torchrun(ranks, *command)
+        self.training = name.startswith("stage")
+        self.command = torchrun(ranks, *command)
         self.starts = self.kills = self.saved = self.halves = self.restarts = self.compared = self.crashes = 0
         self.wrong = []
 
@@ -243,57 +251,57 @@ class Drill:
         print(f"WRONG  {self.name}: {what}\n{self.text()[-3000:]}", flush=True)
 
     def text(self):
-        return self.said.read_text(errors="replace")
+        return self.output.read_text(errors="replace")
 
     def look(self):
-        """At what the next start will find."""
-        self.found, self.half = on_disk(self.out), half_written(self.out)
+        """Notes what the next start will find."""
+        self.resumable, self.half = on_disk(self.out), half_written(self.out)
         self.step, self.lines = newest(self.out), len(whole_lines(self.out))
 
     def start(self):
-        """Starts it -> (process, moment of its first output)."""
+        """Starts the command -> (process, time of its first output)."""
         self.look()
         self.starts += 1
-        self.said = self.out.with_name(f"{self.name}-{self.starts}.txt")
-        with open(self.said, "w") as said:
-            process = subprocess.Popen(self.command, cwd=ROOT, env=ENV, stdout=said, stderr=said,
-                                       start_new_session=True)
-        while process.poll() is None and not self.said.stat().st_size:
+        self.output = self.out.with_name(f"{self.name}-{self.starts}.txt")
+        self.output.touch()
+        process = Forked(self.command, ROOT, ENV, stdout=self.output, stderr=self.output)
+        while process.poll() is None and not self.output.stat().st_size:
             time.sleep(0.002)
         return process, time.monotonic()
 
     def check_resumed(self, text):
-        """That it went on from what was there when it started."""
-        self.restarts += bool(self.found)
+        """It must have resumed from what was on disk when it started."""
+        self.restarts += bool(self.resumable)
         resumed = f"resuming after step {self.step} "
         if self.training and self.step and re.search(r"step \d+/", text) and resumed not in text:
             self.complain(f"did not print '{resumed}'")
-        said = re.search(r"(\d+) of them already in", text)
-        if said and int(said[1]) != self.lines:
-            self.complain(f"{self.lines} lines were on disk, but it counted {said[1]}")
+        match = re.search(r"(\d+) of them already in", text)
+        if match and int(match[1]) != self.lines:
+            self.complain(f"{self.lines} lines were on disk, it found {match[1]}")
 
     def compare(self):
-        """With the reference; afterwards all starts over."""
+        """Compares the files with the reference, and removes them."""
         theirs, ours = contents(self.reference), contents(self.out)
         different = sorted(f for f in theirs.keys() | ours.keys() if theirs.get(f) != ours.get(f))
         self.compared += 1
         if different or not theirs:
-            kept = self.out.with_name(f"{self.name}-differs-{self.compared}")
-            self.out.rename(kept)
-            self.complain(f"{', '.join(different)} differ: {kept}, {self.reference}")
+            copy = self.out.with_name(f"{self.name}-differs-{self.compared}")
+            self.out.rename(copy)
+            self.complain(f"{', '.join(different)} differ: {copy}, {self.reference}")
         shutil.rmtree(self.out, ignore_errors=True)
 
     def attempt(self, kind, within, number):
-        """Starts it and kills it within so many seconds, if it does not end before -> whether it was killed."""
+        """Starts the command, and kills it within so many seconds or lets it end -> whether it was killed."""
         process, first = self.start()
-        ranks = ranks_of(process)  # now, as to look for them takes longer than to write a checkpoint
+        ranks = ranks_of(process)  # now: finding them takes longer than writing a checkpoint
         moment = self.rng.choice(MOMENTS)
-        while moment == MOMENTS[1] and process.poll() is None and on_disk(self.out) == self.found:
+        while moment == MOMENTS[1] and process.poll() is None and on_disk(self.out) == self.resumable:
             time.sleep(0.002)
         while moment == MOMENTS[-1] and process.poll() is None and half_written(self.out) == self.half:
             time.sleep(0.0005)
+        longest = {MOMENTS[0]: within, MOMENTS[1]: within / 2, MOMENTS[-1]: 0.001}[moment]
         try:
-            process.wait(self.rng.uniform(0, {MOMENTS[0]: within, MOMENTS[1]: within / 2, MOMENTS[-1]: 0.001}[moment]))
+            process.wait(self.rng.uniform(0, longest))
         except subprocess.TimeoutExpired:
             pass
         hit = time.monotonic()
@@ -311,13 +319,16 @@ class Drill:
         crash = not runs and crashed(self.text())
         self.crashes += crash
         if not runs and not crash:
-            self.complain(f"ended with status {status} without being killed")
+            self.complain(f"ended with status {status} by itself")
         ended = time.monotonic() - hit
-        left, half = on_disk(self.out), half_written(self.out)
-        self.kills, self.saved, self.halves = self.kills + 1, self.saved + bool(left), self.halves + bool(half)
-        left = ", ".join([left or "nothing", *half])
+        remains, half = on_disk(self.out), half_written(self.out)
+        self.kills += 1
+        self.saved += bool(remains)
+        self.halves += bool(half)
+        remains = ", ".join([remains or "nothing", *half])
+        crash_note = "  (crashed)" if crash else ""
         print(f"{self.name:<9} {self.kills:>3}/{number}  {kind:<9} at {hit - first:4.1f} s  "
-              f"status {status:>3} after {ended:4.1f} s  left: {left}{'  (crashed)' * crash}", flush=True)
+              f"status {status:>3} after {ended:4.1f} s  on disk: {remains}{crash_note}", flush=True)
         if OUR_FRAMES.search(self.text()):
             self.complain(f"a traceback after: {kind}")
         if kind.startswith("SIG") and self.training:
@@ -332,41 +343,41 @@ class Drill:
         if kind == "one rank":
             send([self.rng.choice(list(ranks.values()))] if ranks else [], signal.SIGKILL)
         elif kind.startswith("SIG"):
-            send([process.pid], getattr(signal, kind))  # as from a terminal or a batch system: torchrun passes it on
+            send([process.pid], getattr(signal, kind))  # torchrun passes it on
         else:
             os.killpg(process.pid, signal.SIGKILL)
             if kind == "all":
                 send(ranks.values(), signal.SIGKILL)
 
     def again_at_once(self, ranks):
-        """The same command while ranks of a dead torchrun may still be at work: it is refused, or they have ended."""
+        """Runs the command while ranks of a dead torchrun may still run: refused, or they have ended."""
         lived = any(map(alive, ranks.values()))
         process, _ = self.start()
         status, text = process.wait(), self.text()
         refused = "another run is writing to" in text or "holds a finished run" in text
         if status and not (refused and lived or crashed(text)):
-            self.complain(f"next to the ranks of a dead torchrun, it ended with status {status}")
+            self.complain(f"next to the ranks of a dead torchrun it ended with status {status}")
         if OUR_FRAMES.search(text):
             self.complain("a traceback next to the ranks of a dead torchrun")
         outcome = "refused" if refused else "done"
-        print(f"{self.name:<9} again at once: {outcome}, left: {on_disk(self.out)}", flush=True)
+        print(f"{self.name:<9} again at once: {outcome}, on disk: {on_disk(self.out)}", flush=True)
 
     def check_stopped(self):
-        """A training run stopped between its first and last step must report the step and have saved it."""
+        """A training run that was stopped between two steps must print after which, and have saved it."""
         steps = re.findall(r"^step (\d+)/(\d+)", self.text(), re.M)
         stopped = re.search(r"stopped after step (\d+)", self.text())
-        if steps and steps[-1][0] != steps[-1][1] and not stopped:  # the last step is always shown
-            self.complain("stopped between two steps without reporting it")
+        if steps and steps[-1][0] != steps[-1][1] and not stopped:  # the last step is always printed
+            self.complain("stopped between its steps without a message")
         if stopped and newest(self.out) != int(stopped[1]):
             self.complain(f"'{stopped[0]}', but the newest checkpoint is {newest(self.out)}")
 
     def run(self, kinds, whole):
-        """Starts it until it has been killed as often as there are `kinds`; undisturbed it takes `whole` seconds."""
+        """Starts the command until it has been killed once per kind; undisturbed it takes `whole` seconds."""
         within = whole
         while self.kills < len(kinds) and len(self.wrong) < 3:
             killed = self.attempt(kinds[self.kills], within, len(kinds))
-            within = whole if killed else within / 2  # at last it is killed
-            if finished(self.out):  # killed after its last word, what it no longer needs may still lie there
+            within = whole if killed else within / 2  # in the end it is killed
+            if finished(self.out):  # killed at its very end, it may leave what it no longer needs
                 (self.out / ".lock").unlink(missing_ok=True)
                 for folder in self.out.glob("checkpoint-*"):
                     shutil.rmtree(folder)
@@ -375,12 +386,15 @@ class Drill:
 
 
 def drill(kills, seed, ranks, copies, folder):
-    """All commands -> whether nothing was wrong."""
+    """Drills all commands -> whether they passed."""
     world, reference, out = folder / "world", folder / "reference", folder / "killed"
-    rng, begin, drills = random.Random(seed), time.monotonic(), []
+    rng = random.Random(seed)
+    begin = time.monotonic()
+    drills = []
     write_world(world, copies)
     out.mkdir()
-    took = undisturbed(ranks, world, reference, reference, before=lambda: shutil.rmtree(reference, ignore_errors=True))
+    clear = lambda: shutil.rmtree(reference, ignore_errors=True)
+    took = undisturbed(ranks, world, reference, reference, before=clear)
     if not took:
         return False
     for number, (name, command) in enumerate(chain(world, reference, out).items()):
@@ -414,7 +428,9 @@ def memory(count, folder):
     from stic_min.runtime.output import Output
 
     tiny.write_all(folder)
-    rng, images, every, rows = random.Random(0), folder / "drawn", min(100, max(1, count // 6)), []
+    rng, rows = random.Random(0), []
+    images = folder / "random"
+    every = min(100, max(1, count // 6))
     images.mkdir()
     for i in range(count):
         size, color = (rng.randint(24, 120), rng.randint(24, 120)), tuple(rng.randbytes(3))
@@ -423,13 +439,14 @@ def memory(count, folder):
     def append(output, record, append=Output.append):
         append(output, record)
         if len(output.done) % every == 0:
-            time.sleep(0.05)  # the threads that read images ahead become idle, with none open
+            time.sleep(0.05)  # the threads that prefetch images come to rest, and have none open
             rows.append((len(output.done), resident(), len(os.listdir("/proc/self/fd"))))
             print("{:>8}  {:>8.1f}  {:>12}".format(*rows[-1]), flush=True)
 
     print("  images    RSS MB  open handles")
-    command = ["generate_pairs.py", "--model", folder / "llava-v1.6-tiny", "--device", "cpu", "--images", images,
-               "--max-new-tokens", 4, "--batch-size", 8, "--out", folder / "pairs.jsonl"]
+    model = ["--model", folder / "llava-v1.6-tiny", "--device", "cpu"]
+    command = ["generate_pairs.py", *model, "--images", images, "--max-new-tokens", 4, "--batch-size", 8,
+               "--out", folder / "pairs.jsonl"]  # fmt: skip
     begin = time.monotonic()
     with mock.patch.object(Output, "append", append), mock.patch.object(sys, "argv", [*map(str, command)]):
         generate_pairs.main()
@@ -440,26 +457,27 @@ def memory(count, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=40, help="number of kills over all five commands (default: 40)")
-    parser.add_argument("--seed", type=int, default=0, help="random seed for the moments of the kills (default: 0)")
-    parser.add_argument("--ranks", type=int, default=2, help="number of ranks of each command (default: 2)")
-    parser.add_argument("--copies", type=int, default=12, 
-                        help="number of copies of all data, which makes the runs longer (default: 12)")
-    parser.add_argument("--images", type=int, metavar="N", 
-                        help="number of images for which to measure memory and open files instead")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--kills", type=int, default=40, help="kills of all commands together (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of their moments")
+    parser.add_argument("--ranks", type=int, default=2, help="ranks per command (default: 2)")
+    parser.add_argument("--copies", type=int, default=12, help="copies of all data (default: 12)")
+    parser.add_argument("--images", type=int, metavar="N", help="measure memory and open files over N images")
     parser.add_argument("--chain", type=Path, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.chain:
         run_chain(*args.chain)
     folder = Path(tempfile.mkdtemp(prefix="drill-"))
-    fine = memory(args.images, folder) if args.images else drill(
-        args.kills, args.seed, args.ranks, args.copies, folder)
-    if fine:
+    if args.images:
+        passed = memory(args.images, folder)
+    else:
+        passed = drill(args.kills, args.seed, args.ranks, args.copies, folder)
+    if passed:
         shutil.rmtree(folder)
     else:
         print(f"failed; the files are in {folder}")
-    sys.exit(not fine)
+    sys.exit(not passed)
 
 
 if __name__ == "__main__":
