@@ -133,6 +133,7 @@ class Infusion:
         for entry in self.records:
             self.by_image.setdefault(entry[2]["image"], []).append(entry)
         self.described = set()  # keys
+        self.count = 0  # of the described records without a problem
 
     def __call__(self, where: str, record: dict) -> Instruction:
         image = image_name(record, where)
@@ -157,10 +158,11 @@ class Infusion:
             shown = brief(instruction.image)
             other = f"{instruction.where} has the image {shown}"
             raise InputError(f"{where}: describes {brief(image)}, but {other}")
+        self.count += 1
         return instruction if self.plain else infuse(instruction, description, self.one_line)
 
     def summary(self):
         """One line of counts, after all descriptions have been joined."""
         records = f"{len(self.records)} records with an image, {self.total} in all"
-        line = f"{len(self.described)} described of {records}"
+        line = f"{self.count} described of {records}"
         return f"{line}; {skipped_line(self.skipped)}" if self.skipped else line

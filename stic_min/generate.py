@@ -37,7 +37,7 @@ class Query:
     """One response to sample, as text and images."""
 
     prompt: str  # user text, without <image>
-    images: list[Image.Image]
+    images: list[Image.Image] | None  # None once they have been cut into tiles
     seed: int
 
 
@@ -104,7 +104,10 @@ def prepare_ahead(llava, groups: Iterable, prepare: Callable) -> Iterator:
     def attempt(group):
         try:
             jobs = prepare(group)
-            return group, jobs, sampler_requests(llava, jobs), None
+            requests = sampler_requests(llava, jobs)
+            for query in (query for job in jobs for query in job.queries):
+                query.images = None  # not kept until the job is complete: 12 megapixels take 36 MB
+            return group, jobs, requests, None
         except InputError as error:
             return group, [], [], error
 

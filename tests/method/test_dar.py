@@ -45,7 +45,7 @@ def test_ask_describes_then_responds(runs, ask):
     assert printed == f"Description: {description}\n\n{answer}\n"
     marked = [*command[:2], f"<image>\n{QUESTION}", *command[3:]]  # the user's own mark changes nothing
     assert call(*marked, "--image", path, "--dar") == printed
-    with pytest.raises(InputError, match="--dar describes an image first"):
+    with pytest.raises(InputError, match="--dar describes the image first"):
         call(*command, "--dar")
 
 

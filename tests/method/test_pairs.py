@@ -7,7 +7,7 @@ from PIL import Image
 
 import generate_pairs
 from stic_min import sampler
-from stic_min.generate import Response
+from stic_min.generate import Response, prepare_ahead
 from stic_min.images import corrupt, open_image
 from stic_min.loader import load_llava
 from stic_min.runtime.work import row_seed, subset
@@ -35,6 +35,15 @@ def test_what_algorithm_1_samples_depends_on_seed_and_name_only():
     images = [Image.new("RGB", (40, 30), color) for color in ("red", "blue")]
     fields = lambda seed, image: [generate_pairs.pair_job(f"{i}.jpg", image, seed).fields for i in range(9)]
     assert fields(0, images[0]) == fields(0, images[1]) != fields(1, images[0])
+
+
+def test_images_are_not_kept_until_their_responses_are_complete(tiny):
+    llava = load_llava(tiny / "llava-v1.5-tiny")
+    names = [[path.name] for path in sorted((tiny / "images").iterdir())]
+    prepare = lambda group: [generate_pairs.pair_job(group[0], open_image(tiny / "images" / group[0]), 0)]
+    prepared = list(prepare_ahead(llava, names, prepare))
+    queries = [query for _, jobs, _, _ in prepared for job in jobs for query in job.queries]
+    assert len(queries) == 2 * len(names) and {query.images for query in queries} == {None}
 
 
 def test_a_description_is_asked_for_by_a_captioning_prompt():

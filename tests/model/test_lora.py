@@ -4,11 +4,15 @@ tests/model/test_lora.py` prints README's table: the fraction of an update that 
 
 import argparse
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # it also runs as a file
 
 from stic_min import lora
 
