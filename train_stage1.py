@@ -27,8 +27,7 @@ from stic_min.samples import load_tiles, pair_sample
 
 
 def pair_logps(llava, batch):
-    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). Each pair has two rows in the batch: chosen,
-    rejected."""
+    """log p(y_w | v, x) and log p(y_l | v, x), each (B,). A pair has two rows: chosen, rejected."""
     logits = llava(batch)  # (2 B, R, V)
     return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
 

@@ -17,8 +17,7 @@ from stic_min.samples import load_tiles
 
 
 class Problems(list):
-    """What is wrong with a run's inputs. The first problem ends a run; with --check, all are collected and
-    reported."""
+    """What is wrong with a run's inputs. The first problem ends a run; --check reports all of them."""
 
     def __init__(self, check: bool):
         super().__init__()

@@ -61,8 +61,7 @@ def folders(out):
 
 
 def save(out, step, adapter, moments, settings, keep):
-    """Writes checkpoint-`step`, then removes all but the newest `keep`. If the disk is full, the older ones
-    survive."""
+    """Writes checkpoint-`step`, then removes all but the newest `keep`. A full disk leaves the older ones."""
     temporary = out / TEMPORARY
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -98,8 +97,7 @@ def sync(path):
 
 
 def compare(folder, settings):
-    """A checkpoint's step, and which of DRAWS have changed since. Any other difference in settings is an
-    error."""
+    """A checkpoint's step, and which of DRAWS have changed since. Any other difference is an error."""
     saved = read_json(folder / "run.json")
     names = [*settings, *(name for name in saved if name not in settings and name not in ("step", "record"))]
     different = [name for name in names if saved.get(name) != settings.get(name)]

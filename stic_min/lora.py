@@ -79,8 +79,7 @@ class Adapter:
 
 
 def new_adapter(llava, r: int, alpha: float, dropout: float, seed: int) -> Adapter:
-    """A new adapter on all of TARGETS: A uniform as in PEFT (kaiming, a = sqrt 5), B zero, so theta =
-    theta_0."""
+    """A new adapter on all of TARGETS: A uniform as in PEFT (kaiming, a = sqrt 5), B zero (theta_0)."""
     generator = torch.Generator().manual_seed(seed)
     names = [name for name, _ in llava.model.named_modules(prefix="model")]
     modules = [name for name in names if name.rpartition(".")[2] in TARGETS]

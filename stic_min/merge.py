@@ -55,8 +55,7 @@ def merge_shard(tensors, adapter, dtype=None):
 
 
 def write_merged(folder, adapter, out, dtype=None, tokenizer=None):
-    """Writes the checkpoint in `folder`, merged, to the folder `out`. Returns the surviving fraction of the
-    change."""
+    """Writes the checkpoint in `folder`, merged, to `out`. Returns the surviving fraction of the change."""
     files = shards(folder)
     weight_map = {}
     survived = exact = 0.0

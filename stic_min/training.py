@@ -181,8 +181,7 @@ class Run:
                 self.checkpoints.finish(peak_memory_gb(self.ranks.device))
 
     def micro_batches(self):
-        """This rank's Batches of a step. On SIGTERM or Ctrl-C to any rank, all ranks stop before the next
-        one."""
+        """This rank's Batches of the step. After SIGTERM or Ctrl-C to any rank, all ranks stop here."""
         for samples, weight in self.shares[self.step]:
             self.weight = weight
             [stops] = self.ranks.sum(bool(self.stop.signal))

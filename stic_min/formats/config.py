@@ -179,8 +179,7 @@ def find_vision_folder(folder, tower, vision):
 
 
 def read_pinpoints(value, source):
-    """image_grid_pinpoints as a tuple of (width, height); LLaVA's training flag writes the list as a
-    string."""
+    """image_grid_pinpoints as a tuple of (width, height); LLaVA's training flag writes a string."""
     pairs = value
     if isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
@@ -239,8 +238,7 @@ def read_huggingface(config, folder):
 
 def read_config(folder, vision=None, image_mode=None, template=None):
     """config.json of a LLaVA folder -> (LlavaConfig, CLIP's folder or None, whether the layout is
-    transformers', the reason for the template). Errors name the file and the key that is missing or not
-    supported."""
+    transformers', the reason for the template). Errors name the file and the key."""
     source = folder / "config.json"
     if folder.is_file():
         raise InputError(f"{folder} is a file; --model must be a checkpoint folder")

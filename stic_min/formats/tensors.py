@@ -82,8 +82,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def unread_files(folder, files, huggingface):
-    """Names of the weight and settings files in a checkpoint folder that the loader does not use, besides
-    `files`."""
+    """Names of the weight and settings files in a checkpoint folder that the loader does not use."""
     suffixes = ".json", ".bin", ".safetensors", ".pt", ".pth"
     names = {file.name for file in folder.iterdir() if file.suffix in suffixes}
     if huggingface:
@@ -100,8 +99,7 @@ def read_index(file):
 
 
 def check_index(folder, locations):
-    """Checks that an index of shards, if there is one, agrees with the actual `locations`, {key: name of its
-    shard}."""
+    """Checks that an index of shards, if there is one, agrees with `locations`, {key: its actual shard}."""
     for index in folder.glob("*.index.json"):
         for key, shard in read_index(index).items():
             if shard in locations.values() and locations.get(key) != shard:

@@ -46,8 +46,7 @@ def clip_config(config, source):
 
 
 def read_tower(folder):
-    """ClipConfig from CLIP's own folder, whose config.json is that of the full model or of the tower
-    alone."""
+    """ClipConfig from CLIP's own folder, whose config.json describes the full model or only the tower."""
     source = folder / "config.json"
     tower = read_json(source)
     if "vision_config" in tower:

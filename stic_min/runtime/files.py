@@ -18,8 +18,7 @@ def printable(text):
 
 
 def brief(text):
-    """A name from a file, safe to print and at most 80 characters long: the middle of a longer one is cut
-    out."""
+    """A name from a file, safe to print; a name of more than 80 characters loses its middle."""
     text = str(text)
     return printable(text if len(text) <= 80 else f"{text[:50]}...{text[-27:]}")
 
@@ -48,8 +47,7 @@ def read_text(path):
 
 
 def read_records(path):
-    """A JSON list or JSON Lines of objects -> [(where, object)]; `where` names file and record for
-    messages."""
+    """A JSON list or JSON Lines of objects -> [(where, object)]; `where` is file and record, for messages."""
     text = read_text(path)
     if text.lstrip().startswith("["):
         try:
@@ -142,8 +140,7 @@ def fingerprint(*paths):
 
 
 def wait_until(condition, seconds=10):
-    """Whether condition() becomes true in time: a network file system may take seconds to show another node's
-    files."""
+    """Whether condition() becomes true in time: on network file systems, files take seconds to appear."""
     end = time.monotonic() + seconds
     while not (result := condition()) and time.monotonic() < end:
         time.sleep(0.1)

@@ -97,8 +97,7 @@ def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024
 
 
 def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
-    """The training flags of both stages. `max_length` is the default in pad mode; in anyres mode it is
-    4096."""
+    """The training flags of both stages. `max_length` is the default in pad mode (anyres: 4096)."""
     add_check_flag(parser)
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=not_negative, default=lr, help="peak learning rate for LoRA")

@@ -94,8 +94,7 @@ class Output:
         self.appended += 1
 
     def merge(self, keys):
-        """Merges `path` and all part files into `path`: first the records of `keys`, in that order, then all
-        others."""
+        """Merges `path` and all part files into `path`: those of `keys` in that order, then all others."""
         parts = self.parts()
         records = {record[self.key]: record for path in [self.path, *parts] for record in self.read(path)}
         order = dict.fromkeys([*(key for key in keys if key in records), *records])

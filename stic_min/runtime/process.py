@@ -37,8 +37,7 @@ interrupt.armed = False
 
 
 def ignore_signals():
-    """From now on. They are blocked meanwhile: Python prints a traceback if one arrives while its handler
-    changes."""
+    """From now on. Blocked meanwhile: Python prints a traceback if one arrives while its handler changes."""
     interrupt.armed = False
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     on_signals(signal.SIG_IGN)

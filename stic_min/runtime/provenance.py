@@ -17,8 +17,7 @@ PACKAGES = "torch", "torchvision", "safetensors", "sentencepiece", "pillow", "nu
 
 
 def commit():
-    """The git commit of this code, with "-dirty" if files have changed since; None if it is not in a
-    repository."""
+    """The git commit of this code, with "-dirty" if files have changed since; None outside a repository."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None  # git would report the commit of a repository around it

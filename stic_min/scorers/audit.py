@@ -49,8 +49,7 @@ def summarize(name, counts):
 
 
 def count_descriptions(questions, descriptions):
-    """`count_endings` for the descriptions used for these questions, and "missing": the images without
-    one."""
+    """`count_endings` for the descriptions of these questions, and "missing": images without one."""
     images = {""} if "" in descriptions else {q["image"] for q in questions if q["image"] is not None}
     used = [record for image, record in descriptions.items() if image in images]
     return count_endings(used, "description") | {"missing": len(images) - len(used)}

@@ -49,8 +49,7 @@ def load(data: str | Path, suffix: str = SUFFIX) -> list[dict]:
 
 
 def to_float(text):
-    """The number in a text, percentages as fractions; None if it is not a number. Parsed by Python's
-    `float`."""
+    """The number in a text by Python's `float`, percentages as fractions; None if it is not a number."""
     try:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:

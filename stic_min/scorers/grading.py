@@ -164,8 +164,7 @@ def print_scores(benchmark, scores, settings):
 
 
 def read_settings(answers):
-    """The settings recorded in an answers file of evaluate.py, from its first record; {} for any other
-    file."""
+    """The settings in the first record of evaluate.py's answers; {} for any other answers."""
     first = answers[0] if answers else {}
     texts = ("benchmark", "mode", "model", "fingerprint", "template")
     if not all(isinstance(first.get(name), str) for name in texts) or first["template"] not in TEMPLATES:

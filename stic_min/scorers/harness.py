@@ -97,8 +97,7 @@ def load_questions(benchmark: Benchmark, data, suffix=None) -> list[dict]:
 
 
 def get_group(benchmark, question):
-    """The unit in which questions are counted and sampled: the question itself, or all rotations of its
-    options."""
+    """The unit that is counted and sampled: the question itself, or all rotations of its options."""
     return question.get("group", question[benchmark.key])
 
 
@@ -130,8 +129,7 @@ def make_entries(benchmark, questions):
 
 
 def check_prompts(benchmark, path, records, entries):
-    """Raises InputError if our answers are to other questions than those with the same ids in the data
-    folder."""
+    """Raises InputError if our answers are to other questions than those with the same ids in the data."""
     prompts = {str(key): entry["prompt"] for key, entry in entries.items()}
     for record in records:
         key = str(record.get(benchmark.key))
@@ -141,8 +139,7 @@ def check_prompts(benchmark, path, records, entries):
 
 
 def find_description(question, descriptions):
-    """The description of the question's image, or the one that a blind describer gave for all; None without
-    image."""
+    """The description of the question's image, or a blind describer's for all images; None without image."""
     if question["image"] is None:
         return None
     return descriptions.get("", descriptions.get(question["image"]))

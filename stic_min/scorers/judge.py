@@ -70,8 +70,7 @@ def without_reasoning(content):
 
 
 def read_reply(body):
-    """The body of a chat completion -> Reply. Missing content (from a filter) is "". Raises ValueError
-    otherwise."""
+    """The body of a chat completion -> Reply. Missing content (from a filter) is "". Raises ValueError."""
     try:
         completion = json.loads(body)
         model = completion.get("model")

@@ -146,8 +146,7 @@ def official(questions, answers):
 
 def read_judged(paths):
     """Reads {pid: extraction} from one file: official results {pid: {..., "extraction": ...}}, or JSON lines
-    {"pid", "extraction"}. Raises InputError: not one file, neither form, a pid repeated or missing, no
-    extraction."""
+    {"pid", "extraction"}. Raises InputError: not one file, neither form, a pid or extraction is missing."""
     if len(paths) != 1:
         raise InputError(f"MathVista: {len(paths)} files of extractions; expected one")
     entries = _official_entries(paths[0])
@@ -315,8 +314,7 @@ def score(
 
 
 def report(scores: dict) -> str:
-    """The numbers as lines of text: accuracy overall, then by type, task, context and skill. scores: from
-    `score`."""
+    """The scores as lines of text: accuracy overall, then by type, task, context and skill."""
     lines = [f"MathVista testmini: {scores['n']} problems, {scores['missing']} without an answer; "
              f"accuracy in % [95% interval], rule {scores['rule']}"]  # fmt: skip
     if scores["unextracted"]:
