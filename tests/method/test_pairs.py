@@ -1,15 +1,18 @@
 """generate_pairs.py: what Algorithm 1 samples, and that every response can be regenerated from its record."""
 
+from dataclasses import replace
+
 import pytest
 from chain import with_images
 from commands import call, lines
 from PIL import Image
 
 import generate_pairs
-from stic_min import sampler
-from stic_min.generate import Response, prepare_ahead
+from stic_min import InputError, sampler
+from stic_min.generate import Response, Sampling, generate, prepare_ahead, prompt_length, sampler_requests
 from stic_min.images import corrupt, open_image
 from stic_min.loader import load_llava
+from stic_min.runtime.ranks import Ranks
 from stic_min.runtime.work import row_seed, subset
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, TEMPLATES, with_image
 
@@ -121,6 +124,28 @@ def test_a_description_can_be_regenerated_from_its_record(runs):
         seed = row_seed(0, d["id"], "description")
         [again] = sampler.sample(llava, [prompt], [[image]], [seed], max_new_tokens=16, temperature=0.2)
         assert (llava.tokenizer.decode(again.ids), again.finish) == (d["description"], d["finish"])
+
+
+def test_each_rank_samples_only_its_own_images(runs):
+    llava, image = load_llava(runs.model), Image.new("RGB", (40, 30))
+    prepare = lambda group: [generate_pairs.description_job(*group, "a.jpg", image, 0)]
+    sampling = Sampling(max_new_tokens=1, temperature=0.0, top_p=None, seed=0)
+    groups = [["0"], ["1"], ["2"]]
+    for rank, expected in enumerate((["0", "2"], ["1"])):
+        sampled = generate(llava, groups, prepare, sampling, Ranks(rank, 2, "cpu"), "descriptions")
+        assert [job.key for job, _ in sampled] == expected
+
+
+def test_a_prompt_may_be_as_long_as_the_models_limit(runs):
+    llava = load_llava(runs.model)
+    jobs = [generate_pairs.description_job("a", "a.jpg", Image.new("RGB", (40, 30)), 0)]
+    [request] = sampler_requests(llava, jobs)
+    length = prompt_length(llava, request)
+    llava.config = replace(llava.config, max_length=length)
+    assert sampler_requests(llava, jobs)[0].ids == request.ids
+    llava.config = replace(llava.config, max_length=length - 1)
+    with pytest.raises(InputError, match=f"a: the prompt has {length} tokens, but the model's limit is {length - 1}"):
+        sampler_requests(llava, jobs)
 
 
 def test_pairs_of_named_images_and_of_a_random_subset(runs, tmp_path):

@@ -86,6 +86,14 @@ def test_dropout_only_affects_the_update():
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_attached_layer_is_in_its_models_mode(training):
+    """A model that samples has no dropout, whatever its adapter was trained with."""
+    model = nn.ModuleDict({"q_proj": nn.Linear(32, 32, bias=False)}).train(training)
+    lora.attach(model, lora.Adapter(4, 8, 0.5, ["q_proj"], {}))
+    assert isinstance(model["q_proj"], lora.LoRALinear) and model["q_proj"].training is training
+
+
 @pytest.mark.parametrize("size", SIZES[:3])
 def test_bf16_keeps_a_small_update(size):
     linear, x = layer(512, 512, r=16, dtype=torch.bfloat16), torch.randn(512, 512).bfloat16()

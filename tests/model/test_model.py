@@ -15,7 +15,7 @@ from stic_min.images import Tiles, open_image
 from stic_min.llava import arrange
 from stic_min.loader import load_llava
 from stic_min.loss import IGNORE, token_logps
-from stic_min.mistral import Span
+from stic_min.mistral import Span, rope_angles
 from stic_min.text import IMAGE
 
 V15, V16 = "llava-v1.5-tiny", "llava-v1.6-tiny"
@@ -203,6 +203,13 @@ def test_bfloat16(tiny, images, name):
     exact, rounded = llava(batch), half(batch)
     assert half.lm_head.weight.dtype == torch.bfloat16 and rounded.dtype == torch.float32
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.03  # 8 bits of mantissa, rounded repeatedly
+
+
+def test_positions_are_exact_in_bfloat16(llava):
+    """bfloat16 itself has no numbers between 256 and 258."""
+    positions = torch.tensor([0, 257, 1001, 4095])
+    for half, exact in zip(*(rope_angles(positions, llava.config.decoder, d) for d in (torch.bfloat16, torch.float32))):
+        assert torch.equal(half, exact.bfloat16())
 
 
 # ---------------------------------------------------------------- images in the sequence

@@ -259,6 +259,27 @@ def test_an_image_is_prefilled_once(llava, rows, monkeypatch, slots, groups):
     assert len(seen) == len(groups)
 
 
+def test_the_cache_has_room_for_the_longest_of_a_group(llava, rows, monkeypatch):
+    monkeypatch.setattr(KVCache, "chunk", 1)
+    prompts = [llava.chat_prompt(text) for text in ("Who?", "Which of the houses is closest to the boat?")]
+    images, seeds = [rows[1][0]] * 2, [7, 7]
+    alone = [sample(llava, [p], [i], [s], max_new_tokens=12)[0] for p, i, s in zip(prompts, images, seeds)]
+    same(sample(llava, prompts, images, seeds, max_new_tokens=12), alone)
+
+
+def test_a_slot_forgets_what_an_earlier_request_left(llava, rows):
+    """A mask does not hide a NaN. A row that has ended may leave one: it runs on, and nobody looks at it."""
+    for request in requests(llava, rows, range(len(ROWS))):
+        decoder = slots_module.SlotDecoder(llava, 1, 8, lambda logits, _: logits.argmax(dim=-1))
+        samples = []
+        for _ in range(2):
+            [length] = decoder.admit([request], [0])
+            samples.append([decoder.advance(length + step) for step in range(8)])
+            for tensor in (*decoder.cache.keys, *decoder.cache.values):
+                tensor.fill_(math.nan)
+        assert samples[0] == samples[1]
+
+
 def test_a_sample_depends_on_its_seed_alone(llava, rows):
     draw = lambda seeds, n=16: sample(llava, *rows[:2], seeds, max_new_tokens=n, **SAMPLED)
     first, again, other = draw(rows[2]), draw(rows[2]), draw([s + 1 for s in rows[2]])
@@ -324,6 +345,8 @@ def test_prompts_that_end_in_images(llava, rows):
     two = rows[1][2]
     [alone] = sample(llava, ["<image><image>"], [two], [1], max_new_tokens=5)
     same(sample(llava, ["<image><image>"] * 2, [two] * 2, [1, 1], max_new_tokens=5), [alone, alone])
+    prompts = ["<image><image> Which of the two?", "<image><image>"]
+    assert sample(llava, prompts, [two] * 2, [1, 1], max_new_tokens=5)[1].ids == alone.ids
 
 
 @pytest.mark.parametrize("left", [0, 1, 5])  # for the longest prompt

@@ -498,6 +498,15 @@ def test_generation_skips_long_prompts_and_empty_responses(w, capsys):
     assert len(warnings) == 2 and all(re.search(too_long, warning) for warning in warnings)
 
 
+def test_a_pair_needs_both_responses(w, capsys):
+    with mock.patch("stic_min.text.Tokenizer.decode", side_effect=["A house.", "", "A boat.", "A bird."]):
+        assert outcome(w, "pairs", "--out", w / "new.jsonl") == 0
+    [warning] = printed(capsys)[1]
+    assert warning.endswith(": the model returned an empty response")
+    [record] = map(json.loads, (w / "new.jsonl").read_text().splitlines())
+    assert [record[side][1]["content"] for side in ("chosen", "rejected")] == ["A boat.", "A bird."]
+
+
 def test_a_long_question_counts_as_wrong(w, capsys):
     config(tokenizer_model_max_length=150)(w)
     assert outcome(w, "scienceqa") == 0
@@ -636,12 +645,21 @@ def test_a_run_with_other_settings_does_not_resume(w, capsys, setting, name, dam
     assert f"{w}/out/checkpoint-1 belongs to a run with {setting} " in printed(capsys)[1][-1]
 
 
+def test_a_run_does_not_resume_from_one_that_had_more_settings(w, capsys):
+    stopped(w, "stage1", "--batch-size", 1)
+    change(w / "out/checkpoint-1/run.json", lambda run: run.update(label_smoothing=0.1))
+    assert outcome(w, "stage1", "--batch-size", 1) == 1
+    message = f"{w}/out/checkpoint-1 belongs to a run with label_smoothing 0.1, but this run has None"
+    assert message in printed(capsys)[1][-1]
+
+
 @pytest.mark.parametrize("name, flags", [
     ("stage1", "--micro-batch 2"), ("stage1", "--checkpoint-activations"), ("stage2", "--save-every 5")])
 def test_a_run_with_the_same_settings_resumes(w, capsys, name, flags):
     stopped(w, name, "--batch-size", 1)
     assert outcome(w, name, "--batch-size", 1, *flags.split()) == 0
-    assert "resuming after step 1" in printed(capsys)[0]
+    out, _ = printed(capsys)
+    assert "resuming after step 1" in out and "dropout masks differ" not in out
     assert len((w / "out/log.jsonl").read_text().splitlines()) == 2
 
 

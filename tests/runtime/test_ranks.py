@@ -1,10 +1,11 @@
 """One rank or two, any micro-batch, sharded or not: the same result."""
 
+import json
 import re
 
 import pytest
-from chain import assert_same_training
-from commands import call, call_two_ranks
+from chain import assert_same_training, log
+from commands import call, call_two_ranks, lines
 
 RESULTS = [f"results/scienceqa-stage2-{name}" for name in ("direct.jsonl", "dar.jsonl", "dar.scores.json")]
 
@@ -44,3 +45,20 @@ def test_sharding_changes_nothing(runs, tmp_path):
     assert_same_training(tmp_path / "one", tmp_path / "two")
     for out, (stage, _) in outs.items():
         assert_same_training(runs.out / stage, out)
+
+
+@pytest.mark.parametrize("runs", ["llava-v1.5-tiny"], indirect=True)
+def test_dropout_masks_differ_between_ranks(runs, tmp_path):
+    """One pair on one rank, or the same pair on each of two: without dropout, the same mean gradient."""
+    pair, commands = json.dumps(lines(runs.out / "pairs.jsonl")[0]), {}
+    for copies in (1, 2):
+        (tmp_path / f"{copies}.jsonl").write_text(f"{pair}\n" * copies)
+        for dropout in (0, 0.5):
+            flags = ["--pairs", tmp_path / f"{copies}.jsonl", "--lora-dropout", dropout]
+            commands[copies, dropout] = [*runs.commands["stage1"], *flags, "--out", tmp_path / f"{copies}-{dropout}"]
+    call(*commands[1, 0])
+    call(*commands[1, 0.5])
+    call_two_ranks(commands[2, 0], commands[2, 0.5])
+    norm = lambda copies, dropout: log(tmp_path / f"{copies}-{dropout}")[0]["grad_norm"]
+    assert norm(1, 0) == pytest.approx(norm(2, 0), rel=1e-4)
+    assert norm(1, 0.5) != pytest.approx(norm(2, 0.5), rel=1e-2)
