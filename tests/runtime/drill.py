@@ -1,6 +1,6 @@
 """A drill for long runs: every command is killed again and again, and must end as if it had never been.
 
-  python tests/runtime/drill.py                    40 kills, about five minutes on two cores
+  python tests/runtime/drill.py                    40 kills
   python tests/runtime/drill.py --kills 200 --seed 7
   python tests/runtime/drill.py --images 2000      instead: memory and open files of a long generation
 
