@@ -5,6 +5,7 @@ try:
 except ImportError:
     raise SystemExit("error: stic_min needs Linux or macOS (Python's fcntl); on Windows use WSL") from None
 
+
 class InputError(ValueError):
     """Something the user gave us is wrong: a file, a flag, a sample.
 
@@ -14,5 +15,5 @@ class InputError(ValueError):
 
 
 def first_line(error):
-    """What another library's exception says, in one line that leaves room for where it happened."""
+    """The first line of another library's exception, short enough to be part of a message."""
     return (str(error).strip() or repr(error)).splitlines()[0][:200]

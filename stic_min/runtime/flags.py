@@ -110,9 +110,11 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
     add("--max-length", type=positive, metavar="N",
         help="maximum sequence length in tokens, image tokens included; longer responses are truncated "
              f"(default: {max_length}; 4096 in anyres mode)")  # fmt: skip
-    add("--lora-r", type=positive, metavar="N", help="LoRA rank (default: that of --adapter, else 128)")
+    add("--lora-r", type=positive, metavar="N",
+        help="LoRA rank (default: 128; a loaded adapter keeps its own)")
     add("--lora-alpha", type=positive, metavar="N",
-        help="LoRA alpha; updates are scaled by alpha / rank (default: that of --adapter, else 2 * rank)")
+        help="LoRA alpha; updates are scaled by alpha / rank (default: 2 * rank; a loaded adapter keeps "
+             "its own)")  # fmt: skip
     add("--lora-dropout", type=probability, default=dropout, metavar="P",
         help="dropout probability on LoRA's input")
     add("--shard", choices=["full", "none"], default="full",
