@@ -11,10 +11,10 @@ from html import escape
 from pathlib import Path
 
 from stic_min import InputError
+from stic_min.report.page import bar, html_table, markdown, page
 from stic_min.runtime.files import read_json
 from stic_min.scorers import audit, published
 from stic_min.scorers.common import with_interval
-from stic_min.scorers.page import STYLE, bar, html_table, markdown, page
 
 # ---------------------------------------------------------------- results
 
@@ -349,6 +349,6 @@ def write(folder: str | Path) -> None:
         "<h2>Before you compare</h2><ul>" + "".join(f"<li>{escape(note)}" for note in remarks) + "</ul>",
     ]  # fmt: skip
     Path(folder, "tables.md").write_text(text + "\n", encoding="utf-8")
-    Path(folder, "report.html").write_text(page("STIC scores", STYLE, "\n".join(body)), encoding="utf-8")
+    Path(folder, "report.html").write_text(page("STIC scores", "\n".join(body)), encoding="utf-8")
     print(f"{text}\n\nwrote {Path(folder, 'tables.md')} and {Path(folder, 'report.html')}")
 

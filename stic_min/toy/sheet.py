@@ -4,7 +4,7 @@ import base64
 import html
 from pathlib import Path
 
-from stic_min.scorers.report import html_table, page
+from stic_min.report.page import html_table, page
 from stic_min.toy.captions import mentions, pattern
 
 STYLE = """
@@ -51,4 +51,4 @@ def write_sheet(path, title, intro, header, scores, note, data, questions, capti
         rows.append(f"<tr><td>{picture(Path(data) / question['image'])}</td>{cells}</tr>")
     summary = f'{html_table(header, scores, 0)}<p class="note">{note}</p>'
     body = f"<h1>{title}</h1><p>{intro}</p>{summary}<table>{''.join(rows)}</table>"
-    Path(path).write_text(page(title, STYLE, body), encoding="utf-8")
+    Path(path).write_text(page(title, body, STYLE), encoding="utf-8")

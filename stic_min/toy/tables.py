@@ -7,8 +7,8 @@ are paired: both models have the same seed, and the sign is counted over the see
 from html import escape
 from statistics import mean, stdev
 
+from stic_min.report.page import markdown
 from stic_min.runtime.files import write_text
-from stic_min.scorers.report import markdown
 from stic_min.toy.files import write_json
 
 ROWS = {

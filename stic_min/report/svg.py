@@ -1,0 +1,140 @@
+"""Charts as SVG: a plot area with axes, and lines, bars and dots in it.
+
+Text and lines take their colors from classes, so a chart is readable on light and dark pages, inline or as a
+file of its own. Coordinates are in pixels; y grows downward.
+"""
+
+import math
+from dataclasses import dataclass
+from html import escape
+
+NUM_COLORS = 4  # classes c0 to c3
+STYLE = """
+.chart { --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #ffffff;
+  --c0: #0a5bd0; --c1: #c2304a; --c2: #1a7f4b; --c3: #7d4cc0; max-width: 100%; height: auto; }
+@media (prefers-color-scheme: dark) { .chart { --ink: #e6edf3; --soft: #9aa5b1; --line: #353c45;
+  --paper: #14181d; --c0: #6cb0ff; --c1: #ff8a94; --c2: #5fd08f; --c3: #c3a1f7; } }
+.chart text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
+.chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
+.chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
+.chart .line { stroke-width: 2; fill: none; } .chart .faint { opacity: .35; }
+.chart .dashed { stroke-dasharray: 5 4; }
+""" + "".join(
+    f".chart .c{i} {{ fill: var(--c{i}); }} .chart .line.c{i} {{ stroke: var(--c{i}); fill: none; }}\n"
+    for i in range(NUM_COLORS)
+)
+
+
+def text(x: float, y: float, words: str, anchor: str = "middle", kind: str = "") -> str:
+    """A line of text. anchor: start, middle or end; kind: classes, such as title or soft."""
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def line(points: list[tuple[float, float]], kind: str) -> str:
+    """A line through points. kind: classes, such as "c0" or "c1 dashed"."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline class="line {kind}" points="{path}"/>'
+
+
+def dot(x: float, y: float, kind: str, r: float = 2.5) -> str:
+    return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>'
+
+
+def rectangle(x: float, y: float, width: float, height: float, kind: str) -> str:
+    return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+
+
+def chart(width: int, height: int, title: str, parts: list[str], description: str = "") -> str:
+    """A complete SVG. description: what a reader who can't see it should know; by default the title."""
+    return (
+        f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" role="img" aria-label="{escape(description or title)}">'
+        f'<style>{STYLE}</style>'
+        f'<rect class="paper" width="100%" height="100%"/>{text(width / 2, 22, title, kind="title")}'
+        + "\n".join(parts)
+        + "</svg>\n"
+    )
+
+
+# ---------------------------------------------------------------- axes
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers, 1, 2 or 5 times a power of ten apart, that enclose `low` and `high`."""
+    if not high > low:
+        low, high = low - 0.5 * (abs(low) or 1), low + 0.5 * (abs(low) or 1)
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """A tick's number, short: 0.05, 12, 6k, 1e-07."""
+    if abs(value) >= 10000:
+        return f"{value / 1000:g}k"
+    return f"{value:.3g}"
+
+
+@dataclass
+class Axes:
+    """A plot area and the two scales that map values to its pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    x_ticks: list[float]
+    y_ticks: list[float]
+
+    def x(self, value: float) -> float:
+        low, high = self.x_ticks[0], self.x_ticks[-1]
+        return self.left + (value - low) / (high - low) * (self.right - self.left)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_ticks[0], self.y_ticks[-1]
+        return self.bottom - (value - low) / (high - low) * (self.bottom - self.top)
+
+    def grid(self, unit: str = "") -> list[str]:
+        """Horizontal grid lines with their numbers; the top one has the unit."""
+        parts = []
+        for value in self.y_ticks:
+            y = self.y(value)
+            parts.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            number = label(value) + (unit if value == self.y_ticks[-1] else "")
+            parts.append(text(self.left - 8, y + 4, number, "end", "soft"))
+        return parts
+
+    def x_axis(self, title: str = "") -> list[str]:
+        """Numbers below the plot area, and the axis's title below them."""
+        parts = [text(self.x(value), self.bottom + 20, label(value), kind="soft") for value in self.x_ticks]
+        return [*parts, text((self.left + self.right) / 2, self.bottom + 40, title, kind="soft")]
+
+
+def legend(x: float, y: float, names: list[str]) -> list[str]:
+    """A row of names, each with a sample of its color, from (x, y) to the right."""
+    parts = []
+    for i, name in enumerate(names):
+        parts += [line([(x, y - 4), (x + 18, y - 4)], f"c{i % NUM_COLORS}"), text(x + 24, y, name, "start")]
+        x += 24 + 7.2 * len(name) + 20
+    return parts
+
+
+def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title: str = "step",
+               width: int = 560, height: int = 260, zero: bool = False) -> str:
+    """One line per series through its (x, y) points. zero: the y axis includes 0."""
+    points = [point for line_points in series.values() for point in line_points]
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    if zero:
+        ys = [*ys, 0.0]
+    top = 56 if len(series) > 1 else 38
+    axes = Axes(64, top, width - 20, height - 48, ticks(min(xs), max(xs)), ticks(min(ys), max(ys)))
+    parts = axes.grid() + axes.x_axis(x_title)
+    if len(series) > 1:
+        parts += legend(64, 44, list(series))
+    for i, line_points in enumerate(series.values()):
+        pixels = [(axes.x(x), axes.y(y)) for x, y in line_points]
+        color = f"c{i % NUM_COLORS}"
+        parts.append(line(pixels, color) if len(pixels) > 1 else dot(*pixels[0], color))
+    return chart(width, height, title, parts)
