@@ -118,7 +118,7 @@ def main():
             differs = (chosen != rejected).any(-1)  # (B,)
             run.log(1, equal=~differs)  # divided by 1: a count
             if differing:  # the margin of two equal responses is 0 and means nothing
-                margin = (reward_w - reward_l)[differs]
+                margin = torch.where(differs, reward_w - reward_l, 0)
                 run.log(differing, margin=margin, accuracy=margin > 0)
 
         norm = run.clip_gradients(training.CLIP_NORM)  # after summing over ranks; a NaN ends the run here

@@ -6,6 +6,7 @@ import torch
 
 from stic_min.loss import IGNORE
 from stic_min.mistral import Packed, Span
+from stic_min.runtime.work import to_device
 from stic_min.text import IMAGE
 
 
@@ -92,6 +93,6 @@ def collate(examples: list[Example], tiles: list[list], config, device="cpu") ->
     longest = max(map(len, scored), default=0)
     scored = [group + [0] * (longest - len(group)) for group in scored]
     labels = [group + [IGNORE] * (longest - len(group)) for group in labels]
-    tensor = lambda values: torch.tensor(values, dtype=torch.int64, device=device)
+    tensor = lambda values: to_device(torch.tensor(values, dtype=torch.int64), torch.device(device))
     all_tiles = [image_tiles for example_tiles in tiles for image_tiles in example_tiles]
     return Batch(tensor(ids), tensor(positions), Packed(spans), all_tiles, tensor(scored), tensor(labels))

@@ -8,8 +8,10 @@ Shapes: B slots of S positions, H query heads, K key/value heads of D channels, 
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stic_min.mistral import Packed, Span
+from stic_min.runtime.work import to_device
 
 
 class KVCache:
@@ -45,25 +47,27 @@ class KVCache:
 class Prefill(Packed):
     """Complete prompts, attended to as in `Packed` and written into the cache.
 
-    `spans` are one prompt alone, for the only slot, or a shared prefix followed by its branches, one for each
-    of `slots`: each slot gets a copy of the prefix and its own branch after it.
+    Each prompt is a span that is no other span's prefix; it goes to the next of `slots`. A prompt after a
+    shared prefix takes a copy of it into its slot.
     """
 
     def __init__(self, spans: list[Span], cache: KVCache, slots: list[int]):
         super().__init__(spans)
         self.cache = cache
-        self.slots = slots
+        tokens, slot_of, positions = [], [], []  # the flat row's tokens to write, and where they go
+        for slot, span in zip(slots, self.prompts()):
+            prompt = [*range(*span.prefix), *range(span.start, span.end)]
+            tokens += prompt
+            slot_of += [slot] * len(prompt)
+            positions += range(len(prompt))
+            # What an earlier request left behind: if it were NaN, a mask would not hide it.
+            torch._foreach_zero_([tensor[slot, len(prompt) :] for tensor in (*cache.keys, *cache.values)])
+        device = cache.keys[0].device
+        self.tokens, *self.places = to_device(torch.tensor([tokens, slot_of, positions]), device)
 
     def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
-        branches = self.spans[1:] or self.spans
-        for slot, span in zip(self.slots, branches):
-            a, b = span.prefix
-            start = b - a  # of the branch in its slot
-            end = start + span.end - span.start
-            for cached, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
-                cached[slot, :start] = new[a:b]
-                cached[slot, start:end] = new[span.start : span.end]
-                cached[slot, end:] = 0  # of an earlier request: if it were NaN, a mask would not hide it
+        self.cache.keys[layer][*self.places] = k[self.tokens]
+        self.cache.values[layer][*self.places] = v[self.tokens]
         return super().__call__(layer, q, k, v)
 
 
@@ -81,6 +85,7 @@ class Decode:
         # Additive mask in the cache's dtype, as the SDPA kernels expect; built once and shared by all layers.
         mask = torch.zeros(future.shape, device=positions.device, dtype=cache.keys[0].dtype)
         self.mask = mask.masked_fill_(future, float("-inf"))[:, None, None]  # (B, 1, 1, S)
+        self.cudnn = positions.is_cuda and mask.dtype != torch.float32 and torch.backends.cudnn.is_available()
 
     def __call__(self, layer, q, k, v):  # q (B, H, D); k, v (B, K, D)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
@@ -89,6 +94,12 @@ class Decode:
         longest = self.mask.shape[-1]
         keys = keys[:, :longest].transpose(1, 2)  # (B, K, S, D)
         values = values[:, :longest].transpose(1, 2)
+        if self.cudnn:  # reads the cache once, at the speed of the memory
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                y = F.scaled_dot_product_attention(
+                    q[:, :, None], keys, values, attn_mask=self.mask, enable_gqa=True
+                )
+            return y[:, :, 0]
         # The H / K query heads that share a key head become the rows of one attention problem. With
         # grouped-query heads instead, every kernel that takes a mask would first expand the cache to H heads.
         q = q.unflatten(1, (keys.shape[1], -1))  # (B, K, H / K, D)

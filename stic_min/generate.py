@@ -11,6 +11,7 @@ from PIL import Image
 
 from stic_min import InputError, loader, lora, sampler
 from stic_min.formats.adapters import read_adapter
+from stic_min.fused import fuse
 from stic_min.runtime import console, flags
 from stic_min.runtime.files import brief
 from stic_min.runtime.work import prefetch
@@ -66,6 +67,8 @@ def open_model(args, ranks):
         return llava
     console.report_loading(args, ranks)
     llava = loader.load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
+    if ranks.device.type == "cuda":
+        fuse(llava)
     console.report_loaded(llava, ranks)
     return llava
 

@@ -22,7 +22,7 @@ from stic_min.clip import ClipConfig, VisionTower
 from stic_min.images import Tiles, image_tokens, make_tiles, to_rgb, unpadded
 from stic_min.loss import token_logps
 from stic_min.mistral import Decoder, DecoderConfig
-from stic_min.runtime.work import row_seed
+from stic_min.runtime.work import row_seed, to_device
 from stic_min.text import IMAGE, TEMPLATES, with_image
 
 
@@ -120,7 +120,8 @@ class LLaVA(nn.Module):
     def patch_features(self, tiles: list[Tiles]) -> Tensor:
         """Tiles -> CLIP's patch features of all of them (N, S, Cv)."""
         weight = self.lm_head.weight
-        return self.vision_tower(torch.cat([t.pixels for t in tiles]).to(weight.device, weight.dtype))
+        pixels = to_device(torch.cat([t.pixels for t in tiles]), weight.device)
+        return self.vision_tower(pixels.to(weight.dtype))
 
     def encode_images(self, tiles: list[Tiles], patches: Tensor | None = None) -> Tensor:
         """Tiles (and optionally their CLIP features) -> image embeddings in sequence order (n, C)."""

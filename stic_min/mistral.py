@@ -9,12 +9,17 @@ Shapes: T tokens, C channels, H query heads, K key/value heads of D channels eac
 positions.
 """
 
+import functools
+import inspect
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from stic_min.runtime.work import to_device
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,20 @@ class DecoderConfig:
 
 
 def rope_angles(positions, config, dtype=torch.float32):
-    """positions (T,) -> cos, sin (T, 1, D). Channels i and i + D/2 form a pair, as in the checkpoints."""
+    """positions (T,) -> cos, signed sin (T, 1, D). Channels i and i + D/2 form a pair, as in the checkpoints.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): the first half of the sines is negated.
+    """
     D = config.head_dim
     exponents = torch.arange(0, D, 2, device=positions.device).float() / D  # (D / 2,)
     frequencies = config.rope_theta**-exponents
-    angles = torch.outer(positions.float(), frequencies).repeat(1, 2)[:, None]  # (T, 1, D)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = torch.outer(positions.float(), frequencies)[:, None]  # (T, 1, D / 2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x, cos, sin):  # (T, H, D)
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)  # (a, b) rolled is (b, a)
 
 
 # ---------------------------------------------------------------- who attends to whom
@@ -57,6 +65,19 @@ def rotate(x, cos, sin):  # (T, H, D)
 def attention(q, k, v, **mask):  # q (B, T, H, D); k, v (B, S, K, D); H / K query heads share one key head
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(1, 2)  # (B, T, H, D)
+
+
+@functools.cache
+def flash_varlen():
+    """FlashAttention over sequences of different lengths, causal; None in a torch that does not have it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = {"window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 needs no flag for it
+        options["enable_gqa"] = True
+    return functools.partial(varlen_attn, **options)
 
 
 @dataclass(frozen=True)
@@ -72,30 +93,60 @@ class Packed:
     """Many sequences in one flat row (see the diagram in batch.Batch). `spans` cover it in order.
 
     The branches of one prompt have it as their prefix: it is computed once, and the branches do not see each
-    other.
+    other. A prefix is always a whole span.
     """
 
     def __init__(self, spans: list[Span]):
         self.spans = spans
+        self.lengths = [span.end - span.start for span in spans]
+        index = {(span.start, span.end): i for i, span in enumerate(spans)}
+        # Of each span: the spans that it attends to, its prefix and itself.
+        self.sources = [[index[s.prefix], i] if s.prefix[1] else [i] for i, s in enumerate(spans)]
+        self.offsets = None  # of `varlen`, on the device
+
+    def prompts(self) -> list[Span]:
+        """The spans that are not another's prefix: without responses, they end the prompts."""
+        prefixes = {span.prefix for span in self.spans}
+        return [span for span in self.spans if (span.start, span.end) not in prefixes]
 
     def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
+        # One split, not a slice per span: the backward of a slice writes a gradient as large as the row.
+        ks, vs = k.split(self.lengths), v.split(self.lengths)
+        if q.is_cuda and q.dtype != torch.float32 and flash_varlen():
+            return self.varlen(q, ks, vs)
+        return self.plain(q, ks, vs)
+
+    def plain(self, q, ks, vs):
+        """One attention call per span. ks, vs: the spans' keys and values."""
         from torch.nn.attention.bias import causal_lower_right  # here, as it takes a second to import
 
         out = []
-        for span in self.spans:
-            tokens = slice(span.start, span.end)
-            prefix = slice(*span.prefix)
-            if prefix.start == prefix.stop:
-                y = attention(q[None, tokens], k[None, tokens], v[None, tokens], is_causal=True)
-            else:  # R tokens after a prefix of P
-                keys = torch.cat([k[prefix], k[tokens]])  # (P + R, K, D)
-                values = torch.cat([v[prefix], v[tokens]])
+        for y, sources in zip(q.split(self.lengths), self.sources):
+            if len(sources) == 1:
+                [i] = sources
+                y = attention(y[None], ks[i][None], vs[i][None], is_causal=True)
+            else:
+                keys = torch.cat([ks[i] for i in sources])  # (P + R, K, D): a prefix of P, then R tokens
+                values = torch.cat([vs[i] for i in sources])
                 # Causal, aligned at the bottom right: token i attends to all P of the prefix and to 0..i of
                 # its span.
-                mask = causal_lower_right(span.end - span.start, len(keys))
-                y = attention(q[None, tokens], keys[None], values[None], attn_mask=mask)
+                mask = causal_lower_right(len(y), len(keys))
+                y = attention(y[None], keys[None], values[None], attn_mask=mask)
             out.append(y[0])
         return torch.cat(out)  # (T, H, D)
+
+    def varlen(self, q, ks, vs):
+        """The same in one call on a GPU: FlashAttention over sequences of different lengths, whose causal
+        mask is aligned at the bottom right as well."""
+        if self.offsets is None:
+            key_lengths = [sum(self.lengths[i] for i in sources) for sources in self.sources]
+            ends = [accumulate(lengths, initial=0) for lengths in (self.lengths, key_lengths)]
+            ends = torch.tensor([list(e) for e in ends], dtype=torch.int32)
+            self.offsets = *to_device(ends, q.device), max(self.lengths), max(key_lengths)
+        order = [i for sources in self.sources for i in sources]
+        keys = torch.cat([ks[i] for i in order])
+        values = torch.cat([vs[i] for i in order])
+        return flash_varlen()(q, keys, values, *self.offsets)
 
 
 # ---------------------------------------------------------------- the blocks
@@ -107,16 +158,21 @@ class Attention(nn.Module):
         C, D = config.hidden_size, config.head_dim
         self.index = index  # which layer's cache to use
         self.head_dim = D
+        self.heads = [config.num_attention_heads, config.num_key_value_heads]  # H, K
         self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=False)
         self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
 
     def forward(self, x, rope, attend):  # (T, C)
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, H, D)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, K, D)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, D)
+        qk, v = self.project(x)
+        qk = rotate(qk.unflatten(-1, (-1, self.head_dim)), *rope)  # (T, H + K, D)
+        q, k = qk.split(self.heads, dim=1)
+        v = v.unflatten(-1, (-1, self.head_dim))  # (T, K, D)
         return self.o_proj(attend(self.index, q, k, v).flatten(1))  # (T, C)
+
+    def project(self, x):  # q and k together, as both are rotated
+        return torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
 
 
 class MLP(nn.Module):
@@ -127,7 +183,11 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)  # SwiGLU
+
+    def project(self, x):
+        return self.gate_proj(x), self.up_proj(x)
 
 
 class DecoderLayer(nn.Module):

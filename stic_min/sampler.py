@@ -158,11 +158,16 @@ def stream(
     while group or any(active):
         free = [slot for slot in range(slots) if active[slot] is None]
         while group and len(group) <= len(free):
-            taken, free = free[: len(group)], free[len(group) :]
-            for slot, request, length in zip(taken, group, decoder.admit(group, taken)):
+            admitted, tokens = [], 0
+            while group and len(group) <= len(free) - sum(map(len, admitted)) and tokens < decoder.prefilled:
+                admitted.append(group)
+                tokens += decoder.num_tokens(group)
+                group = next(waiting, None)
+            requests = [request for admitted_group in admitted for request in admitted_group]
+            taken, free = free[: len(requests)], free[len(requests) :]
+            for slot, request, length in zip(taken, requests, decoder.admit(admitted, taken)):
                 limit = max(0, min(max_new_tokens, max_positions - length))
                 active[slot] = ActiveRequest(request.key, length, limit)
-            group = next(waiting, None)
 
         longest = max(request.length for request in active if request)
         ids, logps = decoder.advance(longest)  # (B, steps)

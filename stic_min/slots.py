@@ -6,12 +6,16 @@ Shapes: B slots, C channels, V vocabulary.
 import torch
 from torch import Tensor
 
+from stic_min.batch import Example, collate
 from stic_min.cache import Decode, KVCache, Prefill
+from stic_min.runtime.work import to_device
 
 # By device. 8 steps instead of 1 before the host looks at the sampled tokens: a GPU never waits for the host.
 STRIDES = {"cpu": 1}
-# Attention covers a multiple of 256 positions instead of 8: a GPU needs a graph for each number of positions.
+# Attention covers a multiple of 128 positions instead of 8: a GPU needs a graph for each number of positions.
 WIDTHS = {"cpu": 8}
+# Prompts are prefilled together up to this number of tokens, to keep a GPU busy; a CPU is with one.
+PREFILLED = {"cpu": 1}
 GRAPHED = {"cuda"}
 
 
@@ -79,7 +83,8 @@ class SlotDecoder:
         self.ids = torch.zeros(slots, dtype=torch.int64, device=device)  # (B,), the tokens just sampled
         self.logps = torch.zeros(slots, device=device)  # (B,), their log p_theta
         self.stride = STRIDES.get(device.type, 8)
-        self.width = WIDTHS.get(device.type, 256)
+        self.width = WIDTHS.get(device.type, 128)
+        self.prefilled = PREFILLED.get(device.type, 8192)
         self.graphs = Graphs() if device.type in GRAPHED else None
 
     def step(self, longest: int):
@@ -96,36 +101,48 @@ class SlotDecoder:
         self.positions.add_(1)
         self.steps.add_(1).clamp_(max=self.uniforms.shape[1] - 1)
 
-    def prefill(self, group, slots: list[int]) -> list[int]:
-        """Fills the cache and the logits of these slots with the prompts of a group -> the prompts' lengths.
+    def num_tokens(self, group) -> int:
+        """Number of positions that a group's prefill takes in the flat row."""
+        shared = group[0].shared_length() if len(group) > 1 else 0
+        images = sum(self.llava.config.image_tokens(tiles.size) - 1 for tiles in group[0].tiles)
+        return images + shared + sum(len(request.ids) - shared for request in group)
 
-        The prefix that the group shares is computed once (see batch.Batch) and copied into each slot.
+    def admit(self, groups, slots: list[int]) -> list[int]:
+        """Starts the requests of some groups in these slots -> their prompts' lengths."""
+        requests = [request for group in groups for request in group]
+        lengths = self.prefill(groups, slots)
+        uniforms = torch.stack([random_numbers(r.seed, self.uniforms.shape[1]) for r in requests])
+        slots, positions = to_device(torch.tensor([slots, lengths]), self.llava.device)
+        self.uniforms[slots] = to_device(uniforms, self.llava.device)
+        self.positions[slots] = positions
+        self.steps[slots] = 0
+        return lengths
+
+    def prefill(self, groups, slots: list[int]) -> list[int]:
+        """Fills the cache and the logits of these slots with the prompts of the groups -> the prompts'
+        lengths.
+
+        The prefix that a group shares is computed once (see batch.Batch) and copied into each slot.
         """
-        if len(group) == 1:
+        examples, tiles = [], []
+        for group in groups:
             prefix, texts = group[0].ids, []
-        else:
-            shared = group[0].shared_length()
-            prefix, texts = group[0].ids[:shared], [request.ids[shared:] for request in group]
-        batch = self.llava.single_batch(prefix, texts, group[0].tiles)
-        spans = batch.attend.spans[1:] or batch.attend.spans  # one per request
-        lengths = [span.prefix[1] - span.prefix[0] + span.end - span.start for span in spans]
+            if len(group) > 1:
+                shared = group[0].shared_length()
+                prefix, texts = group[0].ids[:shared], [request.ids[shared:] for request in group]
+            examples.append(Example("prompt", [(prefix, False)], texts))
+            tiles.append(group[0].tiles)
+        batch = collate(examples, tiles, self.llava.config, self.llava.device)
+        prompts = batch.attend.prompts()  # one per request
+        lengths = [span.prefix[1] - span.prefix[0] + span.end - span.start for span in prompts]
         allocated = self.cache.length
         self.cache.reserve(min(max(lengths) + self.max_new_tokens, self.max_positions))
         if self.graphs and self.cache.length != allocated:
             self.graphs.clear()  # the cache has moved
-        batch.scored = torch.tensor([[span.end - 1 for span in spans]], device=self.llava.device)
         attend = Prefill(batch.attend.spans, self.cache, slots)
-        x = self.llava.hidden_states(batch, attend)[0]  # (one per request, C)
-        self.logits[slots] = fp32_logits(self.llava, x)
-        return lengths
-
-    def admit(self, group, slots: list[int]) -> list[int]:
-        """Starts the requests of a group in these slots -> their prompts' lengths."""
-        lengths = self.prefill(group, slots)
-        for slot, request, length in zip(slots, group, lengths):
-            self.uniforms[slot] = random_numbers(request.seed, self.uniforms.shape[1])
-            self.positions[slot] = length
-            self.steps[slot] = 0
+        ends = torch.tensor([[span.end - 1 for span in prompts], slots])
+        batch.scored, slots = to_device(ends, self.llava.device)
+        self.logits[slots] = fp32_logits(self.llava, self.llava.hidden_states(batch, attend))
         return lengths
 
     def advance(self, length: int) -> tuple[list[list[int]], list[list[float]]]:

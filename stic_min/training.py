@@ -170,9 +170,9 @@ class Run:
             steps = range(self.first_step, len(self.batches))
             size = self.args.micro_batch
             self.shares = {step: split_batch(self.batches[step], self.ranks, size) for step in steps}
-            load = lambda samples: [load_tiles(sample, self.llava) for sample in samples]
-            tiles = prefetch(load, [samples for share in self.shares.values() for samples, _ in share])
-            self.tiles = stack.enter_context(contextlib.closing(tiles))
+            micro_batches = [samples for share in self.shares.values() for samples, _ in share]
+            batches = prefetch(self.load, micro_batches)
+            self.prefetched = stack.enter_context(contextlib.closing(batches))
             for self.step in steps:
                 # Dropout depends on the step alone, so that a resumed run draws the same masks.
                 torch.manual_seed(row_seed(self.args.seed, self.step, self.ranks.rank))
@@ -180,15 +180,19 @@ class Run:
             with self.stop.busy():
                 self.checkpoints.finish(peak_memory_gb(self.ranks.device))
 
+    def load(self, samples):
+        """The Batch of a micro-batch, its images cut into tiles; runs in a thread, ahead of the step."""
+        tiles = [load_tiles(sample, self.llava) for sample in samples]
+        return collate(samples, tiles, self.llava.config, self.llava.device)
+
     def micro_batches(self):
         """This rank's Batches of the step. After SIGTERM or Ctrl-C to any rank, all ranks stop here."""
-        for samples, weight in self.shares[self.step]:
-            self.weight = weight
+        for _, self.weight in self.shares[self.step]:
             [stops] = self.ranks.sum(bool(self.stop.signal))
             if stops:
                 self.save_checkpoint(self.step)
                 raise KeyboardInterrupt(f"stopped after step {self.step}; run the same command to resume")
-            batch = collate(samples, next(self.tiles), self.llava.config, self.llava.device)
+            batch = next(self.prefetched)
             self.tokens += int(self.weight * len(batch.ids))
             yield batch
 
@@ -216,7 +220,8 @@ class Run:
             for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
                 gradient.copy_(part.view_as(gradient))
         norm = full(torch.nn.utils.clip_grad_norm_(self.parameters.values(), max_norm)).item()
-        self.values = dict(zip(self.sums, self.ranks.sum(*self.sums.values())))
+        sums = torch.stack(list(self.sums.values())).tolist()  # with the norm, all that the host waits for
+        self.values = dict(zip(self.sums, self.ranks.sum(*sums)))
         self.sums = {}
         if not math.isfinite(norm + sum(self.values.values())):
             self.save_checkpoint(self.step)

@@ -61,7 +61,7 @@ class Ranks:
 
         values = [float(value) for value in values]
         if self.world > 1:
-            values = torch.tensor(values, dtype=torch.float64, device=self.device)
+            values = torch.tensor(values, dtype=torch.float64)  # on the CPU: no rank waits for its GPU
             dist.all_reduce(values)
             values = values.tolist()
         return values

@@ -1,4 +1,4 @@
-"""Random subsets, seeds, and a thread pool that prepares the next items of a loop."""
+"""Random subsets, seeds, copies to a GPU, and a thread pool that prepares the next items of a loop."""
 
 import hashlib
 import random
@@ -18,6 +18,14 @@ def row_seed(*parts):
     """A 63-bit seed hashed from (seed, image name, role) or the like."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def to_device(tensor, device):
+    """A tensor of the host's memory on `device`. The host does not wait for the copy to a GPU, which reads
+    pinned memory at any later time."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def prefetch(prepare, items, workers=4):

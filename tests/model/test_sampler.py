@@ -273,7 +273,7 @@ def test_a_slot_forgets_what_an_earlier_request_left(llava, rows):
         decoder = slots_module.SlotDecoder(llava, 1, 8, lambda logits, _: logits.argmax(dim=-1))
         samples = []
         for _ in range(2):
-            [length] = decoder.admit([request], [0])
+            [length] = decoder.admit([[request]], [0])
             samples.append([decoder.advance(length + step) for step in range(8)])
             for tensor in (*decoder.cache.keys, *decoder.cache.values):
                 tensor.fill_(math.nan)
