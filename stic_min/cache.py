@@ -63,11 +63,13 @@ class Prefill(Packed):
             # What an earlier request left behind: if it were NaN, a mask would not hide it.
             torch._foreach_zero_([tensor[slot, len(prompt) :] for tensor in (*cache.keys, *cache.values)])
         device = cache.keys[0].device
-        self.tokens, *self.places = to_device(torch.tensor([tokens, slot_of, positions]), device)
+        self.tokens, self.slots, self.positions = to_device(
+            torch.tensor([tokens, slot_of, positions]), device
+        )
 
     def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
-        self.cache.keys[layer][*self.places] = k[self.tokens]
-        self.cache.values[layer][*self.places] = v[self.tokens]
+        self.cache.keys[layer][self.slots, self.positions] = k[self.tokens]
+        self.cache.values[layer][self.slots, self.positions] = v[self.tokens]
         return super().__call__(layer, q, k, v)
 
 

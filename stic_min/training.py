@@ -187,7 +187,8 @@ class Run:
 
     def micro_batches(self):
         """This rank's Batches of the step. After SIGTERM or Ctrl-C to any rank, all ranks stop here."""
-        for _, self.weight in self.shares[self.step]:
+        for _, weight in self.shares[self.step]:
+            self.weight = weight
             [stops] = self.ranks.sum(bool(self.stop.signal))
             if stops:
                 self.save_checkpoint(self.step)
