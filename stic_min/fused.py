@@ -1,24 +1,28 @@
 """Linear layers that read the same input, as one matrix product: q, k and v; gate and up.
 
-For sampling on a GPU: there, a decoding step takes as long as reading the weights and launching the kernels,
-and one large product reads faster than several small ones. The plain layers in mistral.py and lora.py define
-the result.
+For sampling on a GPU. A decoding step has few rows; it takes as long as reading the weights and launching
+the kernels, and one large product reads faster than several small ones. The plain layers in mistral.py and
+lora.py define the result.
 """
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from stic_min.lora import LoRALinear
 
+FEW = 256  # rows up to which one product is faster; with more, its outputs would have to be made contiguous
+
 
 class FusedLinear:
-    """x (T, in) -> the outputs of `linears` together, split into `sizes`.
+    """x (T, in) -> the outputs of `linears`, concatenated and split into `sizes`; `plain` for many rows.
 
-    The weights take no more memory: each linear's weight becomes a part of the fused one. With LoRA, the
-    adapter is always on.
+    The weights take no more memory: each linear's weight becomes a part of the fused one. LoRA's matrices are
+    copied, and the adapter is always on.
     """
 
-    def __init__(self, linears, sizes: list[int]):
+    def __init__(self, plain, linears: list, sizes: list[int]):
+        self.plain = plain
         self.sizes = sizes
         self.weight = torch.cat([linear.weight.data for linear in linears])  # (out, in)
         parts = self.weight.split([linear.out_features for linear in linears])
@@ -32,7 +36,9 @@ class FusedLinear:
             self.B = torch.block_diag(*(linear.lora_B.data for linear in linears)).to(dtype)  # (out, n r)
             self.scale = linears[0].scale
 
-    def __call__(self, x):
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        if len(x) > FEW:
+            return self.plain(x)
         if self.A is None:
             y = F.linear(x, self.weight)
         else:  # rounded once, as in LoRALinear
@@ -49,8 +55,8 @@ def fuse(llava) -> None:
         gate_up = [mlp.gate_proj, mlp.up_proj]
         for owner, linears in ((attention, qkv), (mlp, gate_up)):
             if len({isinstance(linear, LoRALinear) for linear in linears}) == 1:  # all have LoRA, or none
-                *merged, last = (linear.out_features for linear in linears)
-                owner.project = FusedLinear(linears, [sum(merged), last])
+                *first, last = (linear.out_features for linear in linears)
+                owner.project = FusedLinear(owner.project, linears, [sum(first), last])
         for module in layer.modules():
             if isinstance(module, LoRALinear):  # cast once, not at every step
                 module.lora_A.data = module.lora_A.data.to(module.weight.dtype)
