@@ -118,20 +118,16 @@ class Packed:
 
     def plain(self, q, ks, vs):
         """One attention call per span. ks, vs: the spans' keys and values."""
-        from torch.nn.attention.bias import causal_lower_right  # here, as it takes a second to import
-
         out = []
-        for y, sources in zip(q.split(self.lengths), self.sources):
-            if len(sources) == 1:
-                [i] = sources
-                y = attention(y[None], ks[i][None], vs[i][None], is_causal=True)
-            else:
-                keys = torch.cat([ks[i] for i in sources])  # (P + R, K, D): a prefix of P, then R tokens
-                values = torch.cat([vs[i] for i in sources])
-                # Causal, aligned at the bottom right: token i attends to all P of the prefix and to 0..i of
-                # its span.
-                mask = causal_lower_right(len(y), len(keys))
+        for y, (*prefix, i) in zip(q.split(self.lengths), self.sources):
+            if prefix:
+                [p] = prefix
+                keys, values = torch.cat([ks[p], ks[i]]), torch.cat([vs[p], vs[i]])  # (P + R, K, D)
+                # Token i of R attends to all P of the prefix, and to 0..i of its span.
+                mask = torch.ones(len(y), len(keys), dtype=torch.bool, device=y.device).tril(len(ks[p]))
                 y = attention(y[None], keys[None], values[None], attn_mask=mask)
+            else:
+                y = attention(y[None], ks[i][None], vs[i][None], is_causal=True)
             out.append(y[0])
         return torch.cat(out)  # (T, H, D)
 
