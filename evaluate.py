@@ -204,7 +204,7 @@ def parse_args():
                      help="image file; repeat the flag for several images")  # fmt: skip
     sub.add_argument("--dar", action="store_true", help="describe the image first, then answer (section 4)")
     flags.add_model_flags(sub)
-    flags.add_sampling_flags(sub, temperature=0.0)
+    flags.add_sampling_flags(sub, temperature=0.0, parallel=False)
     return parser.parse_args()
 
 

@@ -135,7 +135,7 @@ def parse_args():
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
-    flags.add_sampling_flags(parser, temperature=0.2, batch_size=8)
+    flags.add_sampling_flags(parser, temperature=0.2)
     args = parser.parse_args()
     if args.describe and args.names:
         parser.error("--names is for pairs; --describe takes its images from the instructions")

@@ -46,7 +46,7 @@ def main():
     args = parse_args()
     check.out_dir(args.out)
     check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device, backend=None)  # the device's own, for FSDP
+    ranks = start_ranks("cpu" if args.check else args.device, training=True)
 
     # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
     # report. `llava` is on the meta device until then; `weights` records where to read its parameters.
@@ -67,6 +67,7 @@ def main():
     check.verify_images(samples, ranks, problems)
     stage_settings = {name: sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
     stage_settings |= {"plain": args.plain, "one_line": args.one_line}
+    training.fit_memory(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
         return check.report_training(

@@ -112,6 +112,12 @@ def compare(folder, settings):
     return step, [f"{name} (was {saved.get(name)!r})" for name in different]
 
 
+def saved_micro_batch(out):
+    """--micro-batch of the run in this folder, if there is a checkpoint and the result depends on it."""
+    size = read_json(folders(out)[-1] / "run.json").get("micro_batch") if folders(out) else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def read_record(folder):
     """The record in a checkpoint's run.json; {} if it has none."""
     record = read_json(folder / "run.json").get("record")

@@ -1,12 +1,22 @@
-"""What a run will cost, estimated for --check: floating-point operations, memory, and time on a typical
-GPU."""
+"""What a run will cost, estimated from shapes: floating-point operations, memory, and time on an H200. The
+defaults of --batch-size (generation), --micro-batch and --shard follow from the memory of the GPU."""
+
+import math
 
 from stic_min import lora
 from stic_min.runtime import console
 
-# Assumptions of the estimates: 40% of an H100's or H200's peak arithmetic, two thirds of an H200's memory
-# bandwidth, and the typical length of LLaVA's descriptions in tokens.
-GPU_FLOPS, GPU_BANDWIDTH, ANSWER = 400e12, 3.2e12, 250
+# Measured on an H200 in bf16, with random weights of v1.6's true shapes (tests/method/test_cost.py): 375 to
+# 410 TFLOP/s in a training step, and 460 to 475 in a prefill. A decoding step takes the time to read weights
+# and cache once, and a constant.
+TRAINING_FLOPS, PREFILL_FLOPS, DECODE_BANDWIDTH, STEP_SECONDS = 390e12, 465e12, 4.2e12, 2.0e-3
+H200_MEMORY = 150e9  # bytes
+ANSWER = 250  # typical length of LLaVA's descriptions in tokens
+
+# Where these two defaults end: on an H200, more brings little. On a CPU, they are 8 and 1.
+MOST_ROWS, MOST_SAMPLES = 64, 8
+USABLE = 0.9  # share of the memory that estimates may fill
+WORKSPACE = 2e9  # bytes for a prefill, and for the copies that fused.py makes
 
 
 def decoder_flops(config, spans, scored, r, reference):
@@ -33,12 +43,19 @@ def decoder_flops(config, spans, scored, r, reference):
     return forward + backward + (base + attention if reference else 0)
 
 
-def activation_bytes(config, r, size):
-    """Bytes per token that all layers keep for the backward pass; measured on a block of true size
-    (RUNNING.md)."""
+def activation_bytes(config, r, size, dropout=0.0):
+    """Bytes per token that all layers keep for the backward pass, temporary ones of that pass included."""
     C, F = config.hidden_size, config.intermediate_size
     kv_width = config.num_key_value_heads * config.head_dim
-    return size * config.num_hidden_layers * (4 * F + 9 * C + 2 * kv_width + len(lora.TARGETS) * r)
+    layer = size * (4 * F + 8 * C + 2 * kv_width + len(lora.TARGETS) * r)
+    if dropout:  # a dropped copy of each linear's input with a mask of one byte, instead of the inputs
+        layer += (size + 1) * (6 * C + F) - size * (3 * C + F)
+    return config.num_hidden_layers * layer
+
+
+def number_size(args):
+    """Bytes per number. --check estimates for a GPU, where bfloat16 is the default."""
+    return 4 if args.dtype == "float32" else 2
 
 
 def count_parameters(llava):
@@ -47,59 +64,124 @@ def count_parameters(llava):
     return sum(p.numel() for p in llava.parameters()) - sum(extra), sum(extra)
 
 
-def training_cost(args, llava, adapter, samples, reference):
-    config = llava.config.decoder
-    size = 4 if args.dtype == "float32" else 2  # bytes per number
+def in_gb(memory):
+    """{name: bytes} as text."""
+    return ", ".join(f"{name} {value / 1e9:.3g}" for name, value in memory.items())
+
+
+# ---------------------------------------------------------------- training
+
+
+def training_memory(args, llava, adapter, samples, micro_batch, shards=1):
+    """{part: bytes} per GPU. shards: number of GPUs among which FSDP splits the model."""
+    config, size = llava.config.decoder, number_size(args)
     base, trained = count_parameters(llava)
-    longest = sum(sorted((sample.length for sample in samples), reverse=True)[: args.micro_batch])
-    scored = max(sample.scored for sample in samples) * args.micro_batch
-    if args.checkpoint_activations:
-        per_token = config.hidden_size * size * config.num_hidden_layers
-    else:
-        per_token = activation_bytes(config, adapter.r, size)
+    weights, state = base * size, trained * 16  # fp32 numbers, their gradients, and Adam's two moments
+    if shards > 1:  # gathered at the same time: two blocks, and what is outside of the blocks
+        blocks = sum(p.numel() for layer in llava.model.layers[2:] for p in layer.parameters())
+        weights, state = weights / shards + (base + trained - blocks) * size, state / shards
+    longest = sum(sorted((sample.length for sample in samples), reverse=True)[:micro_batch])
+    scored = max((sample.scored for sample in samples), default=0) * micro_batch
+    per_token = activation_bytes(config, adapter.r, size, adapter.dropout)
+    if args.checkpoint_activations:  # every block's input, and the activations of one block at a time
+        layers = config.num_hidden_layers
+        per_token = per_token / layers + config.hidden_size * size * layers
     half_copy = trained * size if size < 4 else 0  # LoRA in bf16, for the products
-    memory = {
-        "weights": base * size,
-        "LoRA and projector with gradient and Adam": trained * 16,
+    return {
+        "weights": weights,
+        "LoRA and projector with gradient and Adam": state,
         "activations": longest * per_token + half_copy,
         "logits": 3 * 4 * scored * config.vocab_size,
     }
-    total = sum(memory.values()) / 1e9
-    parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in memory.items())
+
+
+def choose_training(args, llava, adapter, samples, world, memory):
+    """(--micro-batch, --shard, why) where they are not given, for `memory` bytes per GPU (None: a CPU).
+
+    Without sharding, if a micro-batch fits. Then as many samples as fit, in micro-batches of equal size.
+    """
+    if memory is None:
+        return args.micro_batch or 1, args.shard or "full", ""
+    limit = USABLE * memory
+
+    def parts(micro_batch, shard):
+        shards = world if shard == "full" else 1
+        return training_memory(args, llava, adapter, samples, micro_batch, shards)
+
+    def fits(micro_batch, shard):
+        return sum(parts(micro_batch, shard).values()) <= limit
+
+    shard = args.shard or ("none" if world == 1 or fits(args.micro_batch or 1, "none") else "full")
+    micro_batch = args.micro_batch
+    if not micro_batch:
+        share = math.ceil(min(args.batch_size, max(1, len(samples))) / world)
+        largest = max((n for n in range(1, min(share, MOST_SAMPLES) + 1) if fits(n, shard)), default=1)
+        micro_batch = math.ceil(share / math.ceil(share / largest))
+    chosen = parts(micro_batch, shard)
+    total = f"about {sum(chosen.values()) / 1e9:.3g} of {memory / 1e9:.3g} GB per GPU"
+    sharding = f" --shard {shard}" if world > 1 else ""
+    why = f"--micro-batch {micro_batch}{sharding}: {total} ({in_gb(chosen)})"
+    if not fits(micro_batch, shard) and not args.checkpoint_activations:
+        why += "; if memory runs out, add --checkpoint-activations"
+    return micro_batch, shard, why
+
+
+def training_cost(args, llava, adapter, samples, reference):
+    """Lines on memory and time."""
+    memory = training_memory(args, llava, adapter, samples, args.micro_batch)
     flops = 0
     for sample in samples:
         branches = [len(branch) for branch in sample.branches]
         trunk = sample.length - sum(branches)  # image tokens included
         spans = [(trunk, 0), *((branch, trunk) for branch in branches)]
-        flops += decoder_flops(config, spans, sample.scored, adapter.r, reference)
-    seconds = flops / GPU_FLOPS * (4 / 3 if args.checkpoint_activations else 1)
+        flops += decoder_flops(llava.config.decoder, spans, sample.scored, adapter.r, reference)
+    seconds = flops / TRAINING_FLOPS * (4 / 3 if args.checkpoint_activations else 1)
     steps = -(-len(samples) // args.batch_size)
     return [
-        ("memory", f"about {total:.3g} GB per GPU with --shard none: {parts}; --shard full splits the first "
-                   "two over the GPUs"),
-        ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {console.clock(seconds)} on one GPU "
-                 f"at {GPU_FLOPS / 1e12:.0f} TFLOP/s (an H100 or H200 at 40%)"),
+        ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB per GPU with --micro-batch {args.micro_batch} "
+                   f"--shard none: {in_gb(memory)}; --shard full splits the first two over the GPUs"),
+        ("time", f"{steps} steps, {flops / 1e15:.3g} PFLOP: about {console.clock(seconds)} on one H200 "
+                 f"at the measured {TRAINING_FLOPS / 1e12:.0f} TFLOP/s"),
     ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- generation
+
+
+def generation_memory(args, llava, rows, positions):
+    """{part: bytes} of `rows` responses with so many positions each, the prompt included."""
+    config, size = llava.config.decoder, number_size(args)
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # keys and values
+    return {"weights": sum(count_parameters(llava)) * size, "KV cache": rows * positions * position * size}
+
+
+def choose_rows(args, llava, memory):
+    """(--batch-size where it is not given, why), for `memory` bytes on the GPU (None: a CPU)."""
+    if memory is None:
+        return 8, ""
+    config = llava.config
+    new_tokens = max(args.max_new_tokens, 1024)  # DaR's descriptions may be longer than its answers
+    positions = min(config.max_length + new_tokens, config.decoder.max_positions)
+    weights, row = generation_memory(args, llava, 1, positions).values()
+    rows = int((USABLE * memory - WORKSPACE - weights) // row)
+    rows = max(1, min(rows, MOST_ROWS))
+    parts = f"weights {weights / 1e9:.3g}, KV cache of {rows} responses up to {rows * row / 1e9:.3g}"
+    return rows, f"--batch-size {rows}: {parts}, of {memory / 1e9:.3g} GB per GPU"
 
 
 def generation_cost(args, llava, lengths, answer=ANSWER):
     """Lines on memory and time of responses of about `answer` tokens to prompts of these lengths."""
-    config = llava.config.decoder
-    size = 4 if args.dtype == "float32" else 2  # bytes per number
-    base, extra = count_parameters(llava)
-    kv_width = config.num_key_value_heads * config.head_dim
-    position = 2 * size * config.num_hidden_layers * kv_width  # bytes in the cache, keys and values
-    slots, answer = min(args.batch_size, len(lengths)), min(answer, args.max_new_tokens)
-    cache = slots * position * min(max(lengths) + args.max_new_tokens, config.max_positions)
-    weights = (base + extra) * size
-    # A step reads the weights and the cache once; a prompt costs 2 operations per parameter and token.
-    bytes_read = weights + slots * position * (sum(lengths) / len(lengths) + answer / 2)
-    steps = len(lengths) * answer / slots
-    step_seconds = max(bytes_read / GPU_BANDWIDTH, 2 * base * slots / GPU_FLOPS)
-    seconds = 2 * base * sum(lengths) / GPU_FLOPS + steps * step_seconds
+    base, _ = count_parameters(llava)
+    rows, answer = min(args.batch_size, len(lengths)), min(answer, args.max_new_tokens)
+    longest = min(max(lengths) + args.max_new_tokens, llava.config.decoder.max_positions)
+    memory = generation_memory(args, llava, rows, longest)
+    average = generation_memory(args, llava, rows, sum(lengths) / len(lengths) + answer / 2)
+    steps = len(lengths) * answer / rows
+    step_seconds = STEP_SECONDS + sum(average.values()) / DECODE_BANDWIDTH
+    seconds = 2 * base * sum(lengths) / PREFILL_FLOPS + steps * step_seconds
     return [
-        ("memory", f"about {(weights + cache) / 1e9:.3g} GB per GPU: weights {weights / 1e9:.3g}, KV cache "
-                   f"for {slots} responses (--batch-size) {cache / 1e9:.3g}"),
+        ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB per GPU: {in_gb(memory)} for {rows} responses "
+                   "(--batch-size)"),
         ("time", f"about {console.clock(seconds)} on one H200 for {len(lengths)} responses, assuming "
                  f"{answer} tokens each"),
     ]  # fmt: skip

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from stic_min import InputError, loader, lora, sampler
+from stic_min import InputError, cost, loader, lora, sampler
 from stic_min.formats.adapters import read_adapter
 from stic_min.fused import fuse
 from stic_min.runtime import console, flags
 from stic_min.runtime.files import brief
+from stic_min.runtime.ranks import memory_per_gpu
 from stic_min.runtime.work import prefetch
 
 
@@ -58,18 +59,24 @@ class Response:
 
 
 def open_model(args, ranks):
-    """The model that the flags name, with its adapter; for --check without weights."""
+    """The model that the flags name, with its adapter; for --check without weights. Sets --batch-size where
+    it is not given."""
     options = flags.model_options(args, ranks)
     if getattr(args, "check", False):
         llava, _ = loader.open_llava(args.model, **options)
         if args.adapter:
             lora.attach(llava, read_adapter(args.adapter, llava))
-        return llava
-    console.report_loading(args, ranks)
-    llava = loader.load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
-    if ranks.device.type == "cuda":
-        fuse(llava)
-    console.report_loaded(llava, ranks)
+    else:
+        console.report_loading(args, ranks)
+        llava = loader.load_llava(args.model, adapter=args.adapter, device=ranks.device, **options)
+        if ranks.device.type == "cuda":
+            fuse(llava)
+        console.report_loaded(llava, ranks)
+    if "batch_size" in args and args.batch_size is None:
+        memory = memory_per_gpu(args, ranks, assumed=cost.H200_MEMORY)
+        args.batch_size, why = cost.choose_rows(args, llava, memory)
+        if why:
+            ranks.print(why)
     return llava
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from stic_min import InputError, check, lora
+from stic_min import InputError, check, checkpoint, cost, lora
 from stic_min.batch import collate
 from stic_min.checkpoint import Checkpoints, full
 from stic_min.formats.adapters import read_adapter
@@ -28,6 +28,7 @@ from stic_min.runtime.files import append_line
 from stic_min.runtime.output import lock, unlock
 from stic_min.runtime.process import Stop
 from stic_min.runtime.provenance import peak_memory_gb
+from stic_min.runtime.ranks import memory_per_gpu
 from stic_min.runtime.work import prefetch, row_seed, subset
 from stic_min.samples import global_batches, load_tiles, split_batch
 
@@ -92,6 +93,21 @@ def prepare(args, ranks, problems, records, parse, make_sample):
     consistency.limit(args, len(entries), ranks)
     entries = subset(entries, args.limit, args.seed)
     return entries, problems.collect(make_sample, entries)
+
+
+def fit_memory(args, llava, adapter, samples, ranks):
+    """Sets --micro-batch and --shard where they are not given, and prints why. All ranks choose the same."""
+    given = args.micro_batch and args.shard
+    if not args.micro_batch and args.lora_dropout:
+        args.micro_batch = checkpoint.saved_micro_batch(Path(args.out))
+        if args.micro_batch:
+            ranks.print(f"--micro-batch {args.micro_batch}, as before: dropout masks depend on it")
+    memory = memory_per_gpu(args, ranks, assumed=cost.H200_MEMORY)
+    args.micro_batch, args.shard, why = cost.choose_training(
+        args, llava, adapter, samples, ranks.world, memory
+    )
+    if why and not given:
+        ranks.print(why)
 
 
 def shard(llava, args, ranks):

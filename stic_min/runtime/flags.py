@@ -83,7 +83,7 @@ def add_limit_flag(parser):
                         help="size of a random subset to use, sampled with --seed (default: all)")
 
 
-def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024):
+def add_sampling_flags(parser, temperature, parallel=True, max_new_tokens=1024):
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=not_negative, default=temperature, metavar="T",
                        help="sampling temperature; 0 is greedy")
@@ -91,9 +91,10 @@ def add_sampling_flags(parser, temperature, batch_size=None, max_new_tokens=1024
                        help="total probability of the most probable tokens to sample from (default: 1)")
     group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
                        help="maximum length of a response in tokens")
-    if batch_size:
-        group.add_argument("--batch-size", type=positive, default=batch_size, metavar="N",
-                           help="number of responses sampled in parallel")
+    if parallel:
+        group.add_argument("--batch-size", type=positive, metavar="N",
+                           help="number of responses sampled in parallel (default: what fits in the GPU's "
+                                "memory, up to 64; 8 on a CPU)")
 
 
 def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
@@ -105,8 +106,9 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
         help="peak learning rate for the projector; 0 freezes it")
     add("--batch-size", type=positive, default=batch_size, metavar="N",
         help="number of samples per optimizer step, over all ranks")
-    add("--micro-batch", type=positive, default=1, metavar="N",
-        help="number of samples per forward pass on each rank")
+    add("--micro-batch", type=positive, metavar="N",
+        help="number of samples per forward pass on each rank (default: what fits in the GPU's memory, up to "
+             "8; 1 on a CPU)")  # fmt: skip
     add("--max-length", type=positive, metavar="N",
         help="maximum sequence length in tokens, image tokens included; longer responses are truncated "
              f"(default: {max_length}; 4096 in anyres mode)")  # fmt: skip
@@ -117,13 +119,14 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
              "its own)")  # fmt: skip
     add("--lora-dropout", type=probability, default=dropout, metavar="P",
         help="dropout probability on LoRA's input")
-    add("--shard", choices=["full", "none"], default="full",
+    add("--shard", choices=["full", "none"],
         help="sharding under torchrun: full is FSDP; none replicates the weights on every rank and "
-             "all-reduces the gradients of LoRA and projector")  # fmt: skip
+             "all-reduces the gradients of LoRA and projector (default: none if that fits on each GPU, else "
+             "full)")  # fmt: skip
     add("--checkpoint-activations", action="store_true",
         help="recompute activations in the backward pass: less memory, but about a third more time")
     add("--save-every", type=positive, metavar="STEPS",
-        help="number of steps between checkpoints to resume from (default: a tenth of the run)")
+        help="number of steps between checkpoints to resume from (default: one every five minutes)")
     add("--keep", type=positive, metavar="N", default=2, help="number of most recent checkpoints to keep")
 
 

@@ -149,9 +149,33 @@ def start_device(name=None):
     return device
 
 
-def start_ranks(device=None, backend="gloo"):
-    """This process as one of many under torchrun, else the only one. gloo suffices where ranks only meet at
-    barriers; training passes its device's own backend."""
+def gpu_memory(device):
+    """Bytes that this process uses or could use on a GPU; None on a CPU."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
+
+
+def memory_per_gpu(args, ranks, assumed):
+    """The least `gpu_memory` of all ranks. --check, which runs on a CPU, looks at this machine's GPU, and
+    without one assumes so many bytes."""
+    import torch
+
+    device = ranks.device
+    if args.check and args.device != "cpu":
+        if not torch.cuda.is_available():
+            return assumed
+        device = torch.device("cuda")
+    memory = ranks.gather(gpu_memory(device))
+    return None if None in memory else min(memory)
+
+
+def start_ranks(device=None, training=False):
+    """This process as one of many under torchrun, else the only one. In generation, ranks only meet at
+    barriers, for which gloo suffices; in training, GPUs communicate through NCCL."""
     import torch.distributed as dist
 
     rank, world = place()
@@ -160,7 +184,12 @@ def start_ranks(device=None, backend="gloo"):
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=JOINING))
             store.set_timeout(WAITING)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=WAITING)
+            options = {"backend": "gloo"}
+            if training and device.type == "cuda":  # connected now, on this rank's own GPU
+                options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+            elif training:
+                options = {"backend": None}  # the device's own
+            dist.init_process_group(**options, store=store, rank=rank, world_size=world, timeout=WAITING)
         except (RuntimeError, ValueError, OSError) as error:
             address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise InputError(f"rank {rank} of {world} can't join the others at {address}: "

@@ -22,7 +22,7 @@ def add_benchmark_flags(parser, benchmark):
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
-    flags.add_sampling_flags(parser, temperature=0.0, batch_size=8, max_new_tokens=benchmark.max_new_tokens)
+    flags.add_sampling_flags(parser, temperature=0.0, max_new_tokens=benchmark.max_new_tokens)
     if benchmark.suffix is not None:
         add("--suffix", default=benchmark.suffix, metavar="TEXT", help="last line of each prompt")
     if benchmark.judge:
