@@ -14,14 +14,15 @@ import math
 
 import torch
 
-from stic_min import InputError, check, training
+from stic_min import InputError, check, cost, training
 from stic_min.batch import collate
-from stic_min.checkpoint import settings_of_run, sha256
+from stic_min.checkpoint import settings_of_run
 from stic_min.data import parse_pair
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import dpo_loss, stic_loss, token_logps
 from stic_min.runtime import consistency, flags, process
+from stic_min.runtime.files import sha256
 from stic_min.runtime.ranks import start_ranks
 from stic_min.samples import load_tiles, pair_sample
 
@@ -86,7 +87,7 @@ def main():
     consistency.preferences(pairs, samples, args.pairs, ranks, problems)
     check.verify_images(samples, ranks, problems)
     stage_settings = {"beta": args.beta, "alpha": args.alpha, "pairs": sha256(args.pairs)}
-    training.fit_memory(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
+    cost.fit_training(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
         return check.report_training(

@@ -13,13 +13,14 @@ model. To resume a run that was stopped, run the same command again.
 
 import argparse
 
-from stic_min import check, training
-from stic_min.checkpoint import settings_of_run, sha256
+from stic_min import check, cost, training
+from stic_min.checkpoint import settings_of_run
 from stic_min.data import Infusion
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import sft_loss
 from stic_min.runtime import consistency, flags, process
+from stic_min.runtime.files import sha256
 from stic_min.runtime.ranks import start_ranks
 from stic_min.samples import instruction_sample
 
@@ -67,7 +68,7 @@ def main():
     check.verify_images(samples, ranks, problems)
     stage_settings = {name: sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
     stage_settings |= {"plain": args.plain, "one_line": args.one_line}
-    training.fit_memory(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
+    cost.fit_training(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
         return check.report_training(

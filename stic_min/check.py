@@ -13,6 +13,7 @@ from stic_min.images import open_image
 from stic_min.loss import token_logps
 from stic_min.runtime import consistency, console
 from stic_min.runtime.files import brief, check_place, read_json
+from stic_min.runtime.work import prefetch
 from stic_min.samples import load_tiles
 
 
@@ -63,12 +64,16 @@ def verify_images(samples, ranks, problems):
     into training."""
     paths = sorted({sample.image for sample in samples})[ranks.rank :: ranks.world]
     progress = console.Progress("checking images", len(paths), ranks)
-    errors = []
-    for path in paths:
+
+    def problem(path):
         try:
             open_image(path)
         except InputError as error:
-            errors.append(error)
+            return error
+
+    errors = []
+    for error in prefetch(problem, paths):
+        errors += [error] if error else []
         progress.add()
     for rank_errors in ranks.gather(errors):
         for error in rank_errors:

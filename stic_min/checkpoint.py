@@ -7,11 +7,10 @@ is written to a temporary folder and then renamed, so it is either complete or a
 sharded, so any number of ranks can read them.
 """
 
-import errno
-import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from stic_min.formats.adapters import PROJECTOR_FILE, read_written, write_adapte
 from stic_min.formats.tensors import read_tensors, write_tensors
 from stic_min.loader import own_rows
 from stic_min.runtime import provenance
-from stic_min.runtime.files import fingerprint, printable, read_json, write_text
+from stic_min.runtime.files import fingerprint, printable, read_json, sync, write_text
 from stic_min.runtime.ranks import place
 
 DRAWS = "ranks", "micro_batch"  # settings that only change dropout's masks
@@ -45,10 +44,6 @@ def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     if args.lora_dropout:  # its masks depend on the micro-batches; nothing else does
         values |= {"micro_batch": args.micro_batch, "ranks": place()[1]}
     return values
-
-
-def sha256(file):
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 # ---------------------------------------------------------------- folders
@@ -82,18 +77,6 @@ def save(out, step, adapter, moments, settings, keep):
     sync(out)
     for old in folders(out)[:-keep]:
         shutil.rmtree(old)
-
-
-def sync(path):
-    """Waits until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can sync files but not folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def compare(folder, settings):
@@ -152,8 +135,8 @@ def newest(out, settings, report):
 
 
 def full(tensor):
-    """The whole of a possibly sharded tensor, on the CPU. Every rank must call it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    """The whole of a possibly sharded tensor. Every rank must call it."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def local(tensor):
@@ -162,22 +145,29 @@ def local(tensor):
 
 
 class Checkpoints:
-    """The checkpoints of one run in the folder --out. Every rank must call every method."""
+    """The checkpoints of one run in the folder --out. Every rank must call every method.
+
+    The first rank writes them in a thread, from a copy in main memory, so that training goes on meanwhile.
+    """
 
     def __init__(self, adapter, parameters, optimizer, settings, args, ranks):
         self.out = Path(args.out)
         self.adapter, self.parameters, self.optimizer = adapter, parameters, optimizer
         self.settings, self.args, self.ranks = settings, args, ranks
         self.saved_step = 0
+        self.copies = {}  # of all tensors, on the first rank; pinned, because copying is then fast
+        self.thread = ThreadPoolExecutor(1)
+        self.writing = None  # the checkpoint being written, a Future
 
     def gather(self, tensors):
-        """Possibly sharded tensors -> whole ones, on the first rank."""
-        gathered = {}
+        """Possibly sharded tensors -> copies of whole ones in main memory, on the first rank."""
         for name, tensor in tensors.items():
-            value = full(tensor).contiguous()
+            value = full(tensor)
             if self.ranks.first:
-                gathered[name] = value
-        return gathered
+                if name not in self.copies:
+                    self.copies[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self.copies[name].copy_(value)
+        return {name: self.copies[name] for name in tensors if self.ranks.first}
 
     def run_json(self, memory):
         return self.settings | {
@@ -185,10 +175,11 @@ class Checkpoints:
         }
 
     def save(self, step, memory):
-        """Saves the state after `step` steps, unless that is saved already. All ranks wait until it is
-        written: one that exited earlier would take the others down."""
+        """Saves the state after `step` steps, unless that is saved already. It is written when `wait`
+        returns."""
         if step == self.saved_step:
             return
+        self.wait()  # the thread reads the copies
         run_json = self.run_json(memory)
         self.adapter.tensors |= self.gather(self.parameters)
         moments = self.gather({
@@ -197,9 +188,21 @@ class Checkpoints:
             for kind in ("exp_avg", "exp_avg_sq")
         })  # fmt: skip
         if self.ranks.first:
-            save(self.out, step, self.adapter, moments, run_json, self.args.keep)
-        self.ranks.barrier()
+            arguments = self.out, step, self.adapter, moments, run_json, self.args.keep
+            self.writing = self.thread.submit(save, *arguments)
         self.saved_step = step
+
+    def wait(self):
+        """Until the last checkpoint is written. An error of the thread, such as a full disk, ends the run
+        here."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+    def check(self):
+        """Ends the run if writing has failed."""
+        if self.writing and self.writing.done():
+            self.wait()
 
     def resume(self):
         """Restores parameters and optimizer from the newest checkpoint -> its step, 0 without one."""
@@ -234,6 +237,7 @@ class Checkpoints:
 
     def finish(self, memory):
         """Moves the last checkpoint's adapter to `out` and removes the checkpoints."""
+        self.wait()
         run_json = self.run_json(memory)
         if self.ranks.first:
             *_, last = folders(self.out)

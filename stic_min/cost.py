@@ -2,9 +2,12 @@
 defaults of --batch-size (generation), --micro-batch and --shard follow from the memory of the GPU."""
 
 import math
+from pathlib import Path
 
 from stic_min import lora
+from stic_min.checkpoint import saved_micro_batch
 from stic_min.runtime import console
+from stic_min.runtime.ranks import memory_per_gpu
 
 # Measured on an H200 in bf16, with random weights of v1.6's true shapes (tests/method/test_cost.py): 375 to
 # 410 TFLOP/s in a training step, and 460 to 475 in a prefill. A decoding step takes the time to read weights
@@ -126,6 +129,20 @@ def choose_training(args, llava, adapter, samples, world, memory):
     return micro_batch, shard, why
 
 
+def fit_training(args, llava, adapter, samples, ranks):
+    """Sets --micro-batch and --shard where they are not given, equal on all ranks, and prints why."""
+    given = args.micro_batch and args.shard
+    if args.lora_dropout and not args.micro_batch:
+        args.micro_batch = saved_micro_batch(Path(args.out))
+        if args.micro_batch:
+            ranks.print(f"--micro-batch {args.micro_batch}, as before: dropout masks depend on it")
+    memory = memory_per_gpu(args, ranks, assumed=H200_MEMORY)
+    chosen = choose_training(args, llava, adapter, samples, ranks.world, memory)
+    args.micro_batch, args.shard, why = chosen
+    if why and not given:
+        ranks.print(why)
+
+
 def training_cost(args, llava, adapter, samples, reference):
     """Lines on memory and time."""
     memory = training_memory(args, llava, adapter, samples, args.micro_batch)
@@ -167,6 +184,15 @@ def choose_rows(args, llava, memory):
     rows = max(1, min(rows, MOST_ROWS))
     parts = f"weights {weights / 1e9:.3g}, KV cache of {rows} responses up to {rows * row / 1e9:.3g}"
     return rows, f"--batch-size {rows}: {parts}, of {memory / 1e9:.3g} GB per GPU"
+
+
+def fit_generation(args, llava, ranks):
+    """Sets --batch-size where it is not given, and prints why."""
+    if args.batch_size is None:
+        memory = memory_per_gpu(args, ranks, assumed=H200_MEMORY)
+        args.batch_size, why = choose_rows(args, llava, memory)
+        if why:
+            ranks.print(why)
 
 
 def generation_cost(args, llava, lengths, answer=ANSWER):

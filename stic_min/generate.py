@@ -14,7 +14,6 @@ from stic_min.formats.adapters import read_adapter
 from stic_min.fused import fuse
 from stic_min.runtime import console, flags
 from stic_min.runtime.files import brief
-from stic_min.runtime.ranks import memory_per_gpu
 from stic_min.runtime.work import prefetch
 
 
@@ -72,11 +71,8 @@ def open_model(args, ranks):
         if ranks.device.type == "cuda":
             fuse(llava)
         console.report_loaded(llava, ranks)
-    if "batch_size" in args and args.batch_size is None:
-        memory = memory_per_gpu(args, ranks, assumed=cost.H200_MEMORY)
-        args.batch_size, why = cost.choose_rows(args, llava, memory)
-        if why:
-            ranks.print(why)
+    if "batch_size" in args:  # not in `ask`
+        cost.fit_generation(args, llava, ranks)
     return llava
 
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from stic_min import InputError, check, checkpoint, cost, lora
+from stic_min import InputError, check, lora
 from stic_min.batch import collate
 from stic_min.checkpoint import Checkpoints, full
 from stic_min.formats.adapters import read_adapter
@@ -28,13 +28,13 @@ from stic_min.runtime.files import append_line
 from stic_min.runtime.output import lock, unlock
 from stic_min.runtime.process import Stop
 from stic_min.runtime.provenance import peak_memory_gb
-from stic_min.runtime.ranks import memory_per_gpu
 from stic_min.runtime.work import prefetch, row_seed, subset
 from stic_min.samples import global_batches, load_tiles, split_batch
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
 WARMUP = 0.03  # share of all steps
+SAVE_SECONDS = 300  # between checkpoints
 PRINTED = "loss", "dpo", "alpha_nll", "margin", "accuracy"  # in the terminal; log.jsonl has everything
 
 
@@ -95,21 +95,6 @@ def prepare(args, ranks, problems, records, parse, make_sample):
     return entries, problems.collect(make_sample, entries)
 
 
-def fit_memory(args, llava, adapter, samples, ranks):
-    """Sets --micro-batch and --shard where they are not given, and prints why. All ranks choose the same."""
-    given = args.micro_batch and args.shard
-    if not args.micro_batch and args.lora_dropout:
-        args.micro_batch = checkpoint.saved_micro_batch(Path(args.out))
-        if args.micro_batch:
-            ranks.print(f"--micro-batch {args.micro_batch}, as before: dropout masks depend on it")
-    memory = memory_per_gpu(args, ranks, assumed=cost.H200_MEMORY)
-    args.micro_batch, args.shard, why = cost.choose_training(
-        args, llava, adapter, samples, ranks.world, memory
-    )
-    if why and not given:
-        ranks.print(why)
-
-
 def shard(llava, args, ranks):
     """FSDP2, under torchrun: splits each decoder block, then everything else, evenly over the ranks."""
     if ranks.world > 1 and args.shard == "full":
@@ -164,7 +149,6 @@ class Run:
         self.parameters = lora_parameters | projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
         self.checkpoints = Checkpoints(adapter, self.parameters, self.optimizer, settings, args, ranks)
-        self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
         self.step = 0
         self.weight = 1.0  # of the current micro-batch; 0 if it only keeps FSDP's ranks in step
         self.sums = {}  # what this step logs, before it is summed over the ranks
@@ -182,7 +166,8 @@ class Run:
             self.ranks.check_shared(self.out / ".lock", self.out, self.checkpoints.settings)
             self.first_step = self.checkpoints.resume()
             self.stop = stack.enter_context(Stop())
-            self.begin = self.last = time.monotonic()
+            stack.enter_context(self.checkpoints.thread)  # in the end, waits for it
+            self.begin = self.last = self.saved = time.monotonic()
             steps = range(self.first_step, len(self.batches))
             size = self.args.micro_batch
             self.shares = {step: split_batch(self.batches[step], self.ranks, size) for step in steps}
@@ -207,7 +192,7 @@ class Run:
             self.weight = weight
             [stops] = self.ranks.sum(bool(self.stop.signal))
             if stops:
-                self.save_checkpoint(self.step)
+                self.save_checkpoint(self.step, wait=True)
                 raise KeyboardInterrupt(f"stopped after step {self.step}; run the same command to resume")
             batch = next(self.prefetched)
             self.tokens += int(self.weight * len(batch.ids))
@@ -241,7 +226,7 @@ class Run:
         self.values = dict(zip(self.sums, self.ranks.sum(*sums)))
         self.sums = {}
         if not math.isfinite(norm + sum(self.values.values())):
-            self.save_checkpoint(self.step)
+            self.save_checkpoint(self.step, wait=True)
             names = ", ".join(sample.name for sample in self.batches[self.step])
             raise InputError(f"step {self.step + 1}: the loss is {self.values['loss']} and the gradient norm "
                              f"is {norm}; --lr may be too high, or one of these samples is damaged: {names}")
@@ -250,7 +235,8 @@ class Run:
     def end_step(self, norm):
         """Writes the step to log.jsonl, prints it, and saves a checkpoint if one is due."""
         now, steps, done = time.monotonic(), len(self.batches), self.step + 1
-        [tokens] = self.ranks.sum(self.tokens)
+        due = self.ranks.first and now - self.saved >= SAVE_SECONDS  # the first rank's clock counts
+        tokens, due = self.ranks.sum(self.tokens, due)
         speed = tokens / (now - self.last)
         self.tokens, self.last = 0, now
         seconds_left = (now - self.begin) / (done - self.first_step) * (steps - done)
@@ -264,9 +250,17 @@ class Run:
             losses = "  ".join(f"{name} {self.values[name]:.4f}" for name in PRINTED if name in self.values)
             self.ranks.print(f"step {done}/{steps}  {losses}  grad {norm:.3g}  lr {lr:.2e}  {speed:.0f} tok/s"
                              f"  {memory:.2f} GB  {console.clock(seconds_left)} left")
-        if done % self.save_every == 0 or done == steps:
+        self.checkpoints.check()
+        if self.args.save_every:
+            due = done % self.args.save_every == 0
+        if due or done == steps:
             self.save_checkpoint(done)
 
-    def save_checkpoint(self, step):
+    def save_checkpoint(self, step, wait=False):
+        """Before a rank exits, all must `wait`: one that exited earlier would take the others down."""
         with self.stop.busy():
             self.checkpoints.save(step, peak_memory_gb(self.ranks.device))
+            self.saved = time.monotonic()
+            if wait:
+                self.checkpoints.wait()
+                self.ranks.barrier()

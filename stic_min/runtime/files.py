@@ -1,5 +1,6 @@
 """Reading files, writing them safely, and text fit for messages. No model code."""
 
+import errno
 import hashlib
 import json
 import os
@@ -139,6 +140,10 @@ def fingerprint(*paths):
     return digest.hexdigest()[:12]
 
 
+def sha256(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
 def wait_until(condition, seconds=10):
     """Whether condition() becomes true in time: on network file systems, files take seconds to appear."""
     end = time.monotonic() + seconds
@@ -158,6 +163,18 @@ def check_place(path):
     if below_a_file or not os.access(nearest, os.W_OK):
         reason = "a file" if below_a_file else "not writable"
         raise InputError(f"can't write to {path}: {nearest} is {reason}")
+
+
+def sync(path):
+    """Waits until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems can sync files but not folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_text(path, text):
