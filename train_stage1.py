@@ -24,7 +24,7 @@ from stic_min.loss import dpo_loss, stic_loss, token_logps
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.files import sha256
 from stic_min.runtime.ranks import start_ranks
-from stic_min.samples import load_tiles, pair_sample
+from stic_min.samples import length_limit, load_tiles, pair_sample, prepare
 
 
 def pair_logps(llava, batch):
@@ -75,9 +75,9 @@ def main():
     # Tokenize all pairs and decode all images before the weights are loaded. --check ends here, with a
     # report. `llava` is on the meta device until then; `weights` records where to read its parameters.
     llava, adapter, weights = training.build(args, ranks, keep_reference=True)
-    max_length = training.length_limit(args, llava, pad_default=1024)
+    max_length = length_limit(args, llava, pad_default=1024)
     problems = check.Problems(args.check)
-    pairs, samples = training.prepare(
+    pairs, samples = prepare(
         args, ranks, problems, read_kind(args.pairs, "pairs"), parse_pair,
         lambda pair: pair_sample(pair, llava, args.images, max_length),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from stic_min.loss import sft_loss
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.files import sha256
 from stic_min.runtime.ranks import start_ranks
-from stic_min.samples import instruction_sample
+from stic_min.samples import instruction_sample, length_limit, prepare
 
 
 def parse_args():
@@ -52,10 +52,10 @@ def main():
     # Tokenize all records and decode all images before the weights are loaded. --check ends here, with a
     # report. `llava` is on the meta device until then; `weights` records where to read its parameters.
     llava, adapter, weights = training.build(args, ranks, keep_reference=False)
-    max_length = training.length_limit(args, llava, pad_default=2048)
+    max_length = length_limit(args, llava, pad_default=2048)
     problems = check.Problems(args.check)
     infusion = Infusion(args.instructions, args.one_line, args.plain)  # parses descriptions
-    instructions, samples = training.prepare(
+    instructions, samples = prepare(
         args, ranks, problems, read_kind(args.descriptions, "descriptions"), infusion,
         lambda instruction: instruction_sample(instruction, llava, args.images, max_length),
     )  # fmt: skip

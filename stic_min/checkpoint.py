@@ -95,12 +95,6 @@ def compare(folder, settings):
     return step, [f"{name} (was {saved.get(name)!r})" for name in different]
 
 
-def saved_micro_batch(out):
-    """--micro-batch of the run in this folder, if there is a checkpoint and the result depends on it."""
-    size = read_json(folders(out)[-1] / "run.json").get("micro_batch") if folders(out) else None
-    return size if isinstance(size, int) and size > 0 else None
-
-
 def read_record(folder):
     """The record in a checkpoint's run.json; {} if it has none."""
     record = read_json(folder / "run.json").get("record")
@@ -192,17 +186,17 @@ class Checkpoints:
             self.writing = self.thread.submit(save, *arguments)
         self.saved_step = step
 
+    def check(self):
+        """Ends the run here if writing has failed, as on a full disk."""
+        if self.writing and self.writing.done():
+            self.writing.result()
+
     def wait(self):
-        """Until the last checkpoint is written. An error of the thread, such as a full disk, ends the run
-        here."""
+        """Until the last checkpoint is written. All ranks wait: one that exited earlier would take the others
+        down."""
         if self.writing:
             self.writing.result()
-            self.writing = None
-
-    def check(self):
-        """Ends the run if writing has failed."""
-        if self.writing and self.writing.done():
-            self.wait()
+        self.ranks.barrier()
 
     def resume(self):
         """Restores parameters and optimizer from the newest checkpoint -> its step, 0 without one."""

@@ -5,8 +5,9 @@ import math
 from pathlib import Path
 
 from stic_min import lora
-from stic_min.checkpoint import saved_micro_batch
+from stic_min.checkpoint import folders
 from stic_min.runtime import console
+from stic_min.runtime.files import read_json
 from stic_min.runtime.ranks import memory_per_gpu
 
 # Measured on an H200 in bf16, with random weights of v1.6's true shapes (tests/method/test_cost.py): 375 to
@@ -129,6 +130,12 @@ def choose_training(args, llava, adapter, samples, world, memory):
     return micro_batch, shard, why
 
 
+def saved_micro_batch(out):
+    """--micro-batch of the run in this folder, if there is a checkpoint and the result depends on it."""
+    size = read_json(folders(out)[-1] / "run.json").get("micro_batch") if folders(out) else None
+    return size if isinstance(size, int) and size > 0 else None
+
+
 def fit_training(args, llava, adapter, samples, ranks):
     """Sets --micro-batch and --shard where they are not given, equal on all ranks, and prints why."""
     given = args.micro_batch and args.shard
@@ -195,16 +202,24 @@ def fit_generation(args, llava, ranks):
             ranks.print(why)
 
 
+def prefill_seconds(llava, tokens):
+    """Two operations per parameter and token."""
+    return 2 * count_parameters(llava)[0] * tokens / PREFILL_FLOPS
+
+
+def step_seconds(args, llava, rows, positions):
+    """Of a decoding step."""
+    return STEP_SECONDS + sum(generation_memory(args, llava, rows, positions).values()) / DECODE_BANDWIDTH
+
+
 def generation_cost(args, llava, lengths, answer=ANSWER):
     """Lines on memory and time of responses of about `answer` tokens to prompts of these lengths."""
-    base, _ = count_parameters(llava)
     rows, answer = min(args.batch_size, len(lengths)), min(answer, args.max_new_tokens)
     longest = min(max(lengths) + args.max_new_tokens, llava.config.decoder.max_positions)
     memory = generation_memory(args, llava, rows, longest)
-    average = generation_memory(args, llava, rows, sum(lengths) / len(lengths) + answer / 2)
-    steps = len(lengths) * answer / rows
-    step_seconds = STEP_SECONDS + sum(average.values()) / DECODE_BANDWIDTH
-    seconds = 2 * base * sum(lengths) / PREFILL_FLOPS + steps * step_seconds
+    average = sum(lengths) / len(lengths) + answer / 2
+    decoding = len(lengths) * answer / rows * step_seconds(args, llava, rows, average)
+    seconds = prefill_seconds(llava, sum(lengths)) + decoding
     return [
         ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB per GPU: {in_gb(memory)} for {rows} responses "
                    "(--batch-size)"),

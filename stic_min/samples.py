@@ -10,6 +10,8 @@ from stic_min.batch import Example
 from stic_min.data import Instruction, Pair
 from stic_min.formats.image_folder import image_path
 from stic_min.images import image_size, open_image
+from stic_min.runtime import consistency
+from stic_min.runtime.work import subset
 from stic_min.text import IMAGE, TEMPLATES
 
 
@@ -82,6 +84,20 @@ def instruction_sample(
     if sum(ids.count(IMAGE) for ids, _ in trunk) != 1:
         raise InputError(f"{instruction.where}: its <image> appears only after {max_length} tokens")
     return TrainingSample(instruction.where, trunk, [], path, max_length - room, cut)
+
+
+def length_limit(args, llava, pad_default, anyres_default=4096):
+    """--max-length or the stage's default, at most the model's own maximum."""
+    default = pad_default if llava.config.image_mode == "pad" else anyres_default
+    return min(args.max_length or default, llava.config.decoder.max_positions)
+
+
+def prepare(args, ranks, problems, records, parse, make_sample):
+    """Parses and tokenizes the records, or a random --limit of them -> (parsed entries, samples)."""
+    entries = problems.collect(lambda record: parse(*record), records)
+    consistency.limit(args, len(entries), ranks)
+    entries = subset(entries, args.limit, args.seed)
+    return entries, problems.collect(make_sample, entries)
 
 
 # ---------------------------------------------------------------- batches of an epoch

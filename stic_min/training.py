@@ -23,12 +23,12 @@ from stic_min.checkpoint import Checkpoints, full
 from stic_min.formats.adapters import read_adapter
 from stic_min.llava import Projector
 from stic_min.loader import load_weights, open_llava
-from stic_min.runtime import consistency, console, flags
+from stic_min.runtime import console, flags
 from stic_min.runtime.files import append_line
 from stic_min.runtime.output import lock, unlock
 from stic_min.runtime.process import Stop
 from stic_min.runtime.provenance import peak_memory_gb
-from stic_min.runtime.work import prefetch, row_seed, subset
+from stic_min.runtime.work import prefetch, row_seed
 from stic_min.samples import global_batches, load_tiles, split_batch
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
@@ -39,12 +39,6 @@ PRINTED = "loss", "dpo", "alpha_nll", "margin", "accuracy"  # in the terminal; l
 
 
 # ---------------------------------------------------------------- before the first step
-
-
-def length_limit(args, llava, pad_default, anyres_default=4096):
-    """--max-length or the stage's default, at most the model's own maximum."""
-    default = pad_default if llava.config.image_mode == "pad" else anyres_default
-    return min(args.max_length or default, llava.config.decoder.max_positions)
 
 
 def build(args, ranks, keep_reference):
@@ -85,14 +79,6 @@ def build(args, ranks, keep_reference):
     # which is saved unchanged if it is not trained.
     adapter.tensors = {name: value for name, value in adapter.tensors.items() if ".lora_" not in name}
     return llava, adapter, weights
-
-
-def prepare(args, ranks, problems, records, parse, make_sample):
-    """Parses and tokenizes the records, or a random --limit of them -> (parsed entries, samples)."""
-    entries = problems.collect(lambda record: parse(*record), records)
-    consistency.limit(args, len(entries), ranks)
-    entries = subset(entries, args.limit, args.seed)
-    return entries, problems.collect(make_sample, entries)
 
 
 def shard(llava, args, ranks):
@@ -172,8 +158,7 @@ class Run:
             size = self.args.micro_batch
             self.shares = {step: split_batch(self.batches[step], self.ranks, size) for step in steps}
             micro_batches = [samples for share in self.shares.values() for samples, _ in share]
-            batches = prefetch(self.load, micro_batches)
-            self.prefetched = stack.enter_context(contextlib.closing(batches))
+            self.prefetched = stack.enter_context(contextlib.closing(prefetch(self.load, micro_batches)))
             for self.step in steps:
                 # Dropout depends on the step alone, so that a resumed run draws the same masks.
                 torch.manual_seed(row_seed(self.args.seed, self.step, self.ranks.rank))
@@ -257,10 +242,8 @@ class Run:
             self.save_checkpoint(done)
 
     def save_checkpoint(self, step, wait=False):
-        """Before a rank exits, all must `wait`: one that exited earlier would take the others down."""
         with self.stop.busy():
             self.checkpoints.save(step, peak_memory_gb(self.ranks.device))
             self.saved = time.monotonic()
             if wait:
                 self.checkpoints.wait()
-                self.ranks.barrier()

@@ -459,8 +459,8 @@ def test_the_estimates_of_check():
     sample = TrainingSample("", [([1] * 630, False)], [[1] * 250] * 2, Path("x"), 1130, False)
     args = SimpleNamespace(dtype=None, micro_batch=1, batch_size=4, checkpoint_activations=False)
     (_, memory), (_, time) = training_cost(args, llava, adapter, [sample] * 6000, reference=True)
-    assert memory.startswith("about 28.7 GB per GPU with --shard none: weights 15.1, LoRA")
-    assert time.startswith("1500 steps, 307 PFLOP: about 12:4")
+    assert memory.startswith("about 28.4 GB per GPU with --micro-batch 1 --shard none: weights 15.1, LoRA")
+    assert time.startswith("1500 steps, 307 PFLOP: about 13:0")
 
 
 # ---------------------------------------------------------------- what is skipped, what is counted

@@ -4,7 +4,7 @@ import json
 import signal
 
 import pytest
-from chain import STEPS, distance, identical, log, with_images
+from chain import STEPS, distance, identical, log, stop_after, with_images
 from commands import call, call_two_ranks, lines, start, wait_for
 
 from stic_min import InputError
@@ -64,3 +64,16 @@ def test_leftovers_of_a_killed_run_are_not_taken_for_results(runs, tmp_path):
         (tmp_path / "out" / name).write_bytes((runs.out / "stage1" / name).read_bytes())
     call(*runs.commands["stage1"], "--projector-lr", 0, "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "projector.safetensors").exists() and len(log(tmp_path / "out")) == STEPS
+
+
+@pytest.mark.parametrize("runs", ["llava-v1.6-tiny"], indirect=True)
+def test_dropout_keeps_the_micro_batch_of_the_checkpoint(runs, tmp_path):
+    """The default depends on the GPU's memory, and the masks on the micro-batch."""
+    command = [*runs.commands["stage2"], "--lora-dropout", 0.05, "--batch-size", 4, "--save-every", 1]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    call(*command, "--micro-batch", 2, "--out", whole)
+    with stop_after(1), pytest.raises(SystemExit):
+        call(*command, "--micro-batch", 2, "--out", stopped)
+    printed = call(*command, "--out", stopped)
+    assert "--micro-batch 2, as before: dropout masks depend on it" in printed and "changed" not in printed
+    assert identical(stopped, whole)

@@ -21,7 +21,7 @@ from chain import identical, log, stop_after
 from commands import ENV, ROOT, call, call_ranks, call_two_ranks, ended, start, torchrun, wait_for
 from forked import Forked
 
-from stic_min import InputError, check, training
+from stic_min import InputError, check, checkpoint, training
 from stic_min.loader import load_llava
 from stic_min.runtime import process
 
@@ -193,6 +193,38 @@ def test_a_checkpoint_is_an_adapter(stage1, tiny, tmp_path):
 def test_the_newest_checkpoints_are_kept(stage1, tmp_path, keep, steps):
     stopped(stage1, tmp_path, 7, "--keep", keep)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in steps]
+
+
+@pytest.mark.parametrize("seconds, saved", [(300, []), (0, ["checkpoint-5", "checkpoint-6"])])
+def test_checkpoints_are_saved_by_time(stage1, tmp_path, seconds, saved):
+    command = [*stage1.command[:-2], "--batch-size", 1, "--out", tmp_path]  # without --save-every
+    with mock.patch.object(training, "SAVE_SECONDS", seconds), stop_after(6), pytest.raises(SystemExit):
+        call(*command)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == saved
+    call(*command)
+    assert identical(tmp_path, stage1.ones)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(stage1, tmp_path):
+    command = [*stage1.command[:-1], 7, "--batch-size", 1, "--out", tmp_path]  # --save-every 7
+    save = checkpoint.save
+
+    def slowly(*args):
+        wait_for(after_steps(13, tmp_path))
+        save(*args)
+
+    with mock.patch.object(checkpoint, "save", slowly), stop_after(13), pytest.raises(SystemExit):
+        call(*command)
+    assert "resuming after step 7" in call(*command)  # with the parameters of step 7, not of step 13
+    assert identical(tmp_path, stage1.ones)
+
+
+def test_an_error_in_writing_the_last_checkpoint_ends_the_run(stage1, tmp_path):
+    with mock.patch.object(checkpoint, "write_adapter", side_effect=OSError(28, "No space left on device")):
+        status, message = ended(*stage1.command, "--batch-size", 20, "--out", tmp_path)
+    assert status == 1 and not (tmp_path / "adapter_config.json").exists()
+    assert message == (f"error: can't write a checkpoint of step 2 to {tmp_path} ([Errno 28] No space left on "
+                       "device); there is no earlier checkpoint")
 
 
 @pytest.mark.parametrize("n", [1, 4])

@@ -127,7 +127,8 @@ def die_after(step):
     def end_and_die(run, norm, end_step=training.Run.end_step):
         end_step(run, norm)
         if run.step + 1 == step and run.ranks.first:
-            run.checkpoints.wait()
+            if run.checkpoints.writing:
+                run.checkpoints.writing.result()
             os.kill(os.getpid(), signal.SIGKILL)
 
     training.Run.end_step = end_and_die
