@@ -1,22 +1,16 @@
 """The estimates of --check against what was measured, and the defaults that follow from a GPU's memory."""
 
-import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import ROOT
 
-sys.path.append(str(ROOT / "tests" / "speed"))
-
-from common import configuration  # noqa: E402
-from stage2 import LENGTHS  # noqa: E402
-
-from stic_min import cost, lora  # noqa: E402
-from stic_min.llava import LLaVA  # noqa: E402
-from stic_min.runtime import ranks  # noqa: E402
-from stic_min.samples import TrainingSample  # noqa: E402
+from stic_min import cost, lora
+from stic_min.clip import ClipConfig
+from stic_min.llava import LLaVA, LlavaConfig
+from stic_min.mistral import DecoderConfig
+from stic_min.runtime import ranks
+from stic_min.samples import TrainingSample
 
 GIB = 2**30
 IMAGE = {"pad": 576, "anyres": 2340}  # tokens of 640x480
@@ -26,8 +20,10 @@ BEFORE = 16.7 * GIB
 
 def model(mode="pad", dropout=0.0, projector=False):
     """v1.6's true shapes without numbers -> (LLaVA, its adapter)."""
+    decoder = DecoderConfig(4096, 14336, 32, 32, 8, 32064, 1e-6, 1e6, 32768)
+    config = LlavaConfig(decoder, ClipConfig(), mode, ((672, 672),), "mistral_instruct", 4096)
     with torch.device("meta"):
-        llava = LLaVA(configuration("7b", mode)).bfloat16().requires_grad_(False)
+        llava = LLaVA(config).bfloat16().requires_grad_(False)
         names = [name for name, _ in llava.model.named_modules(prefix="model")]
         modules = [name for name in names if name.rpartition(".")[2] in lora.TARGETS]
         adapter = lora.Adapter(128, 256, dropout, modules, {})
@@ -46,7 +42,7 @@ def conversations():
     """Those of tests/speed/stage2.py."""
     return [
         TrainingSample("", [([1] * (578 + n), False), ([1] * m, True)], [], "", 578 + n + m, False)
-        for n, m in LENGTHS
+        for n, m in ((260, 30), (320, 120), (220, 60), (290, 200))
     ]
 
 
@@ -157,7 +153,6 @@ def test_what_is_given_is_kept():
 @pytest.mark.parametrize("gigabytes, rows", [(24, 5), (40, 27), (80, 64), (150, 64), (16, 1)])
 def test_rows_follow_from_memory(gigabytes, rows):
     llava, _ = model("anyres")
-    llava.config = replace(llava.config, max_length=4096)  # as published
     chosen, why = cost.choose_rows(flags(), llava, gigabytes * 1e9)
     assert chosen == rows and why.startswith(f"--batch-size {rows}: weights ")
     assert cost.choose_rows(flags(), llava, None) == (8, "")

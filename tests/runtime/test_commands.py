@@ -60,7 +60,8 @@ def test_a_merged_checkpoint_is_the_adapter(runs, tmp_path):
                       "--batch-size": "4", "--lora-dropout": "0.0",
                       "--max-length": "1024; 4096 in anyres mode"}),
     ("train_stage2", {"--lr": "2e-05", "--lora-dropout": "0.05", "--batch-size": "64", "--seed": "0"}),
-    ("evaluate", {"--temperature": "0.0", "--seed": "0", "--batch-size": "what fits in the GPU's memory, up to 64; 8 on a CPU"})])
+    ("evaluate", {"--temperature": "0.0", "--seed": "0",
+                  "--batch-size": "what fits in the GPU's memory, up to 64; 8 on a CPU"})])
 def test_help_shows_the_defaults(script, shown, capsys):
     argv = [script, "scienceqa", "--help"] if script == "evaluate" else [script, "--help"]
     with pytest.raises(SystemExit, match="0"), mock.patch.object(sys, "argv", argv):
