@@ -613,7 +613,8 @@ def test_impossible_flags_end_with_the_usage(w, capsys, name, flags):
 
 def stopped(w, name, *flags):
     """A run that stops before its end, and loses its last checkpoint."""
-    with mock.patch.object(checkpoint_module.Checkpoints, "finish"):
+    every_step = mock.patch.object(training, "SAVE_SECONDS", 0)
+    with mock.patch.object(checkpoint_module.Checkpoints, "finish"), every_step:
         assert outcome(w, name, *flags) == 0
     *_, last = checkpoint_module.folders(w / "out")
     shutil.rmtree(last)
@@ -670,12 +671,12 @@ def test_resuming_with_another_micro_batch_prints_what_that_changes(w, capsys):
     assert "changed since the checkpoint: micro_batch (was 1); dropout masks differ from here on" in printed(capsys)[0]
 
 
-def test_ten_checkpoints_in_a_run_and_the_newest_are_kept(w, capsys):
+def test_checkpoints_in_a_run_and_the_newest_are_kept(w, capsys):
     write(w / PAIRS, [pair(A)] * 25)
     steps = []
     save = lambda run, step, save=training.Run.save_checkpoint: steps.append(step) or save(run, step)
     with mock.patch.object(training.Run, "save_checkpoint", save):
-        stopped(w, "stage1", "--batch-size", 1)
+        stopped(w, "stage1", "--batch-size", 1, "--save-every", 3)
     assert steps == [*range(3, 25, 3), 25]
     assert sorted(path.name for path in (w / "out").glob("checkpoint*")) == ["checkpoint-24"]  # and 25
     for path in (w / "out").glob("checkpoint*"):
