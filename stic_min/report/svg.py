@@ -18,6 +18,7 @@ STYLE = """
 .chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
 .chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
 .chart .line { stroke-width: 2; fill: none; } .chart .faint { opacity: .35; }
+.chart .level { stroke: var(--soft); stroke-width: 1; }
 .chart .dashed { stroke-dasharray: 5 4; }
 """ + "".join(
     f".chart .c{i} {{ fill: var(--c{i}); }} .chart .line.c{i} {{ stroke: var(--c{i}); fill: none; }}\n"
@@ -121,20 +122,41 @@ def legend(x: float, y: float, names: list[str]) -> list[str]:
     return parts
 
 
+def running_mean(values: list[float], window: int) -> list[float]:
+    """The mean of up to `window` values around each one; fewer at both ends."""
+    half = (window - 1) // 2
+    around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in around]
+
+
 def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title: str = "step",
-               width: int = 560, height: int = 260, zero: bool = False) -> str:
-    """One line per series through its (x, y) points. zero: the y axis includes 0."""
+               width: int = 560, height: int = 260, zero: bool = False, smooth: int = 1,
+               levels: dict[str, float] | None = None) -> str:  # fmt: skip
+    """One line per series through its (x, y) points. zero: the y axis includes 0. smooth: if greater than 1,
+    the running mean of so many points is drawn over the points' own line, which is faint. levels: {name: y}
+    of dashed horizontal lines."""
     points = [point for line_points in series.values() for point in line_points]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    if zero:
-        ys = [*ys, 0.0]
+    levels = levels or {}
+    ys = [*ys, *levels.values(), *([0.0] if zero else [])]
     top = 56 if len(series) > 1 else 38
     axes = Axes(64, top, width - 20, height - 48, ticks(min(xs), max(xs)), ticks(min(ys), max(ys)))
     parts = axes.grid() + axes.x_axis(x_title)
     if len(series) > 1:
         parts += legend(64, 44, list(series))
+    for name, y in levels.items():
+        parts.append(line([(axes.left, axes.y(y)), (axes.right, axes.y(y))], "level dashed"))
+        parts.append(text(axes.right, axes.y(y) - 5, name, "end", "soft"))
     for i, line_points in enumerate(series.values()):
         pixels = [(axes.x(x), axes.y(y)) for x, y in line_points]
         color = f"c{i % NUM_COLORS}"
-        parts.append(line(pixels, color) if len(pixels) > 1 else dot(*pixels[0], color))
-    return chart(width, height, title, parts)
+        if len(pixels) == 1:
+            parts.append(dot(*pixels[0], color))
+        elif smooth > 1:
+            means = zip((x for x, _ in pixels), running_mean([y for _, y in pixels], smooth))
+            parts += [line(pixels, f"{color} faint"), line(list(means), color)]
+        else:
+            parts.append(line(pixels, color))
+    ends = "; ".join(f"{name} {line_points[0][1]:.3g} to {line_points[-1][1]:.3g}"
+                     for name, line_points in series.items())  # fmt: skip
+    return chart(width, height, title, parts, description=f"{title}, first to last: {ends}")
