@@ -75,7 +75,7 @@ def label(value: float) -> str:
     """A tick's number, short: 0.05, 12, 6k, 1e-07."""
     if abs(value) >= 10000:
         return f"{value / 1000:g}k"
-    return f"{value:.3g}"
+    return f"{value:.4g}"
 
 
 @dataclass
@@ -140,7 +140,7 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
     levels = levels or {}
     ys = [*ys, *levels.values(), *([0.0] if zero else [])]
     top = 56 if len(series) > 1 else 38
-    axes = Axes(64, top, width - 20, height - 48, ticks(min(xs), max(xs)), ticks(min(ys), max(ys)))
+    axes = Axes(64, top, width - 20, height - 48, ticks(min(xs), max(xs), 7), ticks(min(ys), max(ys)))
     parts = axes.grid() + axes.x_axis(x_title)
     if len(series) > 1:
         parts += legend(64, 44, list(series))

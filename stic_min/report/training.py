@@ -322,7 +322,8 @@ NOT_SHOWN = "step", "seconds_left", "lr"
 
 
 def short(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else str(value)
+    """A number with four digits, or all of those before the point; NaN and infinity in words."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def last_values(run: Training) -> list[tuple[str, str, str, str]]:
@@ -339,6 +340,14 @@ def last_values(run: Training) -> list[tuple[str, str, str, str]]:
 
 def window_of_last(run):
     return max(1, round(len(run.log) / 10))
+
+
+def values_table(run: Training) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of `last_values`."""
+    count = window_of_last(run)
+    header = ["", f"step {run.log[0]['step']}", f"step {run.log[-1]['step']}"]
+    header += [f"mean of the last {count} steps"] if count > 1 else []
+    return header, [list(row)[: len(header)] for row in last_values(run)]
 
 
 SETTINGS = {
@@ -391,10 +400,7 @@ def section(path: str | Path, options: Options | None = None) -> str:
         strong = f" The strong line is the running mean of {count} points." if count > 1 else ""
         body.append(f"<p class=note>Each point of a curve is one optimizer step.{strong}</p>")
         body.append(f"<div class=curves>{''.join(figure(run, curve) for curve in curves(run))}</div>")
-        steps = window_of_last(run)
-        mean = f"mean of the last {steps} steps" if steps > 1 else "last step"
-        header = ["", f"step {run.log[0]['step']}", f"step {run.log[-1]['step']}", mean]
-        body.append(f"<h3>Values</h3>{html_table(header, [list(row) for row in last_values(run)], 0)}")
+        body.append(f"<h3>Values</h3>{html_table(*values_table(run), 0)}")
     else:
         body.append("<p class=note>No curves: log.jsonl is missing or has no complete line.</p>")
     body.append("<div class=columns>")
