@@ -1,4 +1,4 @@
-"""A whole recipe, from pairs to scores, as a page (report.html) and as a short text to hand on (report.md)."""
+"""A whole recipe, from pairs to scores, as a page (report.html) and as a text to hand on (report.md)."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ def read_records_of(step, name):
     if step.kind != "scores":
         return {name: training.read(step.path).record}
     stems = [path.name.removesuffix(".scores.json") for path in sorted(step.path.glob("*.scores.json"))]
-    return {stem: records.read(step.path / f"{stem}.run.json") for stem in stems}
+    return {stem: records.of_output(step.path / f"{stem}.jsonl") for stem in stems}
 
 
 # ---------------------------------------------------------------- tables: (header, rows) of text

@@ -5,7 +5,7 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from stic_min.runtime.files import read_json
+from stic_min.runtime.provenance import read_record
 
 STYLE = """
 .facts td, .facts th { text-align: left; white-space: normal; vertical-align: top; font-weight: 400; }
@@ -15,15 +15,9 @@ STYLE = """
 MISSING = "not recorded"
 
 
-def read(path: Path) -> dict:
-    """The record in a run.json; {} without one."""
-    record = read_json(path).get("record") if path.is_file() else None
-    return record if isinstance(record, dict) else {}
-
-
 def of_output(path: Path) -> dict:
-    """The record of an output file NAME.jsonl, which is in NAME.run.json."""
-    return read(path.with_suffix(".run.json"))
+    """The record of an output file NAME.jsonl, which is in NAME.run.json; {} without one."""
+    return read_record(path.with_suffix(".run.json"))
 
 
 def number(record: dict, name: str) -> float | None:

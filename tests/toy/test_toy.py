@@ -31,8 +31,10 @@ def toy(*args):
 
 
 def snapshot(folder):
-    """{file: bytes} of a run's results: without logs, and run.json without the record of time and place."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("log.txt", "log.jsonl")]
+    """{file: bytes} of a run's results: without logs and their pages, and run.json without the record of time and
+    place."""
+    left_out = "log.txt", "log.jsonl", "report.html"
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in left_out]
     contents = {str(p.relative_to(folder)): p.read_bytes() for p in files}
     for name in [name for name in contents if name.endswith("run.json")]:
         contents[name] = json.loads(contents[name])
