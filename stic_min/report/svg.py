@@ -144,19 +144,16 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
     parts = axes.grid() + axes.x_axis(x_title)
     if len(series) > 1:
         parts += legend(64, 44, list(series))
+    for name, line_points in series.items():
+        parts.append(f"<desc>{escape(name)}: {line_points[0][1]:.3g} to {line_points[-1][1]:.3g}</desc>")
     for name, y in levels.items():
         parts.append(line([(axes.left, axes.y(y)), (axes.right, axes.y(y))], "level dashed"))
         parts.append(text(axes.right, axes.y(y) - 5, name, "end", "soft"))
     for i, line_points in enumerate(series.values()):
         pixels = [(axes.x(x), axes.y(y)) for x, y in line_points]
         color = f"c{i % NUM_COLORS}"
-        if len(pixels) == 1:
-            parts.append(dot(*pixels[0], color))
-        elif smooth > 1:
-            means = zip((x for x, _ in pixels), running_mean([y for _, y in pixels], smooth))
-            parts += [line(pixels, f"{color} faint"), line(list(means), color)]
-        else:
-            parts.append(line(pixels, color))
-    ends = "; ".join(f"{name} {line_points[0][1]:.3g} to {line_points[-1][1]:.3g}"
-                     for name, line_points in series.items())  # fmt: skip
-    return chart(width, height, title, parts, description=f"{title}, first to last: {ends}")
+        if smooth > 1 and len(pixels) > 1:
+            parts.append(line(pixels, f"{color} faint"))
+            pixels = list(zip([x for x, _ in pixels], running_mean([y for _, y in pixels], smooth)))
+        parts.append(line(pixels, color) if len(pixels) > 1 else dot(*pixels[0], color))
+    return chart(width, height, title, parts)
