@@ -144,8 +144,8 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
     parts = axes.grid() + axes.x_axis(x_title)
     if len(series) > 1:
         parts += legend(64, 44, list(series))
-    for name, line_points in series.items():
-        parts.append(f"<desc>{escape(name)}: {line_points[0][1]:.3g} to {line_points[-1][1]:.3g}</desc>")
+    ends = [f"{name} from {ys[0][1]:.3g} to {ys[-1][1]:.3g}" for name, ys in series.items()]
+    parts.append(f"<desc>{escape('; '.join(ends))}</desc>")  # for those who can't see the lines
     for name, y in levels.items():
         parts.append(line([(axes.left, axes.y(y)), (axes.right, axes.y(y))], "level dashed"))
         parts.append(text(axes.right, axes.y(y) - 5, name, "end", "soft"))
