@@ -282,7 +282,7 @@ def write(path: str | Path, options: Options) -> Path:
         f"<h1>STIC: {escape(name)}</h1><p class=note>All steps in one folder. "
         '<a href="report.md">report.md</a> is the short version to hand on.</p>'
     )
-    file = folder / "report.html"
+    html = page(f"STIC: {name}", body + section(folder, options), style)
     write_text(folder / "report.md", text(folder, parts))
-    write_text(file, page(f"STIC: {name}", body + section(folder, options), style))
-    return file
+    write_text(folder / "report.html", html)
+    return folder / "report.html"
