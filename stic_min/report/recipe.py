@@ -19,6 +19,14 @@ NAMES = {
     "training": "Training", "scores": "Scores",
 }  # fmt: skip
 NONE = "–"  # does not apply
+COSTS = (
+    "Wall time is summed over resumed parts. Peak memory is that of the rank that took most: of its GPU, or of "
+    "the process if it had none."
+)
+COUNTS = (
+    "Equal: pairs with identical responses, which have no preference to learn. Cut off: by --max-new-tokens. "
+    "Truncated: to --max-length. Skipped: requested, but without a record, such as unreadable images."
+)
 
 STYLE = """
 nav ol { padding-left: 1.4em; } section { border-top: 1px solid var(--line); margin-top: 2.5em; }
@@ -61,19 +69,19 @@ def read_records_of(step, name):
 
 def steps_table(parts: list[Part]):
     """One row per step. The evaluations of a folder share a row: time is their sum, memory their maximum."""
-    header = ["step", "what", "wall time", "peak memory", "hardware"]
-    rows = [[str(part.number), what(part), *costs(list(part.records.values()))] for part in parts]
+    header = ["step", "wall time", "peak memory", "hardware"]
+    rows = [[what(part), *costs(list(part.records.values()))] for part in parts]
     seconds = [records.number(record, "wall_seconds") for part in parts for record in part.records.values()]
     known = [value for value in seconds if value is not None]
     if len(parts) > 1 and known:
         some = f" ({len(known)} of {len(seconds)} runs)" if len(known) < len(seconds) else ""
-        rows.append(["", "all steps", records.duration(sum(known)) + some, "", ""])
+        rows.append(["all steps", records.duration(sum(known)) + some, "", ""])
     return header, rows
 
 
 def what(part):
     count = f", {len(part.records)} evaluations" if part.step.kind == "scores" else ""
-    return f"{part.title}{count}"
+    return f"{part.number}. {part.title}{count}"
 
 
 def costs(recorded):
@@ -97,7 +105,7 @@ def counts_table(parts: list[Part]):
     header = ["step", "count", "equal", "cut off", "truncated", "skipped"]
     count = {"pairs": count_pairs, "descriptions": count_descriptions, "scores": count_answers}
     cells = lambda part: count.get(part.step.kind, count_samples)(part)
-    return header, [[f"{part.number} {part.title}", *cells(part)] for part in parts]
+    return header, [[f"{part.number}. {part.title}", *cells(part)] for part in parts]
 
 
 def known(value) -> str:
@@ -220,12 +228,10 @@ def text(folder: Path, parts: list[Part]) -> str:
         markdown(*steps_table(parts)),
         "\n".join(bullets("commit", groups(parts, records.commit))
                   + bullets("versions", versions_lines(parts))),
-        "Wall time is summed over resumed parts. Peak memory is that of the rank that took most: of its GPU, "
-        "or of the process.",
+        COSTS,
         "## Commands\n\n```bash\n" + "\n".join(commands) + "\n```",
         "## Counts\n\n" + markdown(*counts_table(parts)),
-        "Equal: pairs with identical responses, which have no preference to learn. Cut off: by "
-        "--max-new-tokens. Truncated: to --max-length. Skipped: without a record, such as unreadable images.",
+        COUNTS,
     ]  # fmt: skip
     for part in parts:
         if part.step.kind == "scores":
@@ -247,7 +253,7 @@ def section(path: str | Path, options: Options) -> str:
     parts = read(folder)
     links = "".join(f'<li><a href="#step-{part.number}">{escape(part.title)}</a>' for part in parts)
     commits = "; ".join(groups(parts, records.commit))
-    lines = [f"commit: {commits}", *versions_lines(parts)]
+    lines = [COSTS, f"Commit: {commits}", f"Versions: {'; '.join(versions_lines(parts))}"]
     sections = "".join(
         f'<section id="step-{part.number}">{part.step.module.section(part.step.path, options)}'
         f"{provenance(part)}</section>"
@@ -256,7 +262,7 @@ def section(path: str | Path, options: Options) -> str:
     return (
         f"<h2>Steps</h2><nav aria-label=Steps><ol>{links}</ol></nav>"
         f"{html_table(*steps_table(parts), 0)}<p class=note>{'<br>'.join(map(escape, lines))}</p>"
-        f"<h2>Counts</h2>{html_table(*counts_table(parts), 0)}{sections}"
+        f"<h2>Counts</h2>{html_table(*counts_table(parts), 0)}<p class=note>{COUNTS}</p>{sections}"
     )
 
 
