@@ -73,8 +73,8 @@ for (const box of document.querySelectorAll(".paged")) {
   };
   const turn = step => () => { first += step; show(); box.scrollIntoView(); };
   kind.onchange = () => { first = 0; show(); };
-  back.onclick = turn(-size);
-  next.onclick = turn(size);
+  back.onclick = () => turn(-size);
+  next.onclick = () => turn(size);
   show();
 }
 """.replace("PAGE_SIZE", str(PAGE_SIZE))
@@ -103,8 +103,10 @@ def json_block(kind: str, value) -> str:
 
 
 def paged(items: list[tuple[str, str]], kinds: dict[str, str]) -> str:
-    """A list that is shown in parts and can be filtered by kind. items: [(kind, HTML)]; kinds: {kind: label},
-    both text. An <img data-image=KEY> gets its source from the <section>'s `json_block("images", {KEY: URI})`.
+    """A list that is shown in parts and can be filtered by kind.
+
+    items: [(kind, HTML)]; kinds: {kind: label}, both text. An <img data-image=KEY> in an item gets its source
+    from `json_block("images", {KEY: URI})` in the <section> around the list.
     """
     options = "".join(f'<option value="{escape(kind)}">{escape(name)}' for kind, name in kinds.items())
     return (
