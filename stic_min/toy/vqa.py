@@ -24,8 +24,8 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def score(questions: list[dict], answers: list[dict]) -> dict:
-    """Accuracy in percent: {"score", "interval", "n", "correct", "groups": {type: these four}, "missing"}, and
-    rounded, {"accuracy", "types": {type: {"n", "accuracy"}}}.
+    """Accuracy in percent: {"score", "interval", "n", "correct", "groups": {type: these four}, "missing"},
+    and rounded {"accuracy", "types": {type: {"n", "accuracy"}}}.
 
     questions: from `load`. answers: records {"question_id", "text"}; a missing answer is wrong. Raises
     InputError like `match_answers`.
