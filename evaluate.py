@@ -26,7 +26,7 @@ from stic_min import InputError
 from stic_min.runtime import console, flags, process
 from stic_min.runtime.files import check_place, write_text
 from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
-from stic_min.scorers import arguments, audit, grading, harness, plan, report
+from stic_min.scorers import arguments, audit, grading, harness, plan
 from stic_min.text import DESCRIBE_PROMPT, without_marks
 
 # The model is imported where it is used: scoring, tables and --help do without torch.
@@ -152,7 +152,13 @@ def run_score(args):
 
 
 def run_table(args):
-    report.write(args.dir)
+    from stic_min.report import options, scores
+
+    text = scores.text(args.dir)
+    file = Path(args.dir, "tables.md")
+    write_text(file, f"{text}\n")
+    page = scores.write(args.dir, options.Options())
+    print(f"{text}\n\nwrote {file} and {page}")
 
 
 def run_ask(args):

@@ -38,15 +38,20 @@ tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 
 .track { position: relative; height: 1.1em; background: var(--panel); }
 .track i { position: absolute; inset: 0 auto 0 0; background: var(--gray); }
 .own .track i { background: var(--blue); } .llava .track i { background: var(--ocher); }
+.partial .track i { background: repeating-linear-gradient(135deg, var(--blue) 0 5px, var(--own) 5px 10px); }
 .track b { position: absolute; top: 45%; height: 2px; background: var(--interval); }
 button, select { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--gray);
   border-radius: 4px; padding: .2em .7em; cursor: pointer; } button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
+.flip { display: grid; grid-template-columns: 10em 1fr; gap: 1em; border-top: 1px solid var(--line);
+  padding: 1em 0; } .flip img { width: 100%; } .flip p { margin: 0 0 .3em; } .text { white-space: pre-wrap; }
+.right, .wrong { padding: 0 .3em; }
 .paged nav { display: flex; flex-wrap: wrap; gap: .5em; align-items: center; margin: .6em 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel);
   padding: .7em; font-size: .85em; }
 @media (max-width: 45em) {
   .bar { grid-template-columns: 1fr auto; gap: 0 .8em; }
+  .flip { grid-template-columns: 1fr; } .flip img { max-width: 12em; }
   .track { grid-column: 1 / -1; grid-row: 2; height: .8em; }
   th:first-child, td:first-child { max-width: 9em; white-space: normal; } body { margin: 1em auto; }
 }
