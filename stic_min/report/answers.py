@@ -41,7 +41,7 @@ class Run:
 
 
 def mcnemar(gains: int, losses: int) -> float:
-    """The two-sided exact p-value: the probability that `gains + losses` fair coins fall at least so unevenly."""
+    """The two-sided exact p-value: the probability that as many fair coins fall at least as unevenly."""
     flips = gains + losses
     tail = sum(math.comb(flips, k) for k in range(min(gains, losses) + 1))
     return min(1.0, 2 * tail / 2**flips)
@@ -180,12 +180,15 @@ def thumbnail(benchmark, question, folder):
 
 
 def answer_text(benchmark, questions, run):
+    """The answer as text; for MMBench's rotations, one line each."""
     texts = [run.answers[str(question[benchmark.key])]["text"] for question in questions]
     if len(texts) == 1:
         return texts[0]
-    marks = ["✓" if is_right(benchmark, [question], run) else "✗" for question in questions]
-    return "\n".join(f"{mark} {text} (right: {question['answer']})"
-                     for mark, text, question in zip(marks, texts, questions))  # fmt: skip
+    lines = []
+    for question, text in zip(questions, texts):
+        mark = "✓" if is_right(benchmark, [question], run) else "✗"
+        lines.append(f"\n{mark} {text} (right: {question['answer']})")
+    return "".join(lines)
 
 
 def flip(benchmark, questions, verdicts, runs, image):
@@ -198,11 +201,11 @@ def flip(benchmark, questions, verdicts, runs, image):
         parts.append(f"<p class=note>Reference: {escape(text)}</p>")
     for run, right in zip(runs, verdicts):
         mark = "<span class=right>✓ right</span>" if right else "<span class=wrong>✗ wrong</span>"
-        text = answer_text(benchmark, questions, run)
-        parts.append(f"<p>{mark} <b>{escape(run.label)}</b></p><p class=text>{escape(text) or '(empty)'}</p>")
+        text = escape(answer_text(benchmark, questions, run)) or "<small>(empty)</small>"
+        parts.append(f"<p class=text>{mark} <b>{escape(run.label)}:</b> {text}</p>")
         if description := harness.find_description(question, run.descriptions):
-            parts.append(f"<details><summary>its description of the image</summary><p class=text>"
-                         f"{escape(description)}</p></details>")  # fmt: skip
+            summary = f"<summary>description by {escape(run.label)}</summary>"
+            parts.append(f"<details>{summary}<p class=text>{escape(description)}</p></details>")
     return f"<article class=flip>{''.join(parts)}</div></article>"
 
 
@@ -241,6 +244,8 @@ def benchmark_section(benchmark, rows, options, images):
     for question in questions:
         groups.setdefault(harness.get_group(benchmark, question), []).append(question)
     lines, galleries = [], []
+    shown = [pair for pair in pairs if pair[0].row.tuned != pair[1].row.tuned][-1:] or pairs
+    shown = shown[0]
     for first, second in pairs:
         results = compare(benchmark, groups.values(), first, second)
         count = Counter((before, after) for _, before, after in results)
@@ -253,7 +258,7 @@ def benchmark_section(benchmark, rows, options, images):
         items = [("gain" if verdicts[1] else "loss", flip(
             benchmark, group, verdicts, (first, second), images.key(benchmark, group[0], folder)))
             for group, verdicts in flips]  # fmt: skip
-        is_open = " open" if second.row.tuned != first.row.tuned else ""
+        is_open = " open" if (first, second) == shown else ""
         body = page.paged(items, KINDS) if items else "<p>No answer flipped.</p>"
         galleries.append(f"<details{is_open}><summary>{escape(title)}: {len(items)} flipped</summary>{body}"
                          "</details>")  # fmt: skip

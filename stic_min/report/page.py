@@ -43,17 +43,20 @@ tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 
 button, select { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--gray);
   border-radius: 4px; padding: .2em .7em; cursor: pointer; } button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
-.flip { display: grid; grid-template-columns: 10em 1fr; gap: 1em; border-top: 1px solid var(--line);
-  padding: 1em 0; } .flip img { width: 100%; } .flip p { margin: 0 0 .3em; } .text { white-space: pre-wrap; }
+.list { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30em, 100%), 1fr)); gap: 1em 2em; }
+.flip { display: grid; grid-template-columns: 8em minmax(0, 1fr); gap: 1em; align-items: start;
+  border-top: 1px solid var(--line); padding-top: 1em; }
+.flip img { width: 100%; } .flip p { margin: 0 0 .3em; } .text { white-space: pre-wrap; }
 .right, .wrong { padding: 0 .3em; }
 .paged nav { display: flex; flex-wrap: wrap; gap: .5em; align-items: center; margin: .6em 0; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--panel);
   padding: .7em; font-size: .85em; }
 @media (max-width: 45em) {
   .bar { grid-template-columns: 1fr auto; gap: 0 .8em; }
-  .flip { grid-template-columns: 1fr; } .flip img { max-width: 12em; }
   .track { grid-column: 1 / -1; grid-row: 2; height: .8em; }
-  th:first-child, td:first-child { max-width: 9em; white-space: normal; } body { margin: 1em auto; }
+  th:first-child, td:first-child { min-width: 7em; max-width: 9em; white-space: normal;
+    overflow-wrap: break-word; }
+  .flip { grid-template-columns: 6em minmax(0, 1fr); } body { margin: 1em auto; }
 }
 """
 

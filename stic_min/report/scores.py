@@ -35,7 +35,7 @@ def chart(name: str, group: str | None, title: str, rows: list[tables.Row], base
         value = tables.lower_bound(result) + tables.number(round(entry["score"], 1))
         partial = tables.partial(result, entry)
         kind = "own partial" if partial else "own"
-        label = row.label + partial + tables.marks(result)
+        label = (row.label if theirs else row.label.removeprefix("ours, ")) + partial + tables.marks(result)
         bars.append(bar(label, value, entry["score"], entry["interval"], kind, full))
     for label, value in theirs:  # the page names the model once
         label = re.sub(r", LLaVA-1\.. 7B( \+ STIC)?", lambda match: ", STIC" if match[1] else ", base", label)
@@ -78,8 +78,10 @@ def section(path: str | Path, options: Options) -> str:
     charts = "".join(chart(name, group, title, rows, base) for name, group, title in CHARTS)
     of_paper = any(name in published.BENCHMARKS for name in tables.benchmarks_of(rows))
     colors = "Bars: blue is ours"
-    colors += f", gray the paper's, ocher LLaVA's own (the last two for LLaVA-{base[1:]} 7B)." if of_paper else "."
-    if "partial" in charts:
+    if of_paper:
+        colors += f", gray the paper's, ocher LLaVA's own (the last two for LLaVA-{base[1:]} 7B)"
+    colors += "."
+    if "own partial" in charts:
         colors += " Striped: a partial run."
     *paper_tables, runs = all_tables(rows)
     return "\n".join(

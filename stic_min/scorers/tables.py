@@ -295,8 +295,8 @@ def notes(rows: list[Row]) -> list[str]:
     if any(result["run"]["limit"] for result in results):
         legend.append("subset: a random part of the questions (--limit), n of them.")
     if any(result.get("missing") for result in results):
-        legend.append("missing: questions without an answer, which count as wrong; in the toy world, a missing "
-                      "caption mentions nothing.")  # fmt: skip
+        legend.append("missing: questions without an answer, which count as wrong; a missing caption of the "
+                      "toy world mentions nothing.")  # fmt: skip
     if not all(map(comparable, results)):
         legend.append(f"{OWN_WORDS} graded by a judge prompted in our own words: not comparable, published "
                       "numbers are omitted.")  # fmt: skip
@@ -347,4 +347,5 @@ def runs_table(rows: list[Row]) -> Table:
             lines.append(list(map(str, line)))
     header = ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "image mode",
               "dtype", "new tokens", "temperature", "suffix", "judge", "unread verdicts"]  # fmt: skip
-    return Table("Settings of each run", header, lines, len(lines))
+    [table] = without_gaps(Table("Settings of each run", header, lines, len(lines)))
+    return table
