@@ -228,6 +228,20 @@ class Images:
         return key if self.uris[key] else None
 
 
+def remark(benchmark, runs):
+    """What right means in a benchmark, where it is not obvious."""
+    notes = {
+        "textvqa": "Right: at least half of the points.",
+        "mmvet": "Right: at least half of the judge's points.",
+        "mmbench": "Right: in all orders of the options.",
+        "toycaptions": "Right: no object that is not in the image.",
+    }
+    note = notes.get(benchmark.name, "")
+    if benchmark.name in ("mmbench", "mathvista") and any(run.judged is None for run in runs):
+        note += " Answers that only a judge can read count as wrong here."
+    return f"<p class=note>{escape(note)}</p>" if note else ""
+
+
 def benchmark_section(benchmark, rows, options, images):
     """The flips of one benchmark. Raises InputError that says why there are none."""
     if benchmark.name == "llavabench":
@@ -263,21 +277,7 @@ def benchmark_section(benchmark, rows, options, images):
         galleries.append(f"<details{is_open}><summary>{escape(title)}: {len(items)} flipped</summary>{body}"
                          "</details>")  # fmt: skip
     header = ["", "compared", "both right", "wrong to right", "right to wrong", "both wrong", "points", "p"]
-    return page.html_table(header, lines, 0) + "".join(galleries)
-
-
-def remark(benchmark, rows):
-    """What to know about right and wrong in a benchmark."""
-    results = [row.results[benchmark.name] for row in rows if benchmark.name in row.results]
-    if benchmark.name in ("textvqa", "mmvet"):
-        return "Right: at least half of the points."
-    if benchmark.name == "toycaptions":
-        return "Right: a caption without an object that is not in the image."
-    if benchmark.name == "mmbench":
-        note = "Right: in all orders of the options."
-        return note + (" Answers that only the judge could read count as wrong here."
-                       if any("judge" in result for result in results) else "")  # fmt: skip
-    return ""
+    return remark(benchmark, runs) + page.html_table(header, lines, 0) + "".join(galleries)
 
 
 def section(path: str | Path, options: Options) -> str:
@@ -293,7 +293,7 @@ def section(path: str | Path, options: Options) -> str:
         except InputError as error:
             missing.append(f"<p class=note>{escape(f'{title}: {error}.')}</p>")
             continue
-        parts.append(f"<h3>{escape(title)}</h3><p class=note>{remark(benchmark, rows)}</p>{body}")
+        parts.append(f"<h3>{escape(title)}</h3>{body}")
     if images.unreadable:
         missing.append(f"<p class=note>{images.unreadable} images could not be read.</p>")
     note = f"<p class=note>{NOTE}</p>" if parts else ""

@@ -4,10 +4,13 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from benchmark_data import write_benchmarks, write_lines
-from commands import call
+from commands import ROOT, call
 from pages import Reader, items
 from PIL import Image
 from tiny import write_scienceqa
@@ -30,8 +33,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def write_run(results, data, name, texts, adapter=None, mode="direct", descriptions=None, **more):
-    """Answers as evaluate.py writes them, then their scores. texts: {question key: answer}."""
+def write_run(results, data, name, texts, adapter=None, mode="direct", descriptions=None, judged=None, **more):
+    """Answers as evaluate.py writes them, then their scores. texts: {question key: answer}; judged: verdicts."""
     settings = {
         "benchmark": name, "mode": mode, "model": "llava-tiny", "adapter": adapter, "fingerprint": adapter or "base",
         "template": "vicuna_v1", "image_mode": "pad", "dtype": "float32", "temperature": 0.0, "top_p": None,
@@ -44,8 +47,11 @@ def write_run(results, data, name, texts, adapter=None, mode="direct", descripti
     if descriptions:
         lines = [{"image": image, "description": text} | settings for image, text in descriptions.items()]
         write_lines(f"{stem}.descriptions.jsonl", lines)
-    call("evaluate", "score", name, "--answers", f"{stem}.jsonl", "--data", data / name)
-    return stem
+    flags = []
+    for suffix, text in benchmark.judged_files(judged).items() if judged else ():
+        Path(f"{stem}{suffix}").write_text(text)
+        flags += ["--judged", f"{stem}{suffix}"]
+    call("evaluate", "score", name, "--answers", f"{stem}.jsonl", "--data", data / name, *flags)
 
 
 def section(results, *data):
@@ -124,7 +130,9 @@ def test_benchmarks(tmp_path, data, name):
     write_run(tmp_path, data, name, wrong(texts, *keys), "one")
     text = section(tmp_path, data / name)
     groups = len({harness.get_group(benchmark, q) for q in questions})
-    assert counts(text)["base → one"][:5] == [str(groups), str(groups - 1), "0", "1", "0"]
+    unread = int(name == "mathvista")  # the list, which takes a judge
+    assert counts(text)["base → one"][:5] == [str(groups), str(groups - 1 - unread), "0", "1", str(unread)]
+    assert ("only a judge can read" in text) == (name in ("mathvista", "mmbench"))
     [(kind, html)] = items(text)
     assert kind == "loss" and shown in Reader(html).text and "a boat" in Reader(html).text
     images = json.loads(re.search(r'class="images">(.*?)</script>', text)[1])
@@ -170,27 +178,36 @@ def test_the_toy_world(tmp_path, data):
 
 
 def test_a_judge_grades(tmp_path, data):
-    """MM-Vet's saved grades count, half a point is right; LLaVA-Bench's ratings are neither right nor wrong."""
-    benchmark = harness.get_benchmark("mmvet")
-    texts = {q["question_id"]: "a boat" for q in harness.load_questions(benchmark, data / "mmvet")}
-    settings = None
+    """MM-Vet's saved grades count, half a point is right; without them nothing is compared."""
+    texts = {0: "-1", 1: "a ship", 2: "here"}
     for adapter, grades in ((None, [1, 0.4, 0]), ("one", [1, 0.5, 0])):
-        stem = tmp_path / f"mmvet-{adapter or 'base'}-direct"
         judged = {f"v1_{i}": {"content": ["1"], "score": [grade], "model": ["gpt"]} for i, grade in enumerate(grades)}
-        (tmp_path / f"{stem.name}.grades.json").write_text(json.dumps(judged))
-        settings = {
-            "benchmark": "mmvet", "mode": "direct", "model": "m", "adapter": adapter, "fingerprint": adapter or "base",
-            "template": "vicuna_v1", "image_mode": "pad", "dtype": "float32", "temperature": 0.0, "top_p": None,
-            "max_new_tokens": 64, "seed": 0}  # fmt: skip
-        entries = harness.make_entries(benchmark, harness.load_questions(benchmark, data / "mmvet"))
-        write_lines(f"{stem}.jsonl", [entry | {"text": texts[key]} | settings for key, entry in entries.items()])
-        call("evaluate", "score", "mmvet", "--answers", f"{stem}.jsonl", "--data", data / "mmvet",
-             "--judged", f"{stem}.grades.json")  # fmt: skip
+        write_run(tmp_path, data, "mmvet", texts, adapter, judged=judged)
     text = section(tmp_path, data / "mmvet")
-    assert counts(text)["base → one"][:5] == ["3", "1", "1", "0", "1"] and "at least half of the points" in text
+    assert counts(text)["base → one"][:5] == ["3", "1", "1", "0", "1"]
+    assert "at least half of the judge&#x27;s points" in text and len(items(text)) == 1
     for path in tmp_path.glob("*.grades.json"):
         path.unlink()
     assert "MM-Vet: no two runs to compare" in section(tmp_path, data / "mmvet")
+
+
+def test_a_judge_reads(tmp_path, data):
+    """MathVista's saved extractions count."""
+    texts = {pid: "It is obvious." for pid in "1234"}
+    right = {"1": "y", "2": "3", "3": "1.2", "4": "[2007, 2008]"}
+    write_run(tmp_path, data, "mathvista", texts, judged=right | {"4": "[2007]"})
+    write_run(tmp_path, data, "mathvista", texts, "one", judged=right)
+    text = section(tmp_path, data / "mathvista")
+    assert counts(text)["base → one"][:5] == ["4", "3", "1", "0", "0"] and "only a judge can read" not in text
+
+
+def test_ratings_are_neither_right_nor_wrong(tmp_path, data):
+    texts = dict.fromkeys(range(3), "A boat.")
+    reviews = [[{"question_id": i, "tuple": [8, 6], "content": "8 6"} for i in range(3)]]
+    for adapter in (None, "one"):
+        write_run(tmp_path, data, "llavabench", texts, adapter, judged=reviews)
+    text = section(tmp_path, data / "llavabench")
+    assert "LLaVA-Bench: a judge rates its answers, which are neither right nor wrong." in text and not counts(text)
 
 
 # ---- what is missing
@@ -219,6 +236,19 @@ def test_the_recorded_folder(tmp_path, data):
     record["record"]["command"] = f"evaluate.py chartqa --data {data / 'secret'}"
     (tmp_path / "chartqa-one-direct.run.json").write_text(json.dumps(record))
     assert "questions were not found" in section(tmp_path) and "secret" not in section(tmp_path)
+
+
+def test_without_torch(tmp_path, data):
+    """Scores, tables, flips and their images need no model code."""
+    both_runs(tmp_path, data)
+    record = {"record": {"command": f"evaluate.py chartqa --data {data / 'chartqa'}"}}
+    (tmp_path / "chartqa-one-direct.run.json").write_text(json.dumps(record))
+    code = "import sys; sys.modules['torch'] = None; import evaluate; evaluate.main()"
+    command = [sys.executable, "-c", code, "table", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report.html").read_text()
+    assert len(items(text)) == 1 and "data:image/" in text
 
 
 def test_other_questions(tmp_path, data):
