@@ -195,8 +195,8 @@ def flip(benchmark, questions, verdicts, runs, image):
     """One flipped question as HTML. image: the key of its image, or None."""
     question = questions[0]
     alt = escape(f"image of question {question['question_id']}", quote=True)
-    parts = [f'<img data-image="{escape(image)}" alt="{alt}">' if image else "<span></span>", "<div>"]
-    parts.append(f"<p class=text>{escape(question['text'])}</p>")
+    shown = f'<img data-image="{escape(image)}" alt="{alt}">' if image else "<span class=note>no image</span>"
+    parts = [shown, f"<div><p class=text>{escape(question['text'])}</p>"]
     if text := reference(question):
         parts.append(f"<p class=note>Reference: {escape(text)}</p>")
     for run, right in zip(runs, verdicts):

@@ -19,8 +19,9 @@ STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; margin: 2em auto; max-width: 76em;
   padding: 0 1em; color: var(--ink); background: var(--paper); overflow-wrap: anywhere; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2.2em 0 .4em; } small, .note { color: var(--soft); }
-a, summary { color: var(--blue); } summary { cursor: pointer; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin: 2.2em 0 .4em; }
+h3 { font-size: 1em; margin: 1.8em 0 .4em; } small, .note { color: var(--soft); }
+a, summary { color: var(--blue); } summary { cursor: pointer; padding: .15em 0; }
 .right { color: var(--right); background: var(--right-back); border-radius: 3px; }
 .wrong { color: var(--wrong); background: var(--wrong-back); border-radius: 3px; }
 figure { margin: 0; } figure img { max-width: 100%; display: block; }
@@ -39,7 +40,8 @@ tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 
 .track i { position: absolute; inset: 0 auto 0 0; background: var(--gray); }
 .own .track i { background: var(--blue); } .llava .track i { background: var(--ocher); }
 .partial .track i { background: repeating-linear-gradient(135deg, var(--blue) 0 5px, var(--own) 5px 10px); }
-.track b { position: absolute; top: 45%; height: 2px; background: var(--interval); }
+.track b { position: absolute; top: 45%; height: 2px; background: var(--interval);
+  box-shadow: 0 0 0 1px var(--panel); }
 button, select { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--gray);
   border-radius: 4px; padding: .2em .7em; cursor: pointer; } button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
@@ -76,6 +78,7 @@ for (const box of document.querySelectorAll(".paged")) {
     for (const image of list.querySelectorAll("img[data-image]")) image.src = images[image.dataset.image];
     const last = Math.min(first + size, chosen.length);
     place.textContent = last ? `${first + 1} to ${last} of ${chosen.length}` : "none";
+    back.hidden = next.hidden = chosen.length <= size;
     back.disabled = !first;
     next.disabled = last === chosen.length;
   };
@@ -141,7 +144,8 @@ def figure(image: Image.Image, alt: str, caption: str = "") -> str:
 
 def html_table(header: list[str], rows: list[list[str]], ours: int) -> str:
     """An HTML table of text cells. The first `ours` rows are highlighted; intervals go below their scores."""
-    text = lambda cell: re.sub(r" (\[[-0-9., ]+\])", r"<br><small>\1</small>", escape(cell))
+    interval = r" (\[[-0-9., ]+\](?: \([^)]*\))?)"  # and what is missing, in parentheses
+    text = lambda cell: re.sub(interval, r"<br><small>\1</small>", escape(cell))
 
     def line(tag, cells, attribute=""):
         return f"<tr{attribute}>" + "".join(f"<{tag}>{text(cell)}</{tag}>" for cell in cells) + "</tr>"

@@ -83,17 +83,17 @@ def section(path: str | Path, options: Options) -> str:
     colors += "."
     if "own partial" in charts:
         colors += " Striped: a partial run."
-    *paper_tables, runs = all_tables(rows)
+    *score_tables, runs = all_tables(rows)
     return "\n".join(
         [
             "<h2>Scores</h2>",
             f"<p class=note>{escape(', '.join(models(rows)))}. {escape(notes[0])} {escape(colors)}</p>",
             f"<div class=charts>{charts}</div>",
-            *(f"<h2>{escape(table.title)}</h2>{html_table(table.header, table.rows, table.ours)}"
-              for table in paper_tables),
+            *(f"<h3>{escape(table.title)}</h3>{html_table(table.header, table.rows, table.ours)}"
+              for table in score_tables),
+            f"<h3>{runs.title}</h3><div class=runs>{html_table(runs.header, runs.rows, 0)}</div>",
+            "<h3>Before you compare</h3><ul>" + "".join(f"<li>{escape(note)}" for note in notes) + "</ul>",
             answers.section(path, options),
-            f"<h2>{runs.title}</h2><div class=runs>{html_table(runs.header, runs.rows, 0)}</div>",
-            "<h2>Before you compare</h2><ul>" + "".join(f"<li>{escape(note)}" for note in notes) + "</ul>",
         ]
     )  # fmt: skip
 

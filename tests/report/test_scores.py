@@ -120,7 +120,7 @@ def test_the_page_needs_nothing_else(both):
     assert not read.tags & {"link", "img", "iframe", "object", "a", "form", "base"}
     assert not re.search(r"https?://|url\(|@import|<script src", text)
     assert "Settings of each run" in read.text and "Before you compare" in read.text
-    assert [*re.findall(r"<h2>(Table \d)", text)] == ["Table 1", "Table 2", "Table 3", "Table 5", "Table 6"]
+    assert [*re.findall(r"<h3>(Table \d)", text)] == ["Table 1", "Table 2", "Table 3", "Table 5", "Table 6"]
 
 
 @pytest.mark.parametrize("field", ["model", "adapter", "mode", "template", "image_mode", "dtype", "prompt"])
