@@ -22,7 +22,7 @@ from stic_min.report.options import Options, recorded_folder
 from stic_min.runtime.files import read_json
 from stic_min.scorers import audit, grading, harness, tables
 
-THUMBNAIL = 240  # pixels on the long side
+THUMBNAIL = 200  # pixels on the long side
 KINDS = {"gain": "wrong to right", "loss": "right to wrong"}
 NOTE = """The p-value is that of McNemar's exact test: how likely flips are to be at least this uneven if each
 went either way with probability 1/2. Questions that only one of the two runs answered are not compared."""
@@ -176,7 +176,7 @@ def thumbnail(benchmark, question, folder):
     if max(image.size) <= THUMBNAIL:
         return page.data_uri(image, "PNG")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return page.data_uri(image, "JPEG", quality=80)
+    return page.data_uri(image, "JPEG", quality=70)
 
 
 def answer_text(benchmark, questions, run):

@@ -82,7 +82,7 @@ for (const box of document.querySelectorAll(".paged")) {
     back.disabled = !first;
     next.disabled = last === chosen.length;
   };
-  const turn = step => () => { first += step; show(); box.scrollIntoView(); };
+  const turn = step => { first += step; show(); box.scrollIntoView(); };
   kind.onchange = () => { first = 0; show(); };
   back.onclick = () => turn(-size);
   next.onclick = () => turn(size);
