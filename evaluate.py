@@ -3,7 +3,7 @@
   python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/        direct
   python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/ --dar  DaR
   python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA    no model
-  python evaluate.py table results/                             the paper's tables, as text and an HTML page
+  python evaluate.py table results/                 the paper's tables and flipped answers, as text and HTML
   python evaluate.py ask --model M --adapter runs/stage2 --image photo.jpg "What is in the image?"
   torchrun --nproc_per_node=4 evaluate.py scienceqa ...         distributes the questions over four GPUs
 

@@ -20,12 +20,16 @@ from stic_min.formats.image_folder import image_path
 from stic_min.report import page
 from stic_min.report.options import Options, recorded_folder
 from stic_min.runtime.files import read_json
-from stic_min.scorers import audit, grading, harness, tables
+from stic_min.scorers import audit, harness, tables
 
 THUMBNAIL = 200  # pixels on the long side
 KINDS = {"gain": "wrong to right", "loss": "right to wrong"}
 NOTE = """The p-value is that of McNemar's exact test: how likely flips are to be at least this uneven if each
 went either way with probability 1/2. Questions that only one of the two runs answered are not compared."""
+
+
+class NoFlips(Exception):
+    """Why there is nothing to show for a benchmark, in words for the page."""
 
 
 @dataclass
@@ -63,12 +67,14 @@ def read_run(benchmark, row):
         return None
     result = row.results[name]
     records = benchmark.read_answers(path)
-    settings = grading.read_settings(records)
-    descriptions = audit.read_descriptions(beside(row.files[name], ""), settings) or {}
+    for record in records:
+        if not isinstance(record.get("text"), str):
+            raise InputError(f"{path}: the answer to {record.get(benchmark.key)!r} has no 'text'")
+    descriptions = audit.read_descriptions(beside(row.files[name], ""), result["run"]) or {}
     return Run(
         row,
         row.label.removeprefix("ours, "),
-        settings,
+        result["run"],
         {str(record.get(benchmark.key)): record for record in records},
         {image: record["description"] for image, record in descriptions.items()},
         read_verdicts(benchmark, row.files[name], result),
@@ -100,7 +106,7 @@ def find_pairs(runs):
 
 
 def find_questions(benchmark, runs, options):
-    """(questions, their data folder). Raises InputError that says which --data is missing."""
+    """(questions, their data folder). Raises NoFlips if no folder has the questions of these runs."""
     recorded = [beside(run.row.files[benchmark.name], ".run.json") for run in runs]
     recorded = [recorded_folder(read_json(file), "--data") for file in recorded if file.is_file()]
     reasons = []
@@ -115,8 +121,8 @@ def find_questions(benchmark, runs, options):
         except InputError as error:
             if folder in options.data:  # the page names no other path
                 reasons.append(str(error))
-    advice = f": add --data FOLDER with {tables.TITLES[benchmark.name]}'s data to python -m stic_min.report"
-    raise InputError("its questions were not found" + (f" ({'; '.join(reasons)})" if reasons else advice))
+    advice = ": give the benchmark's data folder, python -m stic_min.report ... --data FOLDER"
+    raise NoFlips("its questions were not found" + (f" ({'; '.join(reasons)})" if reasons else advice))
 
 
 # ---------------------------------------------------------------- right or wrong
@@ -243,16 +249,16 @@ def remark(benchmark, runs):
 
 
 def benchmark_section(benchmark, rows, options, images):
-    """The flips of one benchmark. Raises InputError that says why there are none."""
+    """The flips of one benchmark as HTML. Raises NoFlips, and InputError for a damaged file of answers."""
     if benchmark.name == "llavabench":
-        raise InputError("a judge rates its answers, which are neither right nor wrong")
+        raise NoFlips("a judge rates its answers, which are neither right nor wrong")
     runs = [read_run(benchmark, row) for row in rows if benchmark.name in row.results]
     runs = [run for run in runs if run]
     if benchmark.name == "mmvet":
         runs = [run for run in runs if run.judged is not None]
     pairs = find_pairs(runs)
     if not pairs:
-        raise InputError("no two runs to compare: base and tuned, or without and with DaR")
+        raise NoFlips("no two runs to compare: base and tuned, or without and with DaR")
     questions, folder = find_questions(benchmark, runs, options)
     groups = {}
     for question in questions:
@@ -281,7 +287,8 @@ def benchmark_section(benchmark, rows, options, images):
 
 
 def section(path: str | Path, options: Options) -> str:
-    """The flips between the runs in a folder of scores, as HTML. Raises InputError like `read_results`."""
+    """The flips between the runs in a folder of scores, as HTML. Raises InputError like `read_results`, and
+    for a damaged file of answers."""
     rows = tables.read_results(path)
     images = Images()
     parts, missing = [], []
@@ -290,7 +297,7 @@ def section(path: str | Path, options: Options) -> str:
         title = tables.TITLES[name]
         try:
             body = benchmark_section(benchmark, rows, options, images)
-        except InputError as error:
+        except NoFlips as error:
             missing.append(f"<p class=note>{escape(f'{title}: {error}.')}</p>")
             continue
         parts.append(f"<h3>{escape(title)}</h3>{body}")

@@ -14,7 +14,7 @@ from stic_min.runtime.files import read_json
 from stic_min.scorers import audit, published
 from stic_min.scorers.common import with_interval
 
-TOY = {"toyvqa": "toy questions", "toycaptions": "toy captions"}
+TOY = {"toyvqa": "Toy questions", "toycaptions": "Toy captions"}
 TITLES = published.BENCHMARKS | TOY
 
 # ---------------------------------------------------------------- results

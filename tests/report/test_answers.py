@@ -15,6 +15,7 @@ from pages import Reader, items
 from PIL import Image
 from tiny import write_scienceqa
 
+from stic_min import InputError
 from stic_min.report import answers
 from stic_min.report.options import Options
 from stic_min.scorers import harness
@@ -221,7 +222,8 @@ def both_runs(folder, data):
 def test_without_the_data(tmp_path, data):
     both_runs(tmp_path, data)
     text = section(tmp_path)
-    assert "ChartQA: its questions were not found: add --data FOLDER" in text and str(data) not in text
+    assert "ChartQA: its questions were not found: give the benchmark&#x27;s data folder" in text
+    assert str(data) not in text
     assert items(text) == [] and counts(text) == {}
     assert f"(no such file: {tmp_path / 'none' / 'test_human.json'})" in section(tmp_path, tmp_path / "none")
 
@@ -249,6 +251,17 @@ def test_without_torch(tmp_path, data):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report.html").read_text()
     assert len(items(text)) == 1 and "data:image/" in text
+
+
+@pytest.mark.parametrize("line, problem", [
+    ("{", ", line 2: not JSON"), ('{"question_id": "human-1"}', ": the answer to 'human-1' has no 'text'")])
+def test_damaged_answers(tmp_path, data, line, problem):
+    both_runs(tmp_path, data)
+    path = tmp_path / "chartqa-one-direct.jsonl"
+    path.write_text(path.read_text().splitlines()[0] + "\n" + line)
+    with pytest.raises(InputError) as error:
+        section(tmp_path, data / "chartqa")
+    assert str(error.value).startswith(f"{path}{problem}")
 
 
 def test_other_questions(tmp_path, data):

@@ -280,8 +280,8 @@ def test_only_the_toy_world(tmp_path):
     assert toy.rows == [["base", *map(interval, (92.5, 25, 80, 75, 74, 74.5))],
                         ["stic, DaR", interval(92.5), *["–"] * 5]]  # fmt: skip
     assert "LLaVA" not in legend(tmp_path) and "CHAIR_i: mentions of objects" in legend(tmp_path)
-    assert [line[1] for line in table(tmp_path, "Settings")] == ["benchmark", "toy questions", "toy captions",
-                                                                 "toy questions"]  # fmt: skip
+    assert [line[1] for line in table(tmp_path, "Settings")] == ["benchmark", "Toy questions", "Toy captions",
+                                                                 "Toy questions"]  # fmt: skip
 
 
 def test_the_toy_world_next_to_a_benchmark(tmp_path):
