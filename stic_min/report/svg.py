@@ -57,7 +57,7 @@ MARKS = (
 
 
 def mark(x: float, y: float, group: int, r: float = 2.5) -> str:
-    """A point of a group. Groups differ in color and in shape, since not everyone can tell eight colors apart."""
+    """A point of a group. Groups differ in color and in shape: not everyone can tell eight colors apart."""
     kind, corners = f"c{group % NUM_COLORS}", MARKS[group % len(MARKS)]
     if not corners:
         return dot(x, y, kind, r)
@@ -151,13 +151,12 @@ def scatter(left: float, top: float, side: float, groups: dict[int, list[tuple[f
     """
     x0, y0, x1, y1 = limits
     scale = 0.94 * side / (max(x1 - x0, y1 - y0) or 1)
-    center_x, center_y = left + side / 2, top + side / 2
+    place_x = lambda x: left + side / 2 + (x - (x0 + x1) / 2) * scale
+    place_y = lambda y: top + side / 2 - (y - (y0 + y1) / 2) * scale
     order = sorted(((i + 0.5) / len(points), group, x, y)
                    for group, points in groups.items() for i, (x, y) in enumerate(points))
-    parts = [rectangle(left, top, side, side, "frame")]
-    for _, group, x, y in order:
-        parts.append(mark(center_x + (x - (x0 + x1) / 2) * scale, center_y - (y - (y0 + y1) / 2) * scale, group, r))
-    return parts
+    marks = [mark(place_x(x), place_y(y), group, r) for _, group, x, y in order]
+    return [rectangle(left, top, side, side, "frame"), *marks]
 
 
 def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title: str = "step",
