@@ -372,7 +372,7 @@ def draw(sets, points, overlaps) -> str:
     notes = ["t-SNE of mean CLIP patch features.", "Only neighborhoods have a meaning,",
              "distances and areas do not.", f"Overlap with {shorten(sets[0].label, 24)}:",
              "1 = same distribution, 0 = disjoint."]  # fmt: skip
-    parts += [svg.text(x, y + 12 + 20 * i, note, "start", "soft") for i, note in enumerate(notes)]
+    parts += [svg.text(x - 6, y + 12 + 20 * i, note, "start", "soft") for i, note in enumerate(notes)]
     bottom = 40 + side + margin
     if len(sets) > 2:
         columns, gap = 4, 16
@@ -380,7 +380,7 @@ def draw(sets, points, overlaps) -> str:
         for i, (s, value) in enumerate(zip(sets[1:], overlaps[1:]), 1):
             row, column = divmod(i - 1, columns)
             left, top = margin + column * (panel + gap), bottom + 24 + row * (panel + 46)
-            parts.append(svg.text(left, top - 8, f"{shorten(s.label, 18)}: {value:.2f}", "start"))
+            parts.append(svg.text(left, top - 8, f"{shorten(s.label, 18)}, overlap {value:.2f}", "start"))
             parts += svg.scatter(left, top, panel, {0: groups[0], i: groups[i]}, limits, 0.6 * r)
         bottom += (row + 1) * (panel + 46)
     described = f"Scatter plot of the images of {len(sets)} folders. Overlap with {sets[0].label}: "
