@@ -49,7 +49,8 @@ STYLE = """
 .description img { width: 112px; max-height: 160px; object-fit: contain; object-position: top; }
 .description .missing { width: 112px; padding: 1.5em .5em; background: var(--panel); font-size: .85em; }
 .descriptions pre { margin: .3em 0 1em; } .descriptions mark { color: inherit; background: var(--own-text); }
-.descriptions pre b { color: var(--right); font-weight: inherit; }
+.descriptions pre b { color: var(--right); font-weight: inherit; text-decoration: underline; }
+.descriptions table { overflow-wrap: break-word; }
 .descriptions .settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5em, 1fr));
   gap: .2em 2em; }
 .descriptions .settings div { border-top: 1px solid var(--line); padding: .2em 0; }
@@ -152,13 +153,14 @@ def summary(path, entries) -> str:
     lines = [f"{len(entries):,} description{'s' * (len(entries) != 1)} {about}, {lengths(entries)}."]
     if any("finish" in entry.record for entry in entries):
         cut = sum(entry.cut for entry in entries)
-        lines.append(f"{cut:,} ({100 * cut / len(entries):.1f}%) were cut off at the maximum length.")
+        number = f"{cut:,} ({100 * cut / len(entries):.1f}%)" if cut else "None"
+        lines.append(f"{number} {'was' if cut < 2 else 'were'} cut off at the maximum length.")
     else:
         lines.append("How they ended is not recorded.")
     if empty := sum(not entry.text for entry in entries):
-        lines.append(f"{empty:,} are empty.")
+        lines.append(f"{empty:,} empty.")
     if repeats := len(entries) - len({entry.text for entry in entries}):
-        lines.append(f"{repeats:,} repeat the text of another one.")
+        lines.append(f"{repeats:,} with the same text as an earlier one.")
     if Path(f"{path}.lock").exists():
         lines.append("The file is incomplete: its run was stopped or is still writing to it.")
     html = f"<p>{' '.join(lines)}</p>"
@@ -173,7 +175,7 @@ def summary(path, entries) -> str:
         rows.append([brief(prompt) or "not recorded", f"{count:,}", f"{words:.1f}", f"{cut:,}"])
     if len(prompts) > len(rows):
         html += f"<p class=note>The {len(rows)} most frequent of {len(prompts):,} prompts:</p>"
-    return html + html_table(["prompt", "descriptions", "mean words", "cut off"], rows, 0)
+    return html + html_table(["prompt", "count", "mean words", "cut off"], rows, 0)
 
 
 def lengths(entries):
@@ -251,7 +253,7 @@ def prompts(path, entries) -> str:
                 "put in front of the first instruction.")  # fmt: skip
     text += " <mark>Marked</mark>: what the description adds."
     if not dar and not note:
-        text += " <b>Green</b>: the answers that stage 2 trains on."
+        text += " <u>Underlined</u>: the answers that stage 2 trains on."
     name = escape(brief(template))
     notes = [note, f"Template: {name}{'' if known else ', an assumption, since none is recorded'}."]
     if not dar:
@@ -302,8 +304,8 @@ def missing_line(problems, folders, count) -> str:
     if not folders:
         text = "The images are not shown, because no image folder is known: pass --images."
     else:
-        reasons = " and ".join(f"{number:,} {problem}" for problem, number in problems.items())
-        text = f"{reasons} of {count:,} images, in {' or '.join(str(folder) for folder in folders)}."
+        reasons = " and ".join(f"{number:,} were {problem}" for problem, number in problems.items())
+        text = f"Of {count:,} images, {reasons} in {' or '.join(str(folder) for folder in folders)}."
     return f"<p class=note>{escape(text)}</p>"
 
 
