@@ -304,7 +304,8 @@ def missing_line(problems, folders, count) -> str:
     if not folders:
         text = "The images are not shown, because no image folder is known: pass --images."
     else:
-        reasons = " and ".join(f"{number:,} were {problem}" for problem, number in problems.items())
+        were = lambda number: "was" if number == 1 else "were"
+        reasons = " and ".join(f"{n:,} {were(n)} {problem}" for problem, n in problems.items())
         text = f"Of {count:,} images, {reasons} in {' or '.join(str(folder) for folder in folders)}."
     return f"<p class=note>{escape(text)}</p>"
 
