@@ -122,7 +122,7 @@ def embed(args) -> None:
         "model": Path(args.model).resolve().name,
         "tower": identity,
         "folder": Path(args.images).resolve().name,
-        "available": len(names),
+        "images_in_folder": len(names),
         "limit": args.limit,
         "seed": args.seed if args.limit else None,
     }
