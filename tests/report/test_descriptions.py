@@ -155,6 +155,7 @@ def test_text_is_escaped(tiny, tmp_path):
     data = [e for e in page.all("script") if e[1].get("type") == "application/json"]
     assert len(data) == 3 and len(page.all("script")) == 4  # index, two more pages, the program
     for block in data[1:]:
+        assert "<" not in block[2]
         inner = Page("".join(json.loads(block[2])))
         assert inner.texts("p", **{"class": "text"})[0].startswith(evil) and not inner.all("script")
 

@@ -134,7 +134,8 @@ def test_overlap_by_hand():
     # two, of 101 one, of 102 one. That is 8 of 12, and 3/5 are expected.
     assert distribution.overlap(at(0, 1, 100), at(2, 101, 102)) == pytest.approx(8 / 12 / (3 / 5))
     # The norm does not count.
-    assert distribution.overlap(7 * at(0, 1, 100), at(2, 101, 102)) == pytest.approx(10 / 9)
+    scaled = at(0, 1, 100) * [[100], [1], [7]]
+    assert distribution.overlap(scaled, at(2, 101, 102)) == pytest.approx(10 / 9)
 
 
 def test_overlap_is_one_for_equal_and_zero_for_disjoint_distributions():
