@@ -19,7 +19,6 @@ STYLE = """
 .chart text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
 .chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
 .chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
-.chart .frame { stroke: var(--line); fill: none; }
 .chart .line { stroke-width: 2; fill: none; } .chart .faint { opacity: .35; }
 .chart .dashed { stroke-dasharray: 5 4; }
 """ + "".join(
@@ -63,6 +62,23 @@ def mark(x: float, y: float, group: int, r: float = 2.5) -> str:
         return dot(x, y, kind, r)
     points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
     return f'<polygon class="{kind}" points="{points}"/>'
+
+
+def scatter(left: float, top: float, side: float, groups: dict[int, list[tuple[float, float]]],
+            limits: tuple[float, float, float, float], r: float = 2.5) -> list[str]:
+    """A square frame with points in it, for coordinates without a unit.
+
+    groups: {number of color and shape: points}; limits: (lowest x, lowest y, highest x, highest y), so that
+    several frames can share a scale. The groups' points alternate, so that no group hides another.
+    """
+    x0, y0, x1, y1 = limits
+    scale = 0.94 * side / (max(x1 - x0, y1 - y0) or 1)
+    place_x = lambda x: left + side / 2 + (x - (x0 + x1) / 2) * scale
+    place_y = lambda y: top + side / 2 - (y - (y0 + y1) / 2) * scale
+    order = sorted(((i + 0.5) / len(points), group, x, y)
+                   for group, points in groups.items() for i, (x, y) in enumerate(points))
+    marks = [mark(place_x(x), place_y(y), group, r) for _, group, x, y in order]
+    return [rectangle(left, top, side, side, "paper grid"), *marks]
 
 
 def chart(width: int, height: int, title: str, parts: list[str], description: str = "") -> str:
@@ -140,23 +156,6 @@ def legend(x: float, y: float, names: list[str]) -> list[str]:
         parts += [line([(x, y - 4), (x + 18, y - 4)], f"c{i % NUM_COLORS}"), text(x + 24, y, name, "start")]
         x += 24 + 7.2 * len(name) + 20
     return parts
-
-
-def scatter(left: float, top: float, side: float, groups: dict[int, list[tuple[float, float]]],
-            limits: tuple[float, float, float, float], r: float = 2.5) -> list[str]:
-    """A square frame with points in it, for coordinates without a unit.
-
-    groups: {number of color and shape: points}; limits: (lowest x, lowest y, highest x, highest y), so that
-    several frames can share a scale. The groups' points alternate, so that no group hides another.
-    """
-    x0, y0, x1, y1 = limits
-    scale = 0.94 * side / (max(x1 - x0, y1 - y0) or 1)
-    place_x = lambda x: left + side / 2 + (x - (x0 + x1) / 2) * scale
-    place_y = lambda y: top + side / 2 - (y - (y0 + y1) / 2) * scale
-    order = sorted(((i + 0.5) / len(points), group, x, y)
-                   for group, points in groups.items() for i, (x, y) in enumerate(points))
-    marks = [mark(place_x(x), place_y(y), group, r) for _, group, x, y in order]
-    return [rectangle(left, top, side, side, "frame"), *marks]
 
 
 def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title: str = "step",
