@@ -20,8 +20,8 @@ NAMES = {
 }  # fmt: skip
 NONE = "–"  # does not apply
 COSTS = (
-    "Wall time is summed over resumed parts. Peak memory is that of the rank that took most: of its GPU, or of "
-    "the process if it had none."
+    "Wall time is summed over resumed parts. Peak memory is that of the rank that took most: of its GPU, or "
+    "of the process if it had none."
 )
 COUNTS = (
     "Equal: pairs with identical responses, which have no preference to learn. Cut off: by --max-new-tokens. "
@@ -282,7 +282,7 @@ def write(path: str | Path, options: Options) -> Path:
     folder = Path(path)
     parts = read(folder)
     name = folder.resolve().name
-    modules = {part.step.module for part in parts}
+    modules = [part.step.module for part in parts]
     style = "".join(dict.fromkeys(getattr(module, "STYLE", "") for module in [training, *modules])) + STYLE
     body = (
         f"<h1>STIC: {escape(name)}</h1><p class=note>All steps in one folder. "

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 from commands import call, ended
+from pages import Page
 from small_world import instruction, pair, write
-from test_training_page import Page
 
 from stic_min import InputError
 from stic_min.report import __main__ as command
@@ -48,10 +48,9 @@ def table(text, header):
 
 
 def test_a_run_is_recognized_by_its_content(chain15, tmp_path):
-    stop = lambda name: (tmp_path / name).with_suffix("")
-    for name, kind in {"pairs.jsonl": "pairs", "descriptions.jsonl": "descriptions"}.items():
-        shutil.copy(chain15.out / name, tmp_path / "data")
-        assert steps.file_kind(tmp_path / "data") == kind and stop(name).name == kind
+    for kind in ("pairs", "descriptions"):
+        shutil.copy(chain15.out / f"{kind}.jsonl", tmp_path / "data")
+        assert steps.file_kind(tmp_path / "data") == kind
     records = [json.loads(line) for line in (chain15.out / "pairs.jsonl").read_text().splitlines()]
     write(tmp_path / "list.json", records)
     assert steps.file_kind(tmp_path / "list.json") == "pairs"
@@ -116,8 +115,9 @@ def test_flags_that_need_each_other(flags, monkeypatch, capsys):
 def test_report_md_has_costs_commands_counts_and_scores(folder):
     text = markdown(folder)
     costs = table(text, "step | wall time | peak memory | hardware")
-    assert list(costs) == ["1. Preference pairs: pairs.jsonl", "2. Stage 1: stage1", "3. Descriptions: descriptions.jsonl",
-                           "4. Stage 2: stage2", "5. Scores: results, 2 evaluations", "all steps"]  # fmt: skip
+    assert list(costs) == ["1. Preference pairs: pairs.jsonl", "2. Stage 1: stage1",
+                           "3. Descriptions: descriptions.jsonl", "4. Stage 2: stage2",
+                           "5. Scores: results, 2 evaluations", "all steps"]  # fmt: skip
     assert all(time.endswith(" s") and memory.endswith(" GB") and " cpu" in hardware
                for time, memory, hardware in list(costs.values())[:-1])  # fmt: skip
     assert "not recorded" not in text

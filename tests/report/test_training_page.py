@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import time
-from html.parser import HTMLParser
 from unittest import mock
 
 import pytest
 from chain import STEPS, stop_after
 from commands import call, lines, run
+from pages import Page
 
 from stic_min import InputError
 from stic_min import training as core
@@ -20,38 +20,6 @@ from stic_min.report.options import Options, recorded_folder
 from stic_min.runtime import provenance
 
 CHARTS = {1: 9, 2: 5}
-
-
-class Page(HTMLParser):
-    """The elements of a page, checked for balance; `text` without script and style."""
-
-    VOID = "meta", "br", "img", "rect", "line", "circle", "polyline", "input", "hr"
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.elements, self.words = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-        self.text = " ".join(" ".join(self.words).split())
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self.open):
-            self.words.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")

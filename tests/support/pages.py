@@ -21,6 +21,38 @@ class Reader(HTMLParser):
         self.text += data
 
 
+class Page(HTMLParser):
+    """The elements of a page, checked for balance; `text` without script and style."""
+
+    VOID = "meta", "br", "img", "rect", "line", "circle", "polyline", "input", "hr"
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.elements, self.words = [], [], []
+        self.feed(html)
+        self.close()
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"script", "style"} & set(self.open):
+            self.words.append(data)
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
 def items(text):
     """[(kind, HTML)] of all lists that the page shows in parts."""
     blocks = re.findall(r'class="items">(.*?)</script>', text)
