@@ -9,7 +9,7 @@ from stic_min.runtime.provenance import read_record
 
 STYLE = """
 .facts td, .facts th { text-align: left; white-space: normal; vertical-align: top; font-weight: 400; }
-.facts th { color: var(--soft); min-width: 9em; }
+.facts th { color: var(--soft); min-width: 8em; } .facts td { overflow-wrap: anywhere; }
 .facts code { font-size: .95em; }
 """
 MISSING = "not recorded"
