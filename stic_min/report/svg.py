@@ -20,6 +20,7 @@ STYLE = """
 .chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
 .chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
 .chart .line { stroke-width: 2; fill: none; } .chart .faint { opacity: .35; }
+.chart .over { paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 .chart .level { stroke: var(--soft); stroke-width: 1; }
 .chart .dashed { stroke-dasharray: 5 4; }
 """ + "".join(
@@ -183,9 +184,8 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
         parts += legend(64, 44, list(series))
     ends = [f"{name} from {ys[0][1]:.3g} to {ys[-1][1]:.3g}" for name, ys in series.items()]
     parts.append(f"<desc>{escape('; '.join(ends))}</desc>")  # for those who can't see the lines
-    for name, y in levels.items():
+    for y in levels.values():
         parts.append(line([(axes.left, axes.y(y)), (axes.right, axes.y(y))], "level dashed"))
-        parts.append(text(axes.right, axes.y(y) - 5, name, "end", "soft"))
     for i, line_points in enumerate(series.values()):
         pixels = [(axes.x(x), axes.y(y)) for x, y in line_points]
         color = f"c{i % NUM_COLORS}"
@@ -193,4 +193,5 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
             parts.append(line(pixels, f"{color} faint"))
             pixels = list(zip([x for x, _ in pixels], running_mean([y for _, y in pixels], smooth)))
         parts.append(line(pixels, color) if len(pixels) > 1 else dot(*pixels[0], color))
+    parts += [text(axes.right, axes.y(y) - 5, name, "end", "soft over") for name, y in levels.items()]
     return chart(width, height, title, parts)
