@@ -110,7 +110,8 @@ def scale_plot(result):
     scales, models = result["scales"], result["models"]
     values = [v["f1"] for variants in models.values() for name in ("base", *scales) for v in variants[name]]
     axes = plot_area(60, 50 + 20 * len(models), 600, len(scales), values)
-    parts = axes.grid("%") + svg.legend(60, 50, [f"after stage 1 on {m}; dashed: before" for m in models], True)
+    names = [f"after stage 1 on {model}; dashed: before" for model in models]
+    parts = axes.grid("%") + svg.legend(60, 50, names, column=True)
     parts += [svg.text(axes.x(i), axes.bottom + 22, f"{n:,}") for i, n in enumerate(scales.values())]
     x_title = "preference pairs in stage 1 (at half the learning rate of the tables)"
     parts.append(svg.text(330, axes.bottom + 46, x_title, kind="soft"))
