@@ -21,8 +21,7 @@ STYLE = """
 .pair { --right: #116329; --right-back: #d3f5dc; --right-card: #f1fbf4; --right-edge: #9bdcae;
   --wrong: #a40e26; --wrong-back: #ffe1de; --wrong-card: #fff5f4; --wrong-edge: #f5b5b0; --panel: #f6f8fa; }
 @media (prefers-color-scheme: dark) { .pair { --right: #7ee2a0; --right-back: #12381f; --right-card: #142219;
-  --right-edge: #2a6b3f; --wrong: #ff9aa2; --wrong-back: #4a1519; --wrong-card: #271719; --wrong-edge: #8a3a3f;
-  --panel: #1d232a; } }
+  --right-edge: #2a6b3f; --wrong: #ff9aa2; --wrong-back: #4a1519; --wrong-card: #271719; --wrong-edge: #8a3a3f; --panel: #1d232a; } }
 .pair text { font-size: 14px; } .pair image { image-rendering: pixelated; }
 .pair .title { font-size: 17px; } .pair .soft { font-size: 12.5px; }
 .pair .math { font: italic 16px Georgia, "Times New Roman", serif; }
