@@ -21,12 +21,14 @@ STYLE = """
 .pair { --right: #116329; --right-back: #d3f5dc; --right-card: #f1fbf4; --right-edge: #9bdcae;
   --wrong: #a40e26; --wrong-back: #ffe1de; --wrong-card: #fff5f4; --wrong-edge: #f5b5b0; --panel: #f6f8fa; }
 @media (prefers-color-scheme: dark) { .pair { --right: #7ee2a0; --right-back: #12381f; --right-card: #142219;
-  --right-edge: #2a6b3f; --wrong: #ff9aa2; --wrong-back: #4a1519; --wrong-card: #271719; --wrong-edge: #8a3a3f; --panel: #1d232a; } }
+  --right-edge: #2a6b3f; --wrong: #ff9aa2; --wrong-back: #4a1519; --wrong-card: #271719;
+  --wrong-edge: #8a3a3f; --panel: #1d232a; } }
 .pair text { font-size: 14px; } .pair image { image-rendering: pixelated; }
 .pair .title { font-size: 17px; } .pair .soft { font-size: 12.5px; }
 .pair .math { font: italic 16px Georgia, "Times New Roman", serif; }
 .pair .response text { font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.pair .right { fill: var(--right); font-weight: bold; } .pair .wrong { fill: var(--wrong); font-weight: bold; }
+.pair .right { fill: var(--right); } .pair .wrong { fill: var(--wrong); }
+.pair .right, .pair .wrong { font-weight: bold; }
 .pair rect { rx: 4px; } .pair rect.right { fill: var(--right-back); }
 .pair rect.wrong { fill: var(--wrong-back); stroke: var(--wrong); }
 .pair rect.card { rx: 8px; fill: var(--panel); stroke: var(--line); }
@@ -171,7 +173,8 @@ def figure(pair, image, present):
         group(parts["chosen"], MARGIN, MARGIN), group(parts["rejected"], WIDTH - MARGIN - CARD, MARGIN),
         group(panel),
     ]  # fmt: skip
-    return svg.chart(WIDTH, height, "", [f"<style>{STYLE}</style>", *groups], f"A preference pair: {pair['image']}")
+    label = f"A preference pair: {pair['image']}"
+    return svg.chart(WIDTH, height, "", [f"<style>{STYLE}</style>", *groups], label)
 
 
 def write_figure(path, pairs, images, scenes):

@@ -120,14 +120,17 @@ def about_pairs(out, model, scenes):
         svgs = pair_figure.card_figures(pair, image, scenes[pair["image"]].names)
         x = escape(without_marks(pair["chosen"][0]["content"]))
         sees = formulas("Training sees the clean image $v$, both responses, and $x$ =")
-        title = f"<h3>A pair with a {kind}</h3>"
-        cards.append(f'{title}<div class="cards">{"".join(svgs)}</div><p>{sees} “{x}”</p>')
-        losses.append(f"<div>{title}{loss_table(pair, image, llavas, settings)}</div>")
-    labels = ["pairs", "$y_l$ has more absent objects than $y_w$", "as many", "of these, the same text", "fewer"]
+        cards.append(f"<h3>A pair with a {kind}</h3>")
+        cards.append(f'<div class="cards">{"".join(svgs)}</div><p>{sees} “{x}”</p>')
+        losses.append(f"<div><h3>The pair with a {kind}</h3>")
+        losses.append(f"{loss_table(pair, image, llavas, settings)}</div>")
+    labels = ["pairs", "$y_l$ has more absent objects than $y_w$", "as many", "of these, the same text",
+              "fewer"]  # fmt: skip
     share = lambda flags: f"{100 * sum(flags) / max(1, len(flags)):.0f}%"
+    rows = [[label, *row] for label, row in zip(labels, zip(*counts.values()))]
     return {
         "pairs": "".join(cards),
-        "counts": table(["", *counts], [[label, *row] for label, row in zip(labels, zip(*counts.values()))]),
+        "counts": table(["", *counts], rows),
         "absent_w": share(absent_w),
         "absent_l": share(absent_l),
         "losses": "".join(losses),
@@ -142,7 +145,8 @@ def loss_table(pair, image, llavas, settings):
     """Eq. 4.1 for one pair, under the models before and after stage 1."""
     pair = parse_pair("", pair)
     prompt = llavas[0].chat_prompt(pair.prompt, images=0)
-    logps = [[llava.response_logp(prompt, y, [image]) for y in (pair.chosen, pair.rejected)] for llava in llavas]
+    logps = [[llava.response_logp(prompt, y, [image]) for y in (pair.chosen, pair.rejected)]
+             for llava in llavas]  # fmt: skip
     ref_w, ref_l = logps[0]
     columns = []
     for w, l in logps:
@@ -185,7 +189,8 @@ def about_stage2(out):
     sequence = "".join(turns).replace(description, f'<span class="own">{description}</span>', 1)
     image = open_image(out / "instruct/images" / instruction.image)
     alt = "The picture that the conversation is about"
-    return {"instructions": f"{len(descriptions):,}", "infused": example(image, alt, f"<pre>{sequence}</pre>")}
+    infused = example(image, alt, f"<pre>{sequence}</pre>")
+    return {"instructions": f"{len(descriptions):,}", "infused": infused}
 
 
 def about_evaluation(out):
@@ -247,7 +252,7 @@ def about_evaluation(out):
         "only_dar": len(by_outcome[False, True]),
         "only_direct": len(by_outcome[True, False]),
         "neither": len(by_outcome[False, False]),
-        "answers": "".join(parts),
+        "answers": "".join(parts) or "<p>There is none.</p>",
         "accuracy": f"{100 * num_right / len(questions):.1f}",
         "low": f"{low:.1f}",
         "high": f"{high:.1f}",
@@ -255,8 +260,11 @@ def about_evaluation(out):
 
 
 def write(out, model, scenes, scores):
-    """Writes story.html to the demo's folder `out`. scenes: {name of an unlabeled picture: its Scene}. scores:
-    {model: [CHAIR_i, F1, accuracy, accuracy with DaR]} of base, stage 1 and STIC, in percent."""
+    """Writes story.html to the demo's folder `out`.
+
+    scenes: {name of an unlabeled picture: its Scene}. scores: {model: [CHAIR_i, F1, accuracy, accuracy with
+    DaR]} of base, stage 1 and STIC, in percent.
+    """
     values = {"images": f"{len(scenes):,}", **scores_and_claims(scores), **about_pairs(out, model, scenes),
               **about_stage2(out), **about_evaluation(out)}  # fmt: skip
     style, text = read_text(Path(__file__).with_suffix(".html")).split("</style>")
