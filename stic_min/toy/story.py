@@ -66,9 +66,9 @@ def change(subject, before, after, better):
     """A sentence about two percentages that claims an improvement only if there is one. better: +1 or -1."""
     before, after = round(before, 1), round(after, 1)
     if before == after:
-        return f"{subject} stayed at {before}%: no improvement."
+        return f"{subject} stayed at {before:.1f}%: no improvement."
     verdict = "" if (after - before) * better > 0 else ": no improvement"
-    return f"{subject} {'rose' if after > before else 'fell'} from {before}% to {after}%{verdict}."
+    return f"{subject} {'rose' if after > before else 'fell'} from {before:.1f}% to {after:.1f}%{verdict}."
 
 
 # ---------------------------------------------------------------- what fills the text's places
