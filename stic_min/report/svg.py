@@ -17,9 +17,10 @@ STYLE = """
   --paper: #14181d; --c0: #6cb0ff; --c1: #ff8a94; --c2: #5fd08f; --c3: #c3a1f7;
   --c4: #e0b040; --c5: #45cfdc; --c6: #f58cf0; --c7: #b4bec8; } }
 .chart text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
-.chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); } .chart .ink { fill: var(--ink); }
+.chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
+.chart .ink { fill: var(--ink); } .chart .bar { opacity: .7; }
 .chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
-.chart .line { stroke-width: 2; fill: none; } .chart .bar { opacity: .7; } .chart .faint { opacity: .35; }
+.chart .line { stroke-width: 2; fill: none; } .chart .faint { opacity: .35; }
 .chart .dashed { stroke-dasharray: 5 4; }
 """ + "".join(
     f".chart .c{i} {{ fill: var(--c{i}); }} .chart .line.c{i} {{ stroke: var(--c{i}); fill: none; }}\n"
