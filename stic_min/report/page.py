@@ -25,7 +25,8 @@ a, summary { color: var(--blue); } summary { cursor: pointer; }
 figure { margin: 0; } figure img { max-width: 100%; display: block; }
 figcaption { font-size: .85em; color: var(--soft); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9em; margin: .6em 0; min-width: 100%; }
+table { border-collapse: collapse; font-size: .9em; margin: .6em 0; min-width: 100%;
+  overflow-wrap: break-word; }
 th, td { text-align: right; padding: .35em .7em; border-top: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 400; }
