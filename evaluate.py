@@ -5,6 +5,8 @@
   python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA    no model
   python evaluate.py table results/                             the paper's tables, as text and an HTML page
   python evaluate.py ask --model M --adapter runs/stage2 --image photo.jpg "What is in the image?"
+  python evaluate.py embed --model M --images train2014 --limit 1000 --out features/coco.safetensors
+  python evaluate.py tsne features/*.safetensors --out tsne.svg        how image folders overlap (Figure 8)
   torchrun --nproc_per_node=4 evaluate.py scienceqa ...         distributes the questions over four GPUs
 
 Answers are greedy. Each is written to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl as soon as it is complete,
@@ -23,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stic_min import InputError
+from stic_min.report import distribution
 from stic_min.runtime import console, flags, process
 from stic_min.runtime.files import check_place, write_text
 from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
@@ -205,6 +208,12 @@ def parse_args():
     sub.add_argument("--dar", action="store_true", help="describe the image first, then answer (section 4)")
     flags.add_model_flags(sub)
     flags.add_sampling_flags(sub, temperature=0.0)
+    summary = "compute CLIP features of the images in a folder, for tsne"
+    sub = command("embed", summary, distribution.embed, distribution.EMBED_HELP)
+    arguments.add_embed_flags(sub)
+    summary = "plot CLIP features of image folders, with their overlaps"
+    sub = command("tsne", summary, distribution.tsne, distribution.TSNE_HELP)
+    arguments.add_tsne_flags(sub)
     return parser.parse_args()
 
 

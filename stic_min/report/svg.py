@@ -8,12 +8,14 @@ import math
 from dataclasses import dataclass
 from html import escape
 
-NUM_COLORS = 4  # classes c0 to c3
+NUM_COLORS = 8  # classes c0 to c7
 STYLE = """
 .chart { --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --paper: #ffffff;
-  --c0: #0a5bd0; --c1: #c2304a; --c2: #1a7f4b; --c3: #7d4cc0; max-width: 100%; height: auto; }
+  --c0: #0a5bd0; --c1: #c2304a; --c2: #1a7f4b; --c3: #7d4cc0;
+  --c4: #8a5a00; --c5: #00768a; --c6: #b0289a; --c7: #4a5560; max-width: 100%; height: auto; }
 @media (prefers-color-scheme: dark) { .chart { --ink: #e6edf3; --soft: #9aa5b1; --line: #353c45;
-  --paper: #14181d; --c0: #6cb0ff; --c1: #ff8a94; --c2: #5fd08f; --c3: #c3a1f7; } }
+  --paper: #14181d; --c0: #6cb0ff; --c1: #ff8a94; --c2: #5fd08f; --c3: #c3a1f7;
+  --c4: #e0b040; --c5: #45cfdc; --c6: #f58cf0; --c7: #b4bec8; } }
 .chart text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
 .chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
 .chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
@@ -42,6 +44,41 @@ def dot(x: float, y: float, kind: str, r: float = 2.5) -> str:
 
 def rectangle(x: float, y: float, width: float, height: float, kind: str) -> str:
     return f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>'
+
+
+# Corners of the marks, in units of their radius: a circle, then a square, a triangle and a diamond.
+MARKS = (
+    (),
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0, -1.3), (1.2, 0.9), (-1.2, 0.9)),
+    ((0, -1.4), (1.4, 0), (0, 1.4), (-1.4, 0)),
+)
+
+
+def mark(x: float, y: float, group: int, r: float = 2.5) -> str:
+    """A point of a group. Groups differ in color and in shape: not everyone can tell eight colors apart."""
+    kind, corners = f"c{group % NUM_COLORS}", MARKS[group % len(MARKS)]
+    if not corners:
+        return dot(x, y, kind, r)
+    points = " ".join(f"{x + r * dx:.1f},{y + r * dy:.1f}" for dx, dy in corners)
+    return f'<polygon class="{kind}" points="{points}"/>'
+
+
+def scatter(left: float, top: float, side: float, groups: dict[int, list[tuple[float, float]]],
+            limits: tuple[float, float, float, float], r: float = 2.5) -> list[str]:
+    """A square frame with points in it, for coordinates without a unit.
+
+    groups: {number of color and shape: points}; limits: (lowest x, lowest y, highest x, highest y), so that
+    several frames can share a scale. The groups' points alternate, so that no group hides another.
+    """
+    x0, y0, x1, y1 = limits
+    scale = 0.94 * side / (max(x1 - x0, y1 - y0) or 1)
+    place_x = lambda x: left + side / 2 + (x - (x0 + x1) / 2) * scale
+    place_y = lambda y: top + side / 2 - (y - (y0 + y1) / 2) * scale
+    order = sorted(((i + 0.5) / len(points), group, x, y)
+                   for group, points in groups.items() for i, (x, y) in enumerate(points))
+    marks = [mark(place_x(x), place_y(y), group, r) for _, group, x, y in order]
+    return [rectangle(left, top, side, side, "paper grid"), *marks]
 
 
 def chart(width: int, height: int, title: str, parts: list[str], description: str = "") -> str:

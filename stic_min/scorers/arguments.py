@@ -47,6 +47,27 @@ def add_score_flags(parser, benchmarks):
     add_judge_flags(parser)
 
 
+def add_embed_flags(parser):
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR",
+        help="LLaVA checkpoint folder, as published; only its vision tower is loaded")
+    add("--vision", metavar="DIR",
+        help="CLIP folder, needed only if the checkpoint has no vision tower and its config.json does not "
+        "point to one")
+    add("--tokenizer", metavar="FILE", help="tokenizer.model file (default: the checkpoint's)")
+    add("--images", required=True, metavar="DIR", help="folder of the images; includes its subfolders")
+    add("--out", required=True, dest="file", metavar="FILE", help="features file to write (safetensors)")
+    flags.add_limit_flag(parser)
+    add("--seed", type=flags.seed_value, default=0, help="random seed for --limit")
+    add("--device", help="torch device, such as cuda or cpu (default: a GPU if available)")
+
+
+def add_tsne_flags(parser):
+    parser.add_argument("features", nargs="+", metavar="FEATURES",
+                        help="features files written by embed, at most eight; the first is the reference")
+    parser.add_argument("--out", required=True, dest="file", metavar="FILE.svg", help="plot to write")
+
+
 def add_judge_flags(parser):
     group = parser.add_argument_group("judge")
     add = group.add_argument
