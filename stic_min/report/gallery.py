@@ -46,6 +46,10 @@ SCRIPT = """
     page.value = 1;
     show();
   };
+  const turnTo = () => {
+    show();
+    if (list.getBoundingClientRect().top < turn.getBoundingClientRect().bottom - 1) list.scrollIntoView();
+  };
   const show = () => {
     const pages = Math.max(1, Math.ceil(order.length / size));
     page.max = pages;
@@ -56,7 +60,6 @@ SCRIPT = """
     find(".pages").textContent = text(pages);
     const range = shown.length ? `${text(start + 1)} to ${text(start + shown.length)} of ` : "";
     find(".count").textContent = `${range}${text(order.length)} ${index.noun}`;
-    if (list.getBoundingClientRect().top < turn.getBoundingClientRect().bottom - 1) list.scrollIntoView();
     if (document.readyState === "loading" && shown.some(i => i >= size)) {  // blocks are still being read
       list.textContent = "loading";
       return addEventListener("DOMContentLoaded", show, {once: true});
@@ -70,9 +73,9 @@ SCRIPT = """
     }
   };
   for (const control of [...filters, sort]) control.onchange = arrange;
-  page.onchange = show;
-  back.onclick = () => { page.value--; show(); };
-  next.onclick = () => { page.value++; show(); };
+  page.onchange = turnTo;
+  back.onclick = () => { page.value--; turnTo(); };
+  next.onclick = () => { page.value++; turnTo(); };
   for (const tools of gallery.querySelectorAll(".tools")) tools.hidden = false;
   arrange();
 }

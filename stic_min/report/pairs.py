@@ -22,11 +22,12 @@ from stic_min.report import svg
 from stic_min.report.gallery import STYLE as GALLERY_STYLE
 from stic_min.report.gallery import gallery
 from stic_min.report.options import Options, recorded_folder
-from stic_min.report.page import data_uri, html_table
+from stic_min.report.page import data_uri, html_table, page
+from stic_min.runtime import flags
 from stic_min.runtime.console import Progress
-from stic_min.runtime.files import brief, check_text, read_json
+from stic_min.runtime.files import brief, check_text, read_json, write_text
 from stic_min.runtime.work import prefetch
-from stic_min.text import without_marks
+from stic_min.text import TEMPLATES, without_marks
 
 LIMIT = 10_000  # pairs in one gallery, about 15 KB each
 SIDE = 192  # pixels of a thumbnail
@@ -59,9 +60,9 @@ STYLE = GALLERY_STYLE + """
 .pair:first-child { border-top: 0; margin-top: 0; }
 .pair h3, .pair > p { grid-column: 1 / -1; } .pair h3 { font-size: 1em; } .pair .x { padding-bottom: .4em; }
 .pair h3, .pair h4, .pair p { margin: 0; }
-.tag { font-size: .8em; font-weight: 400; border: 1px solid var(--gray); border-radius: 1em;
+.pair .tag { font-size: .8em; font-weight: 400; border: 1px solid var(--gray); border-radius: 1em;
   padding: .05em .7em; margin-left: .4em; white-space: nowrap; }
-.tag.wrong { border-color: currentColor; border-radius: 1em; }
+.pair .tag.wrong { border-color: currentColor; border-radius: 1em; }
 .pair section { display: grid; grid-template-rows: subgrid; grid-row: span 4; gap: .4em; min-width: 0; }
 .pair .seen { display: flex; gap: 1em; align-items: flex-start; }
 .pair figure { flex: none; width: 192px; max-width: 45%; }
@@ -70,9 +71,9 @@ STYLE = GALLERY_STYLE + """
 .pair .response { white-space: pre-wrap; background: var(--panel); padding: .7em; }
 .pairs mark { color: var(--ink); background: var(--w); border-radius: 3px; }
 .pairs .rejected mark { background: var(--l); }
-.settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5em, 1fr)); gap: .2em 2em; }
-.settings div { border-top: 1px solid var(--line); padding: .2em 0; }
-.settings dt { color: var(--soft); font-size: .85em; } .settings dd { margin: 0; }
+.pairs .settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5em, 1fr)); gap: .2em 2em; }
+.pairs .settings div { border-top: 1px solid var(--line); padding: .2em 0; }
+.pairs .settings dt { color: var(--soft); font-size: .85em; } .pairs dd { margin: 0; }
 @media (max-width: 45em) {
   .pair { grid-template-columns: 1fr; } .pair section + section { margin-top: .8em; }
 }
@@ -138,8 +139,8 @@ def read_entries(path) -> list[Entry]:
     return [Entry(parse_pair(where, record), record) for where, record in read_kind(path, "pairs")]
 
 
-def section(path: Path, options: Options) -> str:
-    """The pairs of a file as an HTML fragment: summary, settings and gallery; with --adapter, also log p."""
+def section(path: str | Path, options: Options) -> str:
+    """The pairs of a file as an HTML fragment, for a page with STYLE; with --adapter, also log p."""
     entries = read_entries(path)
     folders = image_folders(path, entries, options)
     if options.adapter:
@@ -148,13 +149,21 @@ def section(path: Path, options: Options) -> str:
             entry.logps = logps
     views = see(entries[:LIMIT], folders)
     return (
-        "<h2>Preference pairs</h2>"
+        f"<h2>Preference pairs: {escape(Path(path).name)}</h2><div class=pairs>"
         + summary(entries)
-        + notes(entries, views, folders, options)
+        + notes(path, entries, views, folders, options)
         + margin_chart(entries)
         + settings(entries)
         + pair_gallery(entries[:LIMIT], views)
+        + "</div>"
     )
+
+
+def write(path: str | Path, options: Options) -> Path:
+    """Writes NAME.html next to the file and returns its path."""
+    out = Path(path).with_suffix(".html")
+    write_text(out, page(f"Preference pairs: {Path(path).name}", section(path, options), STYLE))
+    return out
 
 
 def image_folders(path, entries, options) -> list[Path]:
@@ -239,6 +248,20 @@ def see(entries, folders) -> list[View]:
 # ---------------------------------------------------------------- log p before and after training
 
 
+def training_settings(adapter) -> dict:
+    """The run.json of an adapter's training, as far as it determines log p; {} without one."""
+    file = Path(adapter) / "run.json"
+    run = read_json(file) if file.is_file() else {}
+    names = {"image_mode": ("pad", "anyres"), "template": tuple(TEMPLATES), "dtype": flags.DTYPES}
+    for name, values in names.items():
+        if name in run and run[name] not in values:
+            raise InputError(f"{file}: {name} is {brief(run[name])}, not one of {', '.join(values)}")
+    length = run.get("max_length", 1)
+    if type(length) is not int or length < 1:
+        raise InputError(f"{file}: max_length is {brief(length)}, not a whole number of at least 1")
+    return run
+
+
 def response_logps(pairs: list[Pair], folders: list[Path], model, adapter, device=None) -> list[tuple | None]:
     """(logp_w, logp_l, ref_logp_w, ref_logp_l) of each pair: log p of y_w and y_l given (v, x), summed over
     their tokens, under the adapter and under theta_0, the model before training. None for a pair without its
@@ -255,8 +278,7 @@ def response_logps(pairs: list[Pair], folders: list[Path], model, adapter, devic
     from stic_min.samples import load_tiles, pair_sample
 
     device = start_device(device)
-    run = Path(adapter) / "run.json"
-    run = read_json(run) if run.is_file() else {}
+    run = training_settings(adapter)
     mode = run.get("image_mode", "pad")
     dtype = run.get("dtype", "bfloat16" if device.type == "cuda" else "float32")
     options = {"image_mode": mode, "template": run.get("template"), "dtype": getattr(torch, dtype)}
@@ -351,9 +373,11 @@ def summary(entries) -> str:
     return html_table(["kind of pair", *groups], rows, 0)
 
 
-def notes(entries, views, folders, options) -> str:
+def notes(path, entries, views, folders, options) -> str:
     """What is missing or unexpected, one line each."""
     lines = []
+    if Path(f"{path}.lock").exists():
+        lines.append("The file is incomplete: its run was stopped or is still writing to it.")
     if len(entries) > len(views):
         lines.append(f"The gallery shows the first {len(views):,} of {len(entries):,} pairs.")
     if missing := sum(view.missing for view in views):
@@ -378,8 +402,8 @@ def margin_chart(entries) -> str:
     p_w, p_l, ref_p_w, ref_p_l = map(math, ("p_θ(y_w)", "p_θ(y_l)", "p_0(y_w)", "p_0(y_l)"))
     text = (
         f"Margin: (log {p_w} − log {ref_p_w}) − (log {p_l} − log {ref_p_l}), by how much training made the "
-        f"preferred response more likely than the dispreferred one. It is DPO's without the factor "
-        f"{math('β')}; equal responses are left out."
+        f"preferred response more likely than the dispreferred one; {math('p_0')} is the model before "
+        f"training. It is DPO's margin without the factor {math('β')}. Equal responses are left out."
     )
     return f"<p class=note>{text}</p>" + svg.histogram("Margins", margins, "margin", "pairs")
 
@@ -437,11 +461,11 @@ def corruption_text(corruption) -> str:
     """color jitter: brightness 0.585, hue 0.0221, hue first."""
     values = {name: value for name, value in corruption.items() if name not in ("kind", "seed")}
     order = values.pop("brightness_first", None)
-    form = lambda value: number(value, ".3g") if isinstance(value, float) else str(value)
-    texts = [f"{name.replace('_', ' ')} {form(value)}" for name, value in values.items()]
+    form = lambda value: number(value, ".3g") if isinstance(value, float) else brief(value)
+    texts = [f"{brief(name).replace('_', ' ')} {form(value)}" for name, value in values.items()]
     if isinstance(order, bool):
         texts.append("brightness first" if order else "hue first")
-    kind = str(corruption.get("kind", "corrupted")).replace("_", " ")
+    kind = brief(corruption.get("kind", "corrupted")).replace("_", " ")
     return f"{kind}: {', '.join(texts)}" if texts else kind
 
 
@@ -532,6 +556,6 @@ def pair_gallery(entries, views) -> str:
         orders |= {"lowest margin first": (margins, 1), "highest margin first": (margins, -1)}
     letters = "; ".join(f"{math(letter)} {meaning}" for letter, meaning in LETTERS.items())
     return (
-        f"<div class=pairs><p class=note>{letters}. <mark>Marked</mark>: words that the other response does "
-        f"not have at this place.</p>{gallery('pairs', articles, list(images), filters, orders)}</div>"
+        f"<p class=note>{letters}. <mark>Marked</mark>: words that the other response does not have at this "
+        f"place.</p>{gallery('pairs', articles, list(images), filters, orders)}"
     )
