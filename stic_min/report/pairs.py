@@ -71,7 +71,8 @@ STYLE = GALLERY_STYLE + """
 .pair .response { white-space: pre-wrap; background: var(--panel); padding: .7em; }
 .pairs mark { color: var(--ink); background: var(--w); border-radius: 3px; }
 .pairs .rejected mark { background: var(--l); }
-.pairs .settings { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5em, 1fr)); gap: .2em 2em; }
+.pairs .settings { display: grid; gap: .2em 2em;
+  grid-template-columns: repeat(auto-fill, minmax(8.5em, 1fr)); }
 .pairs .settings div { border-top: 1px solid var(--line); padding: .2em 0; }
 .pairs .settings dt { color: var(--soft); font-size: .85em; } .pairs dd { margin: 0; }
 @media (max-width: 45em) {
@@ -328,6 +329,10 @@ def count_words(text):
     return len(text.split())
 
 
+def pair_count(count):
+    return "1 pair" if count == 1 else f"{count:,} pairs"
+
+
 def share(count, total):
     return f"{100 * count / total:.1f}%" if total else ""
 
@@ -379,19 +384,19 @@ def notes(path, entries, views, folders, options) -> str:
     if Path(f"{path}.lock").exists():
         lines.append("The file is incomplete: its run was stopped or is still writing to it.")
     if len(entries) > len(views):
-        lines.append(f"The gallery shows the first {len(views):,} of {len(entries):,} pairs.")
+        lines.append(f"The gallery shows the first {len(views):,} of {pair_count(len(entries))}.")
     if missing := sum(view.missing for view in views):
         names = ", ".join(str(folder) for folder in options.images) or ", ".join(f.name for f in folders)
         reason = f"not found in {names}, or not readable" if names else "pass their folder with --images"
-        lines.append(f"The images of {missing:,} of {len(views):,} pairs are missing: {reason}.")
+        lines.append(f"The images of {missing:,} of {pair_count(len(views))} are missing: {reason}.")
     if changed := sum(view.changed for view in views):
-        lines.append(f"The corrupted images of {changed:,} pairs are not those that the model saw: replayed "
-                     "from their seeds, the corruptions have other parameters than recorded.")  # fmt: skip
+        lines.append(f"The corrupted images of {pair_count(changed)} are not those that the model saw: "
+                     "replayed from their seeds, the corruptions have other parameters than recorded.")  # fmt: skip
     if seedless := sum(entry.corrupted and entry.seed is None for entry in entries):
-        lines.append(f"The corrupted images of {seedless:,} pairs can't be shown: no seed is recorded.")
+        lines.append(f"The corrupted images of {pair_count(seedless)} can't be shown: no seed is recorded.")
     unscored = sum(entry.logps is None for entry in entries)
     if options.adapter and unscored:
-        lines.append(f"{unscored:,} pairs have no log p: no image, or no room for a response.")
+        lines.append(f"No log p for {pair_count(unscored)}: no image, or no room for a response.")
     return "".join(f"<p class=note>{escape(line)}</p>" for line in lines)
 
 
