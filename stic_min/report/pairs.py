@@ -391,7 +391,7 @@ def notes(path, entries, views, folders, options) -> str:
         lines.append(f"The images of {missing:,} of {pair_count(len(views))} are missing: {reason}.")
     if changed := sum(view.changed for view in views):
         lines.append(f"The corrupted images of {pair_count(changed)} are not those that the model saw: "
-                     "replayed from their seeds, the corruptions have other parameters than recorded.")  # fmt: skip
+                     "replayed from their seeds, the corruptions have other parameters.")  # fmt: skip
     if seedless := sum(entry.corrupted and entry.seed is None for entry in entries):
         lines.append(f"The corrupted images of {pair_count(seedless)} can't be shown: no seed is recorded.")
     unscored = sum(entry.logps is None for entry in entries)

@@ -46,7 +46,8 @@ class Page(HTMLParser):
             pass
 
     def handle_data(self, text):
-        for element in self.open:
+        script = self.open and self.open[-1][0] == "script"
+        for element in self.open[-1:] if script else self.open:
             element[2] += text
 
     def all(self, tag, **attributes):
@@ -115,7 +116,8 @@ def blocks(html):
 
 
 def index(html):
-    return json.loads(Page(html).texts("script", **{"class": "index"})[0])
+    [text] = re.findall('<script type="application/json" class=index>(.*?)</script>', html)
+    return json.loads(text)
 
 
 def images_of(html):
