@@ -66,8 +66,8 @@ STYLE = GALLERY_STYLE + """
 .pair section { display: grid; grid-template-rows: subgrid; grid-row: span 4; gap: .4em; min-width: 0; }
 .pair .seen { display: flex; gap: 1em; align-items: flex-start; }
 .pair figure { flex: none; width: 192px; max-width: 45%; }
-.pair img, .pair .missing { width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--panel); }
-.pair .missing { display: flex; align-items: center; padding: 1em; font-size: .85em; }
+.pair .missing { display: flex; align-items: center; aspect-ratio: 1; padding: 1em; font-size: .85em;
+  background: var(--panel); }
 .pair .response { white-space: pre-wrap; background: var(--panel); padding: .7em; }
 .pairs mark { color: var(--ink); background: var(--w); border-radius: 3px; }
 .pairs .rejected mark { background: var(--l); }
