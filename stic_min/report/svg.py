@@ -18,6 +18,7 @@ STYLE = """
   --c4: #e0b040; --c5: #45cfdc; --c6: #f58cf0; --c7: #b4bec8; } }
 .chart text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: var(--ink); }
 .chart .title { font-weight: 600; } .chart .soft { fill: var(--soft); }
+.chart .ink { fill: var(--ink); } .chart .bar { opacity: .7; }
 .chart .paper { fill: var(--paper); } .chart .grid { stroke: var(--line); } .chart polyline { fill: none; }
 .chart .line { stroke-width: 2; fill: none; } .chart .faint { opacity: .35; }
 .chart .dashed { stroke-dasharray: 5 4; }
@@ -82,12 +83,14 @@ def scatter(left: float, top: float, side: float, groups: dict[int, list[tuple[f
 
 
 def chart(width: int, height: int, title: str, parts: list[str], description: str = "") -> str:
-    """A complete SVG. description: what a reader who can't see it should know; by default the title."""
+    """A complete SVG. title: above the parts, if there is one. description: what a reader who can't see it
+    should know; by default the title."""
+    heading = text(width / 2, 22, title, kind="title") if title else ""
     return (
         f'<svg class="chart" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img" aria-label="{escape(description or title)}">'
         f'<style>{STYLE}</style>'
-        f'<rect class="paper" width="100%" height="100%"/>{text(width / 2, 22, title, kind="title")}'
+        f'<rect class="paper" width="100%" height="100%"/>{heading}'
         + "\n".join(parts)
         + "</svg>\n"
     )
@@ -149,12 +152,12 @@ class Axes:
         return [*parts, text((self.left + self.right) / 2, self.bottom + 40, title, kind="soft")]
 
 
-def legend(x: float, y: float, names: list[str]) -> list[str]:
-    """A row of names, each with a sample of its color, from (x, y) to the right."""
+def legend(x: float, y: float, names: list[str], column: bool = False) -> list[str]:
+    """Names, each with a sample of its color, in a row from (x, y) to the right or in a column downward."""
     parts = []
     for i, name in enumerate(names):
         parts += [line([(x, y - 4), (x + 18, y - 4)], f"c{i % NUM_COLORS}"), text(x + 24, y, name, "start")]
-        x += 24 + 7.2 * len(name) + 20
+        x, y = (x, y + 20) if column else (x + 24 + 7.2 * len(name) + 20, y)
     return parts
 
 
