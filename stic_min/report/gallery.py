@@ -5,11 +5,10 @@ items each, parsed when they are shown; a small index of all items is enough to 
 is stored once, in the block of the first item that shows it.
 """
 
-import json
 import re
 from html import escape
 
-PAGE_SIZE = 24  # items
+from stic_min.report.page import PAGE_SIZE, json_block
 
 STYLE = """
 .gallery .tools { display: flex; flex-wrap: wrap; gap: .5em 1em; align-items: center; padding: .5em 0; }
@@ -17,10 +16,9 @@ STYLE = """
 .gallery .turn { position: sticky; top: 0; z-index: 2; background: var(--paper);
   border-bottom: 1px solid var(--line); }
 .gallery .list { scroll-margin-top: 3.5em; }
-.gallery select, .gallery button, .gallery input { font: inherit; color: inherit; background: var(--panel);
-  border: 1px solid var(--gray); border-radius: 4px; padding: .2em .6em; max-width: 100%; }
-.gallery input { width: 4.5em; } .gallery button:disabled { opacity: .5; }
-.gallery :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
+.gallery select { max-width: 100%; }
+.gallery input { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--gray);
+  border-radius: 4px; padding: .2em .6em; width: 4.5em; }
 @media (max-width: 45em) { .gallery .turn { gap: .3em .6em; } .gallery .list { scroll-margin-top: 6em; } }
 """
 
@@ -65,7 +63,7 @@ SCRIPT = """
       return addEventListener("DOMContentLoaded", show, {once: true});
     }
     const blocks = {0: first};
-    const block = n => blocks[n] ??= read(`script[data-block="${n}"]`);
+    const block = n => blocks[n] ??= read(`script.block-${n}`);
     list.innerHTML = shown.map(i => block(Math.floor(i / size)).items[i % size]).join("");
     for (const image of list.querySelectorAll("[data-image]")) {
       const number = +image.dataset.image, n = index.images.findLastIndex(start => start <= number);
@@ -80,12 +78,6 @@ SCRIPT = """
   arrange();
 }
 """.replace("PAGE_SIZE", str(PAGE_SIZE))
-
-
-def json_script(value, attributes: str) -> str:
-    """A value for the script, safe in HTML."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-    return f'<script type="application/json" {attributes}>{text}</script>'
 
 
 def select(kind, label, names):
@@ -128,7 +120,7 @@ def gallery(
         numbers = map(int, re.findall(r'<img data-image="(\d+)"', "".join(block)))
         bounds.append(max(bounds[-1], *(number + 1 for number in numbers), 0))
     scripts = [
-        json_script({"items": block, "images": uris[bounds[n] : bounds[n + 1]]}, f'data-block="{n}"')
+        json_block(f"block-{n}", {"items": block, "images": uris[bounds[n] : bounds[n + 1]]})
         for n, block in enumerate(blocks[1:], 1)
     ]
     index = {
@@ -151,5 +143,5 @@ def gallery(
         "<span class=count role=status aria-live=polite></span></div>"
         f"<noscript><p class=note>Without JavaScript, only the first {PAGE_SIZE} are shown.</p></noscript>"
         f"<div class=list>{with_sources(''.join(blocks[0]) if blocks else '', uris)}</div>"
-        f"{json_script(index, 'class=index')}<script>{SCRIPT}</script>{''.join(scripts)}</div>"
+        f"{json_block('index', index)}<script>{SCRIPT}</script>{''.join(scripts)}</div>"
     )

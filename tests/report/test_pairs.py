@@ -109,14 +109,14 @@ def blocks(html):
     sources = re.findall(r'<img data-image="(\d+)"[^>]* src="([^"]*)"|<img data-image="(\d+)" src="([^"]*)"', html)
     first = {int(a or c): b or d for a, b, c, d in sources}
     pages = [{"items": articles, "images": [first[i] for i in range(len(first))]}]
-    for n, text in re.findall(r'<script type="application/json" data-block="(\d+)">(.*?)</script>', html):
+    for n, text in re.findall(r'<script type="application/json" class="block-(\d+)">(.*?)</script>', html):
         assert int(n) == len(pages)
         pages.append(json.loads(text))
     return pages
 
 
 def index(html):
-    [text] = re.findall('<script type="application/json" class=index>(.*?)</script>', html)
+    [text] = re.findall('<script type="application/json" class="index">(.*?)</script>', html)
     return json.loads(text)
 
 
