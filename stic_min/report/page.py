@@ -27,7 +27,8 @@ a, summary { color: var(--blue); } summary { cursor: pointer; padding: .15em 0; 
 figure { margin: 0; } figure img { max-width: 100%; display: block; }
 figcaption { font-size: .85em; color: var(--soft); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9em; margin: .6em 0; min-width: 100%; }
+table { border-collapse: collapse; font-size: .9em; margin: .6em 0; min-width: 100%;
+  overflow-wrap: break-word; }
 th, td { text-align: right; padding: .35em .7em; border-top: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 400; }
@@ -45,7 +46,8 @@ tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 
 button, select { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--gray);
   border-radius: 4px; padding: .2em .7em; cursor: pointer; } button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 2px solid var(--blue); outline-offset: 2px; }
-.list { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30em, 100%), 1fr)); gap: 1em 2em; }
+.paged .list { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30em, 100%), 1fr));
+  gap: 1em 2em; }
 .flip { display: grid; grid-template-columns: 8em minmax(0, 1fr); gap: 1em; align-items: start;
   border-top: 1px solid var(--line); padding-top: 1em; }
 .flip img { width: 100%; } .flip p { margin: 0 0 .3em; } .text { white-space: pre-wrap; }

@@ -198,3 +198,20 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
         parts.append(line(pixels, color) if len(pixels) > 1 else dot(*pixels[0], color))
     parts += [text(axes.right, axes.y(y) - 5, name, "end", "soft over") for name, y in levels.items()]
     return chart(width, height, title, parts)
+
+
+def histogram(title: str, values: list[float], x_title: str, y_title: str,
+              width: int = 560, height: int = 260) -> str:
+    """How many values lie in each of about 30 equal intervals; those below 0 are in another color."""
+    edges = ticks(min(values), max(values), 30)
+    step = edges[1] - edges[0]
+    counts = [0] * (len(edges) - 1)
+    for value in values:
+        counts[min(int((value - edges[0]) / step), len(counts) - 1)] += 1
+    axes = Axes(64, 50, width - 20, height - 48, ticks(edges[0], edges[-1]), ticks(0, max(counts)))
+    parts = axes.grid() + axes.x_axis(x_title) + [text(56, 38, y_title, "end", "soft")]
+    for edge, count in zip(edges, counts):
+        left, top = axes.x(edge), axes.y(count)
+        color = "c1" if edge + step / 2 < 0 else "c0"
+        parts.append(rectangle(left + 0.5, top, axes.x(edge + step) - left - 1, axes.bottom - top, color))
+    return chart(width, height, title, parts)
