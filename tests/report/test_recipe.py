@@ -218,3 +218,12 @@ def test_a_damaged_step_is_an_error_and_leaves_no_pages(folder, sections):
     with pytest.raises(InputError, match="stage1/run.json: not JSON"):
         recipe.write(folder, Options())
     assert not (folder / "report.html").exists() and not (folder / "report.md").exists()
+
+
+def test_a_real_recipe(chain15, folder):
+    """All modules together. Images and data are found by the folders in the recorded commands."""
+    assert call("stic_min.report.__main__", folder).splitlines() == [str(folder / "report.html")]
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert html.count("<svg") >= 14 and "http" not in html.replace("http://www.w3.org/2000/svg", "")
+    assert all(text in html for text in ("Preference pairs", "Stage 1", "Descriptions", "Stage 2", "Scores"))
+    assert "data:image/" in html
