@@ -149,6 +149,9 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
         self.checkpoints = Checkpoints(adapter, self.parameters, self.optimizer, settings, args, ranks)
         self.save_every = args.save_every or math.ceil(len(self.batches) / 10)
+        truncated = sum(sample.cut for sample in samples)
+        equal = sum(not sample.differs for sample in samples)
+        self.counts = {"samples": len(samples), "truncated": truncated, "equal": equal}
         self.step = 0
         self.weight = 1.0  # of the current micro-batch; 0 if it only keeps FSDP's ranks in step
         self.sums = {}  # what this step logs, before it is summed over the ranks
@@ -165,6 +168,7 @@ class Run:
                 check.out_dir(self.out)  # another run may have finished in it since the first check
             self.ranks.check_shared(self.out / ".lock", self.out, self.checkpoints.settings)
             self.first_step = self.checkpoints.resume()
+            self.checkpoints.record |= self.counts | {"steps": len(self.batches)}
             self.stop = stack.enter_context(Stop())
             self.begin = self.last = time.monotonic()
             steps = range(self.first_step, len(self.batches))
