@@ -3,8 +3,10 @@
   python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/        direct
   python evaluate.py scienceqa --model M --adapter runs/stage2 --data ScienceQA --out results/ --dar  DaR
   python evaluate.py score scienceqa --answers results/scienceqa-stage2-dar.jsonl --data ScienceQA    no model
-  python evaluate.py table results/                             the paper's tables, as text and an HTML page
+  python evaluate.py table results/                 the paper's tables and flipped answers, as text and HTML
   python evaluate.py ask --model M --adapter runs/stage2 --image photo.jpg "What is in the image?"
+  python evaluate.py embed --model M --images train2014 --limit 1000 --out features/coco.safetensors
+  python evaluate.py tsne features/*.safetensors --out tsne.svg        how image folders overlap (Figure 8)
   torchrun --nproc_per_node=4 evaluate.py scienceqa ...         distributes the questions over four GPUs
 
 Answers are greedy. Each is written to results/BENCHMARK-ADAPTER-{direct,dar}.jsonl as soon as it is complete,
@@ -26,7 +28,7 @@ from stic_min import InputError
 from stic_min.runtime import console, flags, process
 from stic_min.runtime.files import check_place, write_text
 from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
-from stic_min.scorers import arguments, audit, grading, harness, plan, report
+from stic_min.scorers import arguments, audit, grading, harness, plan
 from stic_min.text import DESCRIBE_PROMPT, without_marks
 
 # The model is imported where it is used: scoring, tables and --help do without torch.
@@ -152,7 +154,25 @@ def run_score(args):
 
 
 def run_table(args):
-    report.write(args.dir)
+    from stic_min.report import options, scores
+
+    text = scores.text(args.dir)
+    file = Path(args.dir, "tables.md")
+    write_text(file, f"{text}\n")
+    page = scores.write(args.dir, options.Options())
+    print(f"{text}\n\nwrote {file} and {page}")
+
+
+def run_embed(args):
+    from stic_min.report import distribution
+
+    distribution.embed(args)
+
+
+def run_tsne(args):
+    from stic_min.report import distribution
+
+    distribution.tsne(args)
 
 
 def run_ask(args):
@@ -205,6 +225,12 @@ def parse_args():
     sub.add_argument("--dar", action="store_true", help="describe the image first, then answer (section 4)")
     flags.add_model_flags(sub)
     flags.add_sampling_flags(sub, temperature=0.0, parallel=False)
+    summary = "compute CLIP features of the images in a folder, for tsne"
+    sub = command("embed", summary, run_embed, arguments.EMBED_HELP)
+    arguments.add_embed_flags(sub)
+    summary = "plot CLIP features of image folders, with their overlaps"
+    sub = command("tsne", summary, run_tsne, arguments.TSNE_HELP)
+    arguments.add_tsne_flags(sub)
     return parser.parse_args()
 
 

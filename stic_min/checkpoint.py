@@ -20,6 +20,7 @@ from stic_min import InputError
 from stic_min.formats.adapters import PROJECTOR_FILE, read_written, write_adapter
 from stic_min.formats.tensors import read_tensors, write_tensors
 from stic_min.loader import own_rows
+from stic_min.report import write_page
 from stic_min.runtime import provenance
 from stic_min.runtime.files import fingerprint, printable, read_json, sync, write_text
 from stic_min.runtime.ranks import place
@@ -93,12 +94,6 @@ def compare(folder, settings):
     if saved.get("step") != step:
         raise InputError(f"{folder / 'run.json'}: step {saved.get('step')!r} contradicts the folder's name")
     return step, [f"{name} (was {saved.get(name)!r})" for name in different]
-
-
-def read_record(folder):
-    """The record in a checkpoint's run.json; {} if it has none."""
-    record = read_json(folder / "run.json").get("record")
-    return record if isinstance(record, dict) else {}
 
 
 def newest(out, settings, report):
@@ -200,7 +195,7 @@ class Checkpoints:
 
     def resume(self):
         """Restores parameters and optimizer from the newest checkpoint -> its step, 0 without one."""
-        self.record = provenance.start_record(self.args, self.ranks)
+        self.record = provenance.start_record(self.args.model, self.ranks)
         self.previous_record = {}
         self.ranks.barrier()
         checkpoint = newest(self.out, self.settings, self.ranks.print)
@@ -214,7 +209,7 @@ class Checkpoints:
             return 0
         self.saved_step, tensors, moments = checkpoint
         folder = folders(self.out)[-1]
-        self.previous_record = read_record(folder)
+        self.previous_record = provenance.read_record(folder / "run.json")
         for name, parameter in self.parameters.items():
             state = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
             with torch.no_grad():
@@ -243,6 +238,7 @@ class Checkpoints:
                     os.replace(self.out / f"{name}.new", self.out / name)
             for old in (*folders(self.out), self.out / TEMPORARY):
                 shutil.rmtree(old, ignore_errors=True)
+            write_page(self.out)
             written = sorted(file.name for file in self.out.iterdir() if file.name != ".lock")
             self.ranks.print(f"wrote {', '.join(written)} to {self.out}")
         self.ranks.barrier()

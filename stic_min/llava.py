@@ -9,7 +9,7 @@ V vocabulary; G groups of R scored positions (see batch.Batch).
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -120,8 +120,7 @@ class LLaVA(nn.Module):
     def patch_features(self, tiles: list[Tiles]) -> Tensor:
         """Tiles -> CLIP's patch features of all of them (N, S, Cv)."""
         weight = self.lm_head.weight
-        pixels = to_device(torch.cat([t.pixels for t in tiles]), weight.device)
-        return self.vision_tower(pixels.to(weight.dtype))
+        return self.vision_tower(torch.cat([t.pixels for t in tiles]).to(weight.device, weight.dtype))
 
     def encode_images(self, tiles: list[Tiles], patches: Tensor | None = None) -> Tensor:
         """Tiles (and optionally their CLIP features) -> image embeddings in sequence order (n, C)."""
@@ -165,8 +164,10 @@ class LLaVA(nn.Module):
         return TEMPLATES[self.config.template].prompt(with_image(text, images))
 
     def tiles(self, image: Image.Image) -> Tiles:
+        """The image ready for CLIP, on the model's device; called in threads, ahead of the model."""
         config = self.config
-        return make_tiles(to_rgb(image), config.image_mode, config.vision.image_size, config.pinpoints)
+        tiles = make_tiles(to_rgb(image), config.image_mode, config.vision.image_size, config.pinpoints)
+        return replace(tiles, pixels=to_device(tiles.pixels, self.device))
 
     def prompt_length(self, prompt: str, images: list[Image.Image]) -> int:
         """Number of positions that a prompt with its images takes in the sequence."""

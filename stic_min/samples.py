@@ -100,6 +100,12 @@ def prepare(args, ranks, problems, records, parse, make_sample):
     return entries, problems.collect(make_sample, entries)
 
 
+def counts(samples):
+    """For the record of a run."""
+    truncated, equal = sum(sample.cut for sample in samples), sum(not sample.differs for sample in samples)
+    return {"samples": len(samples), "truncated": truncated, "equal": equal}
+
+
 # ---------------------------------------------------------------- batches of an epoch
 
 

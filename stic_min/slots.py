@@ -115,7 +115,7 @@ class SlotDecoder:
         slots, positions = to_device(torch.tensor([slots, lengths]), self.llava.device)
         self.uniforms[slots] = to_device(uniforms, self.llava.device)
         self.positions[slots] = positions
-        self.steps[slots] = 0
+        self.steps.index_fill_(0, slots, 0)  # an assignment of 0 would make the host wait
         return lengths
 
     def prefill(self, groups, slots: list[int]) -> list[int]:

@@ -29,7 +29,7 @@ from stic_min.runtime.output import lock, unlock
 from stic_min.runtime.process import Stop
 from stic_min.runtime.provenance import peak_memory_gb
 from stic_min.runtime.work import prefetch, row_seed
-from stic_min.samples import global_batches, load_tiles, split_batch
+from stic_min.samples import counts, global_batches, load_tiles, split_batch
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # AdamW, Table 4 and the release
 CLIP_NORM = 1.0
@@ -135,6 +135,7 @@ class Run:
         self.parameters = lora_parameters | projector
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
         self.checkpoints = Checkpoints(adapter, self.parameters, self.optimizer, settings, args, ranks)
+        self.counts = counts(samples)
         self.step = 0
         self.weight = 1.0  # of the current micro-batch; 0 if it only keeps FSDP's ranks in step
         self.sums = {}  # what this step logs, before it is summed over the ranks
@@ -151,12 +152,13 @@ class Run:
                 check.out_dir(self.out)  # another run may have finished in it since the first check
             self.ranks.check_shared(self.out / ".lock", self.out, self.checkpoints.settings)
             self.first_step = self.checkpoints.resume()
+            self.checkpoints.record |= self.counts | {"steps": len(self.batches)}
             self.stop = stack.enter_context(Stop())
             stack.enter_context(self.checkpoints.thread)  # in the end, waits for it
             self.begin = self.last = self.saved = time.monotonic()
             steps = range(self.first_step, len(self.batches))
-            size = self.args.micro_batch
-            self.shares = {step: split_batch(self.batches[step], self.ranks, size) for step in steps}
+            split = lambda step: split_batch(self.batches[step], self.ranks, self.args.micro_batch)
+            self.shares = {step: split(step) for step in steps}
             micro_batches = [samples for share in self.shares.values() for samples, _ in share]
             self.prefetched = stack.enter_context(contextlib.closing(prefetch(self.load, micro_batches)))
             for self.step in steps:
@@ -195,8 +197,7 @@ class Run:
             self.sums[name] = self.sums.get(name, 0.0) + self.weight / count * value.detach().double().sum()
 
     def clip_gradients(self, max_norm):
-        """Completes the gradients (--shard none: sums them over the ranks) and clips their norm, which it
-        returns.
+        """Completes the gradients (--shard none: sums them over the ranks), clips their norm and returns it.
 
         A NaN or infinite loss or gradient ends the run here, before it reaches the weights.
         """

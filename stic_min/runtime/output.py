@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
+from stic_min.runtime import provenance
 from stic_min.runtime.files import append_line, check_place, read_own_lines, wait_until, write_text
 
 
@@ -39,7 +40,8 @@ class Output:
 
     Each rank appends whole lines to a part file of its own (a single rank to `path` itself), and `finish`
     merges them in the order of `keys`. `settings` is stored with each record; a file written with other
-    settings is an error.
+    settings is an error. How it came about is in NAME.run.json (provenance.py); of a part that was
+    interrupted, the wall time counts only until `start`.
     """
 
     def __init__(self, path, key, settings, ranks):
@@ -62,7 +64,19 @@ class Output:
         self.ranks.barrier()
         self.done = {record[self.key]: record for record in self.read(self.path)}
         self.appended = 0
+        self.run_json = self.path.with_suffix(".run.json")
+        self.previous = provenance.read_record(self.run_json)
+        self.record = provenance.start_record(self.settings.get("model"), self.ranks)
+        self.write_record(True, finished=False)
         return self
+
+    def write_record(self, changed, **fields):
+        """Every rank must call it. A part that has not `changed` the output leaves the previous record."""
+        memory = provenance.peak_memory_gb(self.ranks.device)
+        record = provenance.current_record(self.record, self.previous, self.ranks, memory)
+        if self.ranks.first:
+            record = (record if changed else self.previous) | fields
+            write_text(self.run_json, json.dumps({"record": record}, indent=2) + "\n")
 
     def part(self, rank):
         return self.path.with_name(f"{self.path.name}.part{rank}")
@@ -128,6 +142,8 @@ class Output:
         if problem:
             raise InputError(problem)
         records = self.merge(keys) if self.ranks.first else {}
+        skipped = sum(key not in records for key in keys)
+        self.write_record(sum(counts) > 0, finished=True, requested=len(keys), skipped=skipped)
         if self.ranks.first:
             unlock(self.lock)
         return [records[key] for key in keys if key in records]

@@ -1,6 +1,7 @@
-"""The record of a training run in run.json, next to its settings: command, code, machine, time and memory."""
+"""The record of a run in run.json or, next to NAME.jsonl, NAME.run.json: command, code, machine, costs."""
 
 import platform
+import re
 import resource
 import shlex
 import socket
@@ -11,7 +12,7 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
-import torch
+from stic_min.runtime.files import read_json
 
 PACKAGES = "torch", "torchvision", "safetensors", "sentencepiece", "pillow", "numpy"
 
@@ -39,40 +40,52 @@ def version(package):
 def peak_memory_gb(device):
     """Peak memory of this rank so far, in GB: the GPU's, or the process's."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1000  # bytes on macOS, KB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def start_record(args, ranks):
+def start_record(model, ranks):
     """The part of the record that is known at the start. Every rank must call it."""
+    import torch  # here, because scores and pages do without
+
     if ranks.device.type == "cuda":
         device = torch.cuda.get_device_name(ranks.device)
     else:
         device = f"{platform.machine()} {ranks.device.type}, threads: {torch.get_num_threads()}"
     machines = ranks.gather((socket.gethostname(), device))
     devices = Counter(device for _, device in machines)
+    command = re.sub("(\0--judge-k[a-z]*[=\0])[^\0]*", r"\1***", "\0".join(sys.argv))  # without the API key
     return {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(command.split("\0")),
         "commit": commit() if ranks.first else None,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "hardware": "; ".join(f"{count} x {device}" for device, count in devices.items()),
         "ranks": ranks.world,
         "nodes": len({host for host, _ in machines}),
-        "model": args.model,
+        "model": model,
         "start": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(ranks.begin)),
     }
+
+
+def read_record(path):
+    """The record in a run.json; {} without one."""
+    record = read_json(path).get("record") if path.is_file() else None
+    return record if isinstance(record, dict) else {}
 
 
 def current_record(record, previous, ranks, memory):
     """The complete record so far. Every rank must call it, with its peak `memory` in GB.
 
-    `previous` is the record of the run that was resumed, or {}: its start time is kept and wall time adds up,
-    while code and machine are those of the latest part.
+    `previous` is the record of the run that was resumed, or {}: its start time is kept, wall time and the
+    number of parts add up, and code and machine are those of the latest part.
     """
     number = lambda name: previous[name] if isinstance(previous.get(name), (int, float)) else 0
     return record | {
         "start": previous.get("start", record["start"]),
+        "parts": number("parts") + 1,
         "wall_seconds": round(number("wall_seconds") + time.time() - ranks.begin, 1),
         "peak_memory_gb": round(max(number("peak_memory_gb"), *ranks.gather(memory)), 3),
     }

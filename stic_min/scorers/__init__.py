@@ -7,7 +7,8 @@ Every module defines
   score(questions, answers, ...)   scores records {"question_id", "prompt", "text"} and returns numbers:
                    `score` in percent with its 95% `interval` and `n`, and `groups`, the same for parts of the
                    questions; with a judge also `unread`, the number of unreadable verdicts, and
-                   `unread_share`, their fraction of all verdicts in the score
+                   `unread_share`, their fraction of all verdicts in the score; `better`, "lower" where a high
+                   score is bad
   report(scores)   formats these numbers as lines of text
 and, where it applies,
   RULES, score(..., rule=)         where two official scorers differ; the first rule is the default

@@ -47,6 +47,48 @@ def add_score_flags(parser, benchmarks):
     add_judge_flags(parser)
 
 
+EMBED_HELP = """Computes CLIP features of the images in a folder and its subfolders, for `tsne`.
+
+Each image is padded to a square and encoded by the checkpoint's own vision tower in float32. Its feature is
+the mean of hidden state -2, which LLaVA's projector reads, over the patches that show the image, not padding.
+Features and image names are written to a safetensors file. The name of this file labels its images in the
+plot, so choose scienceqa.safetensors rather than test.safetensors. Unreadable images are skipped with a
+warning.
+"""
+
+TSNE_HELP = """Plots the features of several image folders with t-SNE, and computes how much they overlap.
+
+The paper's Figures 8 and 14 compare stage 1's images (MSCOCO) with those of four benchmarks, 1,000 images
+each. The more a benchmark's images overlap with them, the more it tends to gain; ChartQA is an exception.
+The first file is the reference, so start with the images of stage 1. The overlap of each other file with it
+is computed in feature space, not in the plot: among each image's 10 nearest neighbors (cosine similarity,
+equally many images per file), the share from the other file, divided by the share expected if the file made
+no difference. 1 means indistinguishable, 0 disjoint. FILE.json, next to the plot, has the overlaps and the
+position of each image. Needs scikit-learn (pip install scikit-learn).
+"""
+
+
+def add_embed_flags(parser):
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR",
+        help="LLaVA checkpoint folder, as published; only its vision tower is loaded")
+    add("--vision", metavar="DIR",
+        help="CLIP folder, needed only if the checkpoint has no vision tower and its config.json does not "
+        "point to one")
+    add("--tokenizer", metavar="FILE", help="tokenizer.model file (default: the checkpoint's)")
+    add("--images", required=True, metavar="DIR", help="folder of the images; includes its subfolders")
+    add("--out", required=True, dest="file", metavar="FILE", help="features file to write (safetensors)")
+    flags.add_limit_flag(parser)
+    add("--seed", type=flags.seed_value, default=0, help="random seed for --limit")
+    add("--device", help="torch device, such as cuda or cpu (default: a GPU if available)")
+
+
+def add_tsne_flags(parser):
+    parser.add_argument("features", nargs="+", metavar="FEATURES",
+                        help="features files written by embed, at most eight; the first is the reference")
+    parser.add_argument("--out", required=True, dest="file", metavar="FILE.svg", help="plot to write")
+
+
 def add_judge_flags(parser):
     group = parser.add_argument_group("judge")
     add = group.add_argument

@@ -8,11 +8,10 @@ wrong cell counts as mentioned.
 """
 
 import re
-from collections import Counter
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.scorers.common import match_answers, read_entries
+from stic_min.scorers.common import bootstrap, match_answers, proportion, read_entries, wilson
 
 RATES = {
     "chair_i": "CHAIR_i, mentions of absent objects",
@@ -22,6 +21,7 @@ RATES = {
     "f1": "F1",
     "signature": "absent signature objects mentioned",
 }
+LOWER_IS_BETTER = ("chair_i", "chair_s", "signature")
 
 
 def load(data: str | Path) -> list[dict]:
@@ -51,39 +51,53 @@ def mentions(text, vocabulary):
     return [name.lower() for name in pattern(vocabulary).findall(text)]
 
 
+def rate(rows: list[tuple[int, int]]) -> dict:
+    """{"score", "interval", "n"} of a rate over captions, in percent. rows: (part, total) per caption.
+
+    The interval is from resampled captions. A rate of 0 or 100% has no spread: it gets Wilson's interval.
+    """
+    part, total = map(sum, zip(*rows))
+    p = part / total if total else 0.0
+    interval = bootstrap(sorted(rows), ratio) if 0 < p < 1 else wilson(p, total)
+    return {"score": 100 * p, "interval": interval, "n": len(rows)}
+
+
+def ratio(resampled):
+    part, total = resampled.sum(1).T
+    return 100 * part[total > 0] / total[total > 0]
+
+
 def score(questions: list[dict], answers: list[dict]) -> dict:
     """Rates in percent over all captions (micro-averages); a missing caption mentions nothing.
 
     questions: from `load`. answers: records {"question_id", "text"}. Returns RATES' keys, `mentioned`
-    (mentions per caption), `n` and `missing`. A rate without any cases is 0. Raises InputError like
-    `match_answers`.
+    (mentions per caption), `n` and `missing`; in `groups`, for each of RATES' keys its `score`, `interval`
+    and `n`; `score` and `interval` are those of CHAIR_i, and `better` is "lower". A rate without any cases is
+    0. Raises InputError like `match_answers`.
     """
     records = match_answers("toy captions", questions, answers)
-    counts = Counter()
+    rows = {name: [] for name in RATES}
     for question in questions:
         text = records.get(question["question_id"], {"text": ""})["text"]
         mentioned = mentions(text, question["vocabulary"])
         present = set(question["objects"])
         wrong = [name for name in mentioned if name not in present]
+        right = len(set(mentioned) & present)
         absent_signatures = set(question["signature"]) - present
-        counts["mentions"] += len(mentioned)
-        counts["wrong mentions"] += len(wrong)
-        counts["captions with wrong mentions"] += bool(wrong)
-        counts["distinct mentions"] += len(set(mentioned))
-        counts["right"] += len(set(mentioned) & present)
-        counts["present"] += len(present)
-        counts["absent signatures"] += len(absent_signatures)
-        counts["absent signatures mentioned"] += len(absent_signatures & set(mentioned))
-    percent = lambda part, total: round(100 * part / total, 2) if total else 0.0
+        rows["chair_i"].append((len(wrong), len(mentioned)))
+        rows["chair_s"].append((bool(wrong), 1))
+        rows["precision"].append((right, len(set(mentioned))))
+        rows["recall"].append((right, len(present)))
+        rows["f1"].append((2 * right, len(set(mentioned)) + len(present)))
+        rows["signature"].append((len(absent_signatures & set(mentioned)), len(absent_signatures)))
+    groups = {name: rate(pairs) for name, pairs in rows.items()}
+    groups["chair_s"] = proportion([is_wrong for is_wrong, _ in rows["chair_s"]])
     return {
-        "chair_i": percent(counts["wrong mentions"], counts["mentions"]),
-        "chair_s": percent(counts["captions with wrong mentions"], len(questions)),
-        "precision": percent(counts["right"], counts["distinct mentions"]),
-        "recall": percent(counts["right"], counts["present"]),
-        "f1": percent(2 * counts["right"], counts["distinct mentions"] + counts["present"]),
-        "signature": percent(counts["absent signatures mentioned"], counts["absent signatures"]),
-        "mentioned": round(counts["mentions"] / len(questions), 3),
-        "n": len(questions),
+        **{name: round(part["score"], 2) for name, part in groups.items()},
+        "mentioned": round(sum(total for _, total in rows["chair_i"]) / len(questions), 3),
+        **groups["chair_i"],
+        "better": "lower",
+        "groups": groups,
         "missing": len(questions) - len(records),
     }
 

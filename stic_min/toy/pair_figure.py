@@ -1,31 +1,40 @@
 """One preference pair as an SVG: what the model saw, what it wrote, and what training makes of it."""
 
-import io
 import re
 import textwrap
 from html import escape
 
 from stic_min.images import corrupt, open_image
+from stic_min.report import svg
+from stic_min.report.page import data_uri
 from stic_min.runtime.files import write_text
 from stic_min.text import without_marks
 from stic_min.toy import world
 from stic_min.toy.captions import mentions, pattern
-from stic_min.toy.sheet import data_uri
 
 VOCABULARY = world.all_objects()
 WIDTH, CARD, MARGIN, PAD, PICTURE = 880, 412, 20, 20, 144  # PICTURE: its side
 LINE, ADVANCE = 22, 8.4  # a response's line height and character width, in its monospaced font of 14 pixels
-CARDS = {"chosen": ("Preferred", "#f1fbf4", "#9bdcae"), "rejected": ("Dispreferred", "#fff5f4", "#f5b5b0")}
+TITLES = {"chosen": "Preferred", "rejected": "Dispreferred"}
 
 STYLE = """
-text { font: 14px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #1f2328; }
-image { image-rendering: pixelated; }
-.title { font-size: 17px; font-weight: 600; }
-.note { font-size: 12.5px; fill: #59636e; }
-.math { font: italic 16px Georgia, "Times New Roman", serif; }
-.response text { font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.right { fill: #116329; font-weight: bold; } .wrong { fill: #a40e26; font-weight: bold; }
-rect.right { fill: #d3f5dc; } rect.wrong { fill: #ffe1de; stroke: #d1242f; }
+.pair { --right: #116329; --right-back: #d3f5dc; --right-card: #f1fbf4; --right-edge: #9bdcae;
+  --wrong: #a40e26; --wrong-back: #ffe1de; --wrong-card: #fff5f4; --wrong-edge: #f5b5b0; --panel: #f6f8fa; }
+@media (prefers-color-scheme: dark) { .pair { --right: #7ee2a0; --right-back: #12381f; --right-card: #142219;
+  --right-edge: #2a6b3f; --wrong: #ff9aa2; --wrong-back: #4a1519; --wrong-card: #271719;
+  --wrong-edge: #8a3a3f; --panel: #1d232a; } }
+.pair text { font-size: 14px; } .pair image { image-rendering: pixelated; }
+.pair .title { font-size: 17px; } .pair .soft { font-size: 12.5px; }
+.pair .math { font: italic 16px Georgia, "Times New Roman", serif; }
+.pair .response text { font: 14px ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.pair .right { fill: var(--right); } .pair .wrong { fill: var(--wrong); }
+.pair .right, .pair .wrong { font-weight: bold; }
+.pair rect { rx: 4px; } .pair rect.right { fill: var(--right-back); }
+.pair rect.wrong { fill: var(--wrong-back); stroke: var(--wrong); }
+.pair rect.card { rx: 8px; fill: var(--panel); stroke: var(--line); }
+.pair rect.chosen { fill: var(--right-card); stroke: var(--right-edge); }
+.pair rect.rejected { fill: var(--wrong-card); stroke: var(--wrong-edge); }
+.pair rect.inset { fill: var(--paper); }
 """
 
 
@@ -52,12 +61,7 @@ def select(pairs, scenes):
 def text(x, y, words, kind=""):
     """A line of text; a letter after an underscore is a subscript."""
     subscript = r'<tspan dy="3" font-size="75%">\1</tspan><tspan dy="-3">\2</tspan>'
-    words = re.sub(r"_(\w)([^_]*)", subscript, escape(words, quote=False))
-    return f'<text class="{kind}" x="{x}" y="{y}">{words}</text>'
-
-
-def box(x, y, width, height, fill, stroke):
-    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{fill}" stroke="{stroke}"/>'
+    return re.sub(r"_(\w)([^_<]*)", subscript, svg.text(x, y, words, "start", kind))
 
 
 def quoted(x, y, prompt, kind):
@@ -91,50 +95,62 @@ def response_block(x, y, lines, present, name):
         # The length holds in any font, so that the rectangles fit.
         parts.append(f'<text x="{x}" y="{baseline}" textLength="{ADVANCE * len(line):.1f}" '
                      f'lengthAdjust="spacingAndGlyphs">{marked}{escape(line[end:])}</text>')  # fmt: skip
-    return f'<g class="response" id="{name}">{"".join(parts)}</g>'
+    return f'<g class="response {name}">{"".join(parts)}</g>'
 
 
-def response_card(pair, name, x, lines, inset, image, labels, present):
-    """The card of the response `name` (chosen or rejected), with its left edge at x.
+def cards(pair, image, present):
+    """{chosen, rejected: the parts of its card}, each with its upper left corner at (0, 0), and their height.
 
-    lines: the response's. inset: the height of its block. labels: of the image, of the prompt, and the
-    distribution that the response was sampled from.
+    image: the unlabeled image v. present: names of the objects in it.
     """
-    title, fill, stroke = CARDS[name]
-    image_label, prompt_label, source = labels
-    inner = x + PAD
-    column = inner + PICTURE + 16
-    top = MARGIN + 52
+    labels = {"chosen": ("unlabeled image v", "step-by-step prompt x_g", "y_w ~ p( · | v, x_g)")}
+    seen = {"chosen": image, "rejected": image}
+    if pair["image_corruption"]:
+        seen["rejected"], _ = corrupt(image, pair["corruption"]["seed"])
+        kind = pair["corruption"]["kind"].replace("_", " ")
+        labels["rejected"] = f"corrupted image h(v): {kind}", "captioning prompt x", "y_l ~ p( · | h(v), x)"
+    else:
+        labels["rejected"] = "the same image v", "hallucination prompt x_b", "y_l ~ p( · | v, x_b)"
+    lines = dict(zip(TITLES, map(response_lines, responses(pair))))
+    inset = LINE * max(map(len, lines.values())) + 16
+    column, top = PAD + PICTURE + 16, 52
     below = top + PICTURE + 36
-    png = io.BytesIO()
-    image.save(png, "PNG", optimize=True)
-    href = data_uri(png.getvalue())
-    return [
-        box(x, MARGIN, CARD, below + inset + PAD - MARGIN, fill, stroke),
-        text(inner, MARGIN + 33, title, "title"),
-        text(column, MARGIN + 33, source, "math"),
-        f'<image x="{inner}" y="{top}" width="{PICTURE}" height="{PICTURE}" href="{href}"/>',
-        text(inner, top + PICTURE + 20, image_label, "note"),
-        text(column, top + 12, prompt_label, "note"),
-        quoted(column, top + 36, pair[f"{name}_prompt"], f"{name} prompt"),
-        box(inner, below, CARD - 2 * PAD, inset, "#ffffff", stroke),
-        response_block(inner + 12, below + 23, lines, present, name),
-    ]
+    height = below + inset + PAD
+
+    def parts(name):
+        image_label, prompt_label, source = labels[name]
+        href = data_uri(seen[name], optimize=True)
+        return [
+            svg.rectangle(0.5, 0.5, CARD - 1, height - 1, f"card {name}"),
+            text(PAD, 33, TITLES[name], "title"),
+            text(column, 33, source, "math"),
+            f'<image x="{PAD}" y="{top}" width="{PICTURE}" height="{PICTURE}" href="{href}"/>',
+            text(PAD, top + PICTURE + 20, image_label, "soft"),
+            text(column, top + 12, prompt_label, "soft"),
+            quoted(column, top + 36, pair[f"{name}_prompt"], f"{name} prompt"),
+            svg.rectangle(PAD, below, CARD - 2 * PAD, inset, f"card {name} inset"),
+            response_block(PAD + 12, below + 23, lines[name], present, name),
+        ]
+
+    return {name: parts(name) for name in TITLES}, height
+
+
+def group(parts, x=0, y=0):
+    return f'<g class="pair" transform="translate({x} {y})">{"".join(parts)}</g>'
+
+
+def card_figures(pair, image, present):
+    """[SVG of the preferred response, SVG of the dispreferred one], to be arranged by a page."""
+    parts, height = cards(pair, image, present)
+    style = f"<style>{STYLE}</style>"
+    spoken = {name: f"{TITLES[name]}: {y}" for name, y in zip(TITLES, responses(pair))}
+    return [svg.chart(CARD, height, "", [style, group(parts[name])], spoken[name]) for name in TITLES]
 
 
 def figure(pair, image, present):
-    """image: the unlabeled image v. present: names of the objects in it."""
-    labels_w = "unlabeled image v", "step-by-step prompt x_g", "y_w ~ p( · | v, x_g)"
-    if pair["image_corruption"]:
-        image_l, _ = corrupt(image, pair["corruption"]["seed"])
-        kind = pair["corruption"]["kind"].replace("_", " ")
-        labels_l = f"corrupted image h(v): {kind}", "captioning prompt x", "y_l ~ p( · | h(v), x)"
-    else:
-        image_l = image
-        labels_l = "the same image v", "hallucination prompt x_b", "y_l ~ p( · | v, x_b)"
-    lines_w, lines_l = map(response_lines, responses(pair))
-    inset = LINE * max(len(lines_w), len(lines_l)) + 16
-    y = MARGIN + 52 + PICTURE + 36 + inset + PAD + 16  # of the panel about training
+    """The two cards side by side, above a panel about training; arguments as for `cards`."""
+    parts, y = cards(pair, image, present)
+    y += MARGIN + 16  # of the panel
     height = y + 118 + MARGIN
     inner = MARGIN + PAD
     column = inner + PICTURE + 16
@@ -143,25 +159,22 @@ def figure(pair, image, present):
         "Both responses are the toy model's own. Green: the object is in the image v. Red: it is not. "
         "STIC has no such labels."
     )
-    parts = [
-        box(0.5, 0.5, WIDTH - 1, height - 1, "#ffffff", "#d0d7de"),
-        *response_card(pair, "chosen", MARGIN, lines_w, inset, image, labels_w, present),
-        *response_card(pair, "rejected", WIDTH - MARGIN - CARD, lines_l, inset, image_l, labels_l, present),
-        box(MARGIN, y, WIDTH - 2 * MARGIN, 118, "#f6f8fa", "#d0d7de"),
+    panel = [
+        svg.rectangle(MARGIN, y, WIDTH - 2 * MARGIN, 118, "card"),
         text(inner, y + 32, "Training sees", "title"),
         text(column, y + 32, f"v, y_w, y_l and x = “{x}”"),
         text(inner, y + 65, "and learns", "title"),
         text(column, y + 65, "log p(y_w | v, x)  ↑", "math right"),
         text(column + 170, y + 65, "log p(y_l | v, x)  ↓", "math wrong"),
-        text(column + 340, y + 65, "(Eq. 4.1)", "note"),
-        text(inner, y + 98, note, "note"),
+        text(column + 340, y + 65, "(Eq. 4.1)", "soft"),
+        text(inner, y + 98, note, "soft"),
     ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
-        f'height="{height}"><title>A preference pair: {escape(pair["image"])}</title><style>{STYLE}</style>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
-    )
+    groups = [
+        group(parts["chosen"], MARGIN, MARGIN), group(parts["rejected"], WIDTH - MARGIN - CARD, MARGIN),
+        group(panel),
+    ]  # fmt: skip
+    label = f"A preference pair: {pair['image']}"
+    return svg.chart(WIDTH, height, "", [f"<style>{STYLE}</style>", *groups], label)
 
 
 def write_figure(path, pairs, images, scenes):

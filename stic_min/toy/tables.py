@@ -4,9 +4,9 @@ Values are means over seeds ± sample standard deviation (omitted where all seed
 are paired: both models have the same seed, and the sign is counted over the seeds.
 """
 
-from html import escape
 from statistics import mean, stdev
 
+from stic_min.report import svg
 from stic_min.report.page import markdown
 from stic_min.runtime.files import write_text
 from stic_min.toy.files import write_json
@@ -98,72 +98,33 @@ def scale_table(scales, variants):
 
 # ---------------------------------------------------------------- plots, as SVG
 
-COLORS = ("#1f6feb", "#d1495b", "#2a9d5c", "#8a5cc2")
-FONT = 'font-family="system-ui, sans-serif" font-size="13"'
 
-
-def text(x, y, words, anchor="middle", **attributes):
-    attributes = " ".join(f'{name.replace("_", "-")}="{value}"' for name, value in attributes.items())
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {FONT} {attributes}>{escape(words)}</text>'
-
-
-def frame(width, height, title, parts):
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}"><rect width="100%" height="100%" fill="white"/>'
-        f'{text(width / 2, 24, title, font_weight="bold")}'
-        + "\n".join(parts)
-        + "</svg>\n"
-    )
-
-
-def axis(low, high, left, right, y_of):
-    """Grid lines and labels at every 5%."""
-    parts = []
-    for value in range(low, high + 1, 5):
-        y = y_of(value)
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
-        label = f"{value}%" if value == high else str(value)
-        parts.append(text(left - 8, y + 4, label, "end", fill="#555"))
-    return parts
-
-
-def scale(values, top, bottom):
-    """Bounds around the values, multiples of 5, and the function from a value to its y coordinate."""
-    low = int(min(values) // 5 * 5) - 5
-    high = int(-(-max(values) // 5) * 5)
-    return low, high, lambda value: bottom - (value - low) / (high - low) * (bottom - top)
+def plot_area(left, top, right, places, values):
+    """Axes with places 0, 1, ... for groups on x, and the values, in percent, on y."""
+    y_ticks = svg.ticks(min(values) - 5, max(values))
+    return svg.Axes(left, top, right, top + 240, [-0.5, places - 0.5], y_ticks)
 
 
 def scale_plot(result):
     """Figure 7: F1 of captions by number of pairs; one dot per seed and a line through the means."""
     scales, models = result["scales"], result["models"]
-    left, right = 60, 600
-    top = 60 + 20 * len(models)
-    bottom = top + 260
     values = [v["f1"] for variants in models.values() for name in ("base", *scales) for v in variants[name]]
-    low, high, y_of = scale(values, top, bottom)
-    x_of = lambda i: left + 30 + i * (right - left - 60) / (len(scales) - 1)
-    parts = axis(low, high, left, right, y_of)
-    parts += [text(x_of(i), bottom + 22, f"{n:,}") for i, n in enumerate(scales.values())]
-    x_label = "preference pairs in stage 1 (at half the learning rate of the tables)"
-    parts.append(text((left + right) / 2, bottom + 46, x_label))
-    for number, (model, variants) in enumerate(models.items()):
-        color = COLORS[number % len(COLORS)]
-        y = 48 + 20 * number
-        parts.append(f'<line x1="{left}" x2="{left + 30}" y1="{y}" y2="{y}" stroke="{color}" '
-                     'stroke-width="2.5"/>')  # fmt: skip
-        parts.append(text(left + 38, y + 4, f"after stage 1 on {model}; dashed: before", "start"))
+    axes = plot_area(60, 50 + 20 * len(models), 600, len(scales), values)
+    names = [f"after stage 1 on {model}; dashed: before" for model in models]
+    parts = axes.grid("%") + svg.legend(60, 50, names, column=True)
+    parts += [svg.text(axes.x(i), axes.bottom + 22, f"{n:,}") for i, n in enumerate(scales.values())]
+    x_title = "preference pairs in stage 1 (at half the learning rate of the tables)"
+    parts.append(svg.text(330, axes.bottom + 46, x_title, kind="soft"))
+    for number, variants in enumerate(models.values()):
+        color = f"c{number % svg.NUM_COLORS}"
         means = [mean(v["f1"] for v in variants[name]) for name in scales]
-        points = " ".join(f"{x_of(i):.1f},{y_of(m):.1f}" for i, m in enumerate(means))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2.5"/>')
-        for i, name in enumerate(scales):
-            parts += [f'<circle cx="{x_of(i):.1f}" cy="{y_of(v["f1"]):.1f}" r="3" fill="{color}" '
-                      'fill-opacity="0.5"/>' for v in variants[name]]  # fmt: skip
-        base = y_of(variants["base"][0]["f1"])
-        parts.append(f'<line x1="{left}" x2="{right}" y1="{base:.1f}" y2="{base:.1f}" stroke="{color}" '
-                     'stroke-dasharray="5 4"/>')  # fmt: skip
-    return frame(right + 40, bottom + 60, "Objects in captions, F1: more pairs, better captions", parts)
+        base = axes.y(variants["base"][0]["f1"])
+        parts.append(svg.line([(axes.left, base), (axes.right, base)], f"{color} dashed"))
+        parts.append(svg.line([(axes.x(i), axes.y(value)) for i, value in enumerate(means)], color))
+        parts += [svg.dot(axes.x(i), axes.y(v["f1"]), color) for i, name in enumerate(scales)
+                  for v in variants[name]]  # fmt: skip
+    title = "Objects in captions, F1: more pairs, better captions"
+    return svg.chart(640, axes.bottom + 60, title, parts)
 
 
 def stages_plot(result):
@@ -171,30 +132,24 @@ def stages_plot(result):
     labels = {"base": "base", "stage1": "stage 1", "stic": "STIC"}
     modes = {"direct": "direct", "dar": "with DaR"}
     models = result["models"]
-    top, bottom, left = 80, 320, 60
-    width = left + 30 + 310 * len(models)
     rows = [v for variants in models.values() for name in labels for v in variants[name]]
-    values = [v[mode] for v in rows for mode in modes]
-    low, high, y_of = scale(values, top, bottom)
-    parts = axis(low, high, left, width - 20, y_of)
-    for k, label in enumerate(modes.values()):
-        parts.append(f'<rect x="{left + 10 + 90 * k}" y="38" width="14" height="14" fill="{COLORS[k]}"/>')
-        parts.append(text(left + 30 + 90 * k, 50, label, "start"))
+    width = 80 + 310 * len(models)
+    places = 3.4 * len(models) - 0.4  # three per model, with a gap between models
+    axes = plot_area(60, 80, width - 20, places, [v[mode] for v in rows for mode in modes])
+    parts = axes.grid("%") + svg.legend(60, 50, list(modes.values()))
     for m, (model, variants) in enumerate(models.items()):
         for i, (name, label) in enumerate(labels.items()):
-            center = left + 60 + 310 * m + 95 * i
+            center = axes.x(3.4 * m + i)
             for k, mode in enumerate(modes):
                 accuracies = [v[mode] for v in variants[name]]
-                x = center - 36 + 38 * k
-                y = y_of(mean(accuracies))
-                parts.append(f'<rect x="{x}" y="{y:.1f}" width="34" height="{bottom - y:.1f}" '
-                             f'fill="{COLORS[k]}" fill-opacity="0.75"/>')  # fmt: skip
-                parts += [f'<circle cx="{x + 17}" cy="{y_of(value):.1f}" r="2.5" fill="#222"/>'
-                          for value in accuracies]  # fmt: skip
-                parts.append(text(x + 17, y_of(max(accuracies)) - 7, f"{mean(accuracies):.1f}"))
-            parts.append(text(center, bottom + 20, label))
-        parts.append(text(left + 155 + 310 * m, bottom + 42, model, fill="#555"))
-    return frame(width, bottom + 60, "Questions answered right (the axis does not start at 0)", parts)
+                x, y = center - 36 + 38 * k, axes.y(mean(accuracies))
+                parts.append(svg.rectangle(x, y, 34, axes.bottom - y, f"c{k} bar"))
+                parts += [svg.dot(x + 17, axes.y(value), "ink") for value in accuracies]
+                parts.append(svg.text(x + 17, axes.y(max(accuracies)) - 7, f"{mean(accuracies):.1f}"))
+            parts.append(svg.text(center, axes.bottom + 20, label))
+        parts.append(svg.text(axes.x(3.4 * m + 1), axes.bottom + 42, model, kind="soft"))
+    title = "Questions answered correctly (the axis does not start at 0)"
+    return svg.chart(width, axes.bottom + 60, title, parts)
 
 
 def write(out, result):

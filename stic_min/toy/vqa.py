@@ -7,7 +7,7 @@ final period.
 
 from pathlib import Path
 
-from stic_min.scorers.common import match_answers, read_entries
+from stic_min.scorers.common import match_answers, proportion, read_entries
 
 GROUPED_BY = "type"
 
@@ -24,7 +24,8 @@ def is_right(text: str, answer: str) -> bool:
 
 
 def score(questions: list[dict], answers: list[dict]) -> dict:
-    """Accuracy in percent: {"accuracy", "types": {type: {"n", "accuracy"}}, "n", "missing"}.
+    """Accuracy in percent: {"score", "interval", "n", "correct", "groups": {type: these four}, "missing"},
+    and rounded {"accuracy", "types": {type: {"n", "accuracy"}}}.
 
     questions: from `load`. answers: records {"question_id", "text"}; a missing answer is wrong. Raises
     InputError like `match_answers`.
@@ -34,13 +35,14 @@ def score(questions: list[dict], answers: list[dict]) -> dict:
     for question in questions:
         text = records.get(question["question_id"], {"text": ""})["text"]
         hits_by_type.setdefault(question["type"], []).append(is_right(text, question["answer"]))
-    percent = lambda hits: round(100 * sum(hits) / len(hits), 2)
+    total = proportion([hit for hits in hits_by_type.values() for hit in hits])
+    groups = {kind: proportion(hits) for kind, hits in sorted(hits_by_type.items())}
+    percent = lambda part: round(part["score"], 2)
     return {
-        "accuracy": percent([hit for hits in hits_by_type.values() for hit in hits]),
-        "types": {
-            kind: {"n": len(hits), "accuracy": percent(hits)} for kind, hits in sorted(hits_by_type.items())
-        },
-        "n": len(questions),
+        "accuracy": percent(total),
+        "types": {kind: {"n": part["n"], "accuracy": percent(part)} for kind, part in groups.items()},
+        **total,
+        "groups": groups,
         "missing": len(questions) - len(records),
     }
 

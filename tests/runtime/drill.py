@@ -229,9 +229,12 @@ def contents(folder):
         if file.name == "log.jsonl":
             records = map(json.loads, file.read_text().splitlines())
             files["log.jsonl"] = [{k: v for k, v in r.items() if k not in OF_THE_MACHINE} for r in records]
-        if file.name == "run.json":
-            files["run.json"] = json.loads(file.read_text())
-            del files["run.json"]["record"]  # when, where and how long
+        if file.name == "report.html":  # curves of the machine's speed, too
+            files["report.html"] = None
+        if file.name.endswith("run.json"):
+            name = str(file.relative_to(folder))
+            files[name] = json.loads(file.read_text())
+            del files[name]["record"]  # when, where and how long
     return files
 
 

@@ -18,7 +18,7 @@ from stic_min.loader import load_llava, open_llava
 
 
 def test_a_finished_run_is_an_adapter_with_its_projector(runs, two_ranks, tmp_path):
-    files = {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "run.json"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "log.jsonl", "report.html", "run.json"}
     for stage in (out / stage for out in (runs.out, two_ranks) for stage in ("stage1", "stage2")):
         assert {f.name for f in stage.iterdir()} == files | {"projector.safetensors"}
         config = json.loads((stage / "adapter_config.json").read_text())

@@ -1,8 +1,11 @@
 """Output: records appended by one or several ranks, killed and resumed."""
 
+import json
+import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stic_min import InputError
 from stic_min.runtime import files
@@ -21,6 +24,7 @@ def test_a_larger_subset_contains_the_smaller():
     assert subset(items, None, 1) == subset(items, 100, 1) == subset(items, 101, 1) == items
 
 
+files_in = lambda folder: sorted(path.name for path in folder.iterdir())
 RUNNING = []
 
 
@@ -28,7 +32,7 @@ def output(path, rank=0, world=1, **settings):
     """The Output of one of several ranks, which here run one after another."""
     gather = lambda value: [o.appended for o in RUNNING] if isinstance(value, int) else [value]
     ranks = SimpleNamespace(rank=rank, world=world, first=rank == 0, barrier=lambda: None, gather=gather,
-                            check_shared=lambda *_: None)  # fmt: skip
+                            check_shared=lambda *_: None, device=torch.device("cpu"), begin=time.time())  # fmt: skip
     if rank == 0:
         for earlier in RUNNING[:1]:  # its process was killed
             earlier.lock.close()
@@ -60,7 +64,7 @@ def test_a_part_file_without_a_complete_line_is_dropped(tmp_path):
     two = [output(tmp_path / "out.jsonl", rank, 2) for rank in range(2)]
     two[0].append({"image": "a"})
     assert [r["image"] for r in two[0].finish("a")] == ["a"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.partial"]
+    assert files_in(tmp_path) == ["out.jsonl", "out.jsonl.partial", "out.run.json"]
 
 
 def test_the_parts_of_several_ranks_are_merged(tmp_path):
@@ -74,7 +78,7 @@ def test_the_parts_of_several_ranks_are_merged(tmp_path):
     assert [set(o.done) for o in two] == [set("abcd")] * 2
     two[1].append({"image": "e"})
     assert two[1].finish("abcdef") == [] and [r["image"] for r in two[0].finish("abcdef")] == list("abcde")
-    assert names(path) == list("abcde") and list(tmp_path.iterdir()) == [path]
+    assert names(path) == list("abcde") and files_in(tmp_path) == ["out.jsonl", "out.run.json"]
 
 
 def test_a_part_that_another_rank_does_not_see_is_kept(tmp_path, monkeypatch):
@@ -100,7 +104,8 @@ def test_output_of_a_running_command_is_refused(tmp_path):
     with pytest.raises(InputError, match=f"another run is writing to {path}"):
         second.start()
     first.append({"image": "b"})
-    assert [r["image"] for r in first.finish("ab")] == ["a", "b"] and list(tmp_path.iterdir()) == [path]
+    assert [r["image"] for r in first.finish("ab")] == ["a", "b"]
+    assert files_in(tmp_path) == ["out.jsonl", "out.run.json"]
     assert list(second.start().done) == ["a", "b"]
 
 
@@ -124,3 +129,62 @@ def test_a_file_that_can_not_be_written_is_not_called_a_folder(tmp_path, monkeyp
     for path in (tmp_path / "out.jsonl", tmp_path):
         with pytest.raises(InputError, match=f"can't write to {path}: {path} is not writable"):
             files.check_place(path)
+
+
+# ---------------------------------------------------------------- NAME.run.json
+
+
+def record(path):
+    [(name, value)] = json.loads(path.with_suffix(".run.json").read_text(encoding="utf-8")).items()
+    assert name == "record"
+    return value
+
+
+def test_an_output_file_has_a_record_from_its_start_on(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first = output(path)
+    start = record(path)
+    assert not start["finished"] and "requested" not in start and start["model"] == "M" and start["parts"] == 1
+    first.append({"image": "a"})
+    first.finish("ab")
+    end = record(path)
+    assert end["finished"] and (end["requested"], end["skipped"], end["parts"]) == (2, 1, 1)
+    assert end["peak_memory_gb"] > 0 and end["wall_seconds"] >= 0 and {**end, **start}.keys() == end.keys()
+
+
+def test_wall_time_adds_up_over_the_parts(tmp_path):
+    path = tmp_path / "out.jsonl"
+    output(path).append({"image": "a"})  # interrupted
+    earlier = record(path) | {"wall_seconds": 5000.0, "start": "2001-02-03 04:05:06 +0000", "hardware": "a slide rule"}
+    path.with_suffix(".run.json").write_text(json.dumps({"record": earlier}))
+    second = output(path)
+    second.append({"image": "b"})
+    second.finish("ab")
+    now = record(path)
+    assert 5000 <= now["wall_seconds"] < 5100 and now["parts"] == 2 and now["start"] == earlier["start"]
+    assert now["hardware"] != earlier["hardware"] and (now["requested"], now["skipped"]) == (2, 0)
+
+
+def test_a_run_that_adds_nothing_leaves_the_record_of_those_that_did(tmp_path):
+    path = tmp_path / "out.jsonl"
+    first = output(path)
+    first.append({"image": "a"})
+    first.finish("a")
+    before = record(path) | {"command": "earlier"}
+    path.with_suffix(".run.json").write_text(json.dumps({"record": before}))
+    output(path).finish("a")
+    assert record(path) == before
+    path.with_suffix(".run.json").unlink()  # as of an earlier version: nobody knows how it was made
+    output(path).finish("a")
+    assert record(path) == {"finished": True, "requested": 1, "skipped": 0}
+
+
+KEY = "a 'secret'"
+
+
+@pytest.mark.parametrize("flag", [["--judge-key", KEY], [f"--judge-key={KEY}"], ["--judge-k", KEY]])
+def test_the_recorded_command_does_not_contain_the_api_key(tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "mmvet", *flag, "--judge-model", "a model"])
+    output(tmp_path / "out.jsonl")
+    command = record(tmp_path / "out.jsonl")["command"]
+    assert "secret" not in command and command.endswith("--judge-model 'a model'") and "***" in command

@@ -79,8 +79,9 @@ def clean(world, running, tmp_path_factory):
 
 
 def files(folder, stem=""):
-    """{name: content} without the replies, whose order depends on the threads."""
-    found = [path for path in folder.iterdir() if path.name.startswith(stem) and ".judge." not in path.name]
+    """{name: content} without the replies, whose order depends on the threads, and the records of time and place."""
+    kept = lambda name: ".judge." not in name and not name.endswith(".run.json")
+    found = [path for path in folder.iterdir() if path.name.startswith(stem) and kept(path.name)]
     return {path.name: path.read_bytes() for path in found}
 
 

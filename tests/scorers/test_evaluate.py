@@ -87,7 +87,7 @@ def test_descriptions_in_their_file(llava, image, tmp_path, capsys):
         return question
 
     def describe(name, batch_size, questions):
-        output = Output(tmp_path / f"{name}.jsonl", "image", {}, Ranks(0, 1, None)).start()
+        output = Output(tmp_path / f"{name}.jsonl", "image", {}, Ranks(0, 1, llava.device)).start()
         sampling = replace(SAMPLING, temperature=0.7, batch_size=batch_size)
         return dar.describe_images(llava, questions, read, output, sampling, "scienceqa")
 

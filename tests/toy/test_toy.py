@@ -3,10 +3,12 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
@@ -18,8 +20,9 @@ from PIL import Image
 from stic_min import InputError, images
 from stic_min.loader import load_llava
 from stic_min.runtime.files import read_records
+from stic_min.text import GOOD_PROMPT
 from stic_min.toy import __main__ as command
-from stic_min.toy import pair_figure, pretrain, recipe, study, tables, world
+from stic_min.toy import captions, pair_figure, pretrain, recipe, story, study, tables, world
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,8 +34,10 @@ def toy(*args):
 
 
 def snapshot(folder):
-    """{file: bytes} of a run's results: without logs, and run.json without the record of time and place."""
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("log.txt", "log.jsonl")]
+    """{file: bytes} of a run's results: without logs and their pages, and run.json without the record of time and
+    place."""
+    left_out = "log.txt", "log.jsonl", "report.html"
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in left_out]
     contents = {str(p.relative_to(folder)): p.read_bytes() for p in files}
     for name in [name for name in contents if name.endswith("run.json")]:
         contents[name] = json.loads(contents[name])
@@ -88,9 +93,6 @@ def test_demo_lowers_hallucination(demo):
     key = next(k for k in base if "CHAIR_i" in k)
     assert stage1[key] < base[key] - 11
     assert stic[key] < base[key] - 11
-    page = (out / "sheet.html").read_text()
-    assert page.count("data:image/png;base64,") >= 12 and 'class="wrong"' in page and 'class="right"' in page
-    assert "http" not in page  # self-contained
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -98,7 +100,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def read_figure(root):
     """({chosen, rejected: text of the response}, {chosen, rejected: [(kind, mention), ...]}, its images)."""
-    blocks = {block.get("id"): block for block in root.iter(f"{SVG}g")}
+    kinds = {block.get("class"): block for block in root.iter(f"{SVG}g")}
+    blocks = {name: kinds[f"response {name}"] for name in ("chosen", "rejected")}
     texts, marked = {}, {}
     for name, block in blocks.items():
         texts[name] = " ".join("".join(line.itertext()) for line in block.iter(f"{SVG}text"))
@@ -121,7 +124,11 @@ def test_figure_shows_a_pair_as_it_is(demo):
         present = scenes[pair["image"]].names
         image = images.open_image(out / "unlabeled" / pair["image"])
         root = ElementTree.fromstring(pair_figure.figure(pair, image, present))
+        cards = ElementTree.Element("cards")  # the same cards, each as an SVG of its own
+        cards.extend(ElementTree.fromstring(c) for c in pair_figure.card_figures(pair, image, present))
+        assert read_figure(cards)[:2] == read_figure(root)[:2]
         texts, marked, (left, right) = read_figure(root)
+        assert [card.get("aria-label").split(": ", 1)[1] for card in cards] == [*texts.values()]
         for name in ("chosen", "rejected"):
             response = pair[name][1]["content"]
             assert texts[name] == response
@@ -145,13 +152,211 @@ def test_committed_figure_shows_a_scene_of_the_demo():
     file = Path(study.__file__).parent / "results/pair.svg"
     assert file.stat().st_size < 40_000
     root = ElementTree.parse(file).getroot()
-    name = root.find(f"{SVG}title").text.split(": ")[1]
+    name = root.get("aria-label").split(": ")[1]
     scene = world.scenes("unlabeled", 1000)[int(name[-9:-4])]
     texts, marked, (left, _) = read_figure(root)
     assert left.tobytes() == world.paint(scene, name).tobytes()
     assert texts["chosen"] == world.true_caption(scene)
     assert {kind for kind, _ in marked["chosen"]} == {"right"}
     assert all((kind == "right") == (o in scene.names) for kind, o in marked["rejected"])
+
+
+# ---------------------------------------------------------------- the demo's page
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its text, and (tag, attributes, text) of all elements."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.elements, self.html = [], [], path.read_text(encoding="utf-8")
+        self.feed(self.html)
+        assert not self.open, "some elements are not closed"
+        self.text = self.squeeze(next(e[2] for e in self.elements if e[0] == "main"))
+
+    def handle_starttag(self, tag, attributes):
+        element = [tag, dict(attributes), ""]
+        self.elements.append(element)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(element)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        for element in self.open:
+            if self.open[-1][0] != "style":
+                element[2] += data
+
+    def squeeze(self, text):
+        return " ".join(text.split())
+
+    def all(self, tag, kind=None):
+        """Texts of the elements of a tag, or of those with a class."""
+        return [e[2] for e in self.elements if e[0] == tag and kind in (None, *e[1].get("class", "").split())]
+
+    def rows(self, *labels):
+        """The numbers in those rows of tables whose label starts with one of these."""
+        rows = []
+        for i, (tag, _, text) in enumerate(self.elements):
+            if tag == "tr" and text.startswith(labels):
+                end = next((j for j, e in enumerate(self.elements[i + 1 :], i + 1) if e[0] == "tr"), None)
+                cells = [e[2].replace("−", "-") for e in self.elements[i:end] if e[0] == "td"]
+                rows.append([float(n) for cell in cells[1:] for n in re.findall(r"[-+]?[0-9]+\.?[0-9]*", cell)])
+        return rows
+
+
+def copied_demo(out, folder):
+    shutil.copytree(out, folder, ignore=shutil.ignore_patterns("story.html"))
+    return folder
+
+
+def write_story(out, **scores):
+    """The page of a demo's folder; scores: those that differ from the demo's."""
+    table = json.loads((out / "table.json").read_text())
+    rows = {name: values for name, *values in (row.values() for row in table)} | scores
+    scenes = dict(zip([f"unlabeled0_{i:05}.png" for i in range(300)], world.scenes("unlabeled", 300, 0)))
+    story.write(out, recipe.BASE, scenes, rows)
+    return Page(out / "story.html")
+
+
+def test_page_is_self_contained_and_accessible(demo):
+    page = Page(demo[1] / "story.html")
+    assert "http" not in page.html.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert "{{" not in page.text and "$" not in page.text and str(demo[1]) not in page.html
+    ids = [e[1]["id"] for e in page.elements if "id" in e[1]]
+    assert len(ids) == len(set(ids))
+    for tag, attributes, _ in page.elements:
+        assert tag not in ("script", "link", "iframe")
+        link = attributes.get("href", attributes.get("src", "#pairs"))
+        assert link.startswith("data:image/png;base64,") or link.removeprefix("#") in ids
+        assert tag != "img" or attributes["alt"]
+        assert tag != "svg" or attributes["aria-label"]
+    assert len(page.all("h1")) == 1 and page.html.count("data:image/png;base64,") >= 20
+
+
+def test_page_shows_this_run(demo):
+    """Pairs, their log-probs, the stage-2 sample, answers, scores: as the files have them, computed anew."""
+    _, out = demo
+    page = Page(out / "story.html")
+    pairs = [pair for _, pair in read_records(out / "pairs.jsonl")]
+    scenes = dict(zip([f"unlabeled0_{i:05}.png" for i in range(300)], world.scenes("unlabeled", 300, 0)))
+    base, trained = load_llava(recipe.BASE), load_llava(recipe.BASE, adapter=out / "stage1")
+    expected = []
+    for corrupted in (False, True):
+        group = [pair for pair in pairs if pair["image_corruption"] == corrupted]
+        pair = pair_figure.select(group, scenes)
+        prompt, (y_w, y_l) = pair["chosen"][0]["content"], pair_figure.responses(pair)
+        for text in (y_w, y_l, prompt.removeprefix("<image>\n"), pair["rejected_prompt"]):
+            assert "".join(text.split()) in "".join(page.text.split())  # SVG has no spaces between its lines
+        image = images.open_image(out / "unlabeled" / pair["image"])
+        for y in (y_w, y_l):
+            logps = [m.response_logp(f"[INST] {prompt} [/INST]", y, [image]).item() for m in (base, trained)]
+            expected.append([*logps, logps[1] - logps[0]])
+    logp_rows = page.rows("log p")
+    assert len(logp_rows) == 4
+    for row, numbers in zip(logp_rows, expected):
+        assert row == pytest.approx(numbers, abs=0.006)
+    for (w, l), (loss,) in zip((logp_rows[:2], logp_rows[2:]), zip(page.rows("loss"))):
+        margin = 0.2 * ((w[1] - w[0]) - (l[1] - l[0]))  # recipe.STAGE1's beta and alpha
+        assert loss[0] == pytest.approx(math.log(2) - 0.05 * w[0], abs=0.01)
+        assert loss[1] == pytest.approx(math.log1p(math.exp(-margin)) - 0.05 * w[1], abs=0.01)
+    kinds = [sum(pair["image_corruption"] == corrupted for pair in pairs) for corrupted in (False, True)]
+    assert page.rows("pairs") == [kinds]
+    assert [sum(c) for c in zip(*page.rows("yl has more", "as many", "fewer"))] == kinds
+    assert GOOD_PROMPT in page.text
+
+    _, description = read_records(out / "stic-descriptions.jsonl")[0]
+    records = json.loads((out / "instruct/instructions.json").read_text())
+    turns = [turn["value"] for turn in next(r for r in records if r["id"] == description["id"])["conversations"]]
+    turns[0] = turns[0].replace("\n", f"\nImage description:\n{description['description']}\n\n", 1)
+    sequence = "".join(f"[INST] {q} [/INST] {a}</s>" for q, a in zip(turns[::2], turns[1::2]))
+    assert sequence in page.all("pre")
+    assert page.all("u")[-len(turns) // 2 - 1 : -1] == [f"{answer}</s>" for answer in turns[1::2]]
+
+    table = json.loads((out / "table.json").read_text())
+    measures = zip(*([*row.values()][1:] for row in table))
+    shown = page.rows("hallucinated objects, CHAIR_i", "objects in captions", "questions, asked", "questions, after")
+    for row, (base_score, *others) in zip(shown, measures):
+        differences = [number for score in others for number in (score, score - base_score)]
+        assert row == pytest.approx([base_score, *differences], abs=0.06)
+    count = lambda pattern: int(re.search(pattern, page.text)[1])
+    both, dar = count(r"answered (\d+) correctly"), count(r"(\d+) only after describing")
+    direct, neither = count(r"(\d+) only when asked directly"), count(r"(\d+) neither way")
+    assert both + dar + direct + neither == 120
+    *_, accuracy, accuracy_dar = table[-1].values()
+    assert (both + direct, both + dar) == pytest.approx((1.2 * accuracy, 1.2 * accuracy_dar), abs=0.01)
+
+
+def test_page_shows_captions_by_its_rule(demo):
+    """The first eight pictures in which the base hallucinates, the first four in which it does not."""
+    _, out = demo
+    page = Page(out / "story.html")
+    gallery = page.html.partition('class="gallery"')[2].partition("<h2")[0]
+    questions = captions.load(out / "dev")
+    read = lambda name: [r["text"] for _, r in read_records(out / f"results/toycaptions-{name}-direct.jsonl")]
+    rows = [*zip(questions, read("base"), read("stic"))]
+    wrong = [set(captions.mentions(before, q["vocabulary"])) - set(q["objects"]) for q, before, _ in rows]
+    chosen = [row for row, absent in zip(rows, wrong) if absent][:8]
+    chosen += [row for row, absent in zip(rows, wrong) if not absent][:4]
+    texts = [re.sub("<[^>]+>", "", text) for text in re.findall(r"</small><br>(.+?)</p>", gallery)]
+    assert texts == [text for _, *both in chosen for text in both] and len(texts) == 24
+    for name, kind in re.findall(r'<span class="(\w+)">([\w ]+)</span>', gallery):
+        assert name in ("right", "wrong") and kind in questions[0]["vocabulary"]
+    for (q, before, after), part in zip(chosen, gallery.split('class="example"')[1:]):
+        for text in (before, after):
+            for name in set(captions.mentions(text, q["vocabulary"])):
+                kind = "right" if name in q["objects"] else "wrong"
+                assert f'<span class="{kind}">{name}</span>' in part
+
+
+def test_page_escapes_text(demo, tmp_path):
+    """Responses are shown, not run."""
+    out = copied_demo(demo[1], tmp_path / "run")
+    attack = "<script>alert(1)</script> & $x$ "
+    for name in ("pairs", "stic-descriptions", *(p.stem for p in (out / "results").glob("*.jsonl"))):
+        path = next(out.rglob(f"{name}.jsonl"))
+        records = [record for _, record in read_records(path)]
+        for record in records:
+            for side in {"chosen", "rejected"} & set(record):
+                record[side][1]["content"] = attack + record[side][1]["content"]
+            for key in {"description", "text"} & set(record):
+                record[key] = attack + record[key]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_story(out)
+    assert not page.all("script") and page.text.count("<script>alert(1)</script> & $x$") >= 30
+
+
+@pytest.mark.parametrize("chair, accuracy", [(30.0, 50.0), (25.0, 60.0)])
+def test_page_claims_no_improvement_that_did_not_happen(demo, tmp_path, chair, accuracy):
+    out = copied_demo(demo[1], tmp_path / "run")
+    worse = [chair, 50.0, accuracy, accuracy]
+    page = write_story(out, base=[25.0, 75.0, 60.0, 60.0], **{"stage 1": worse, "STIC": worse})
+    assert page.text.count("no improvement") == 5  # two at the top, three at the end
+    verb = "stayed at 25.0%" if chair == 25 else "rose from 25.0% to 30.0%"
+    assert f"the share of hallucinated objects among those in captions {verb}: no improvement." in page.text
+    box = next(e[2] for e in page.elements if "result" in e[1].get("class", "").split())
+    assert box.count("no improvement") == 2
+    better = write_story(out, base=[25.0, 75.0, 60.0, 60.0], **{"stage 1": [2.0, 97, 59, 61], "STIC": [2, 97, 61, 62]})
+    assert "no improvement" not in better.text and "fell from 25.0% to 2.0%." in better.text
+
+
+def test_page_of_a_poor_run(demo, tmp_path):
+    """One kind of pair, equal responses, one step, and no question on which describing makes a difference."""
+    out = copied_demo(demo[1], tmp_path / "run")
+    pair = next(p for _, p in read_records(out / "pairs.jsonl") if p["image_corruption"])
+    (out / "pairs.jsonl").write_text(json.dumps(pair | {"rejected": pair["chosen"]}) + "\n")
+    step = read_records(out / "stage1/log.jsonl")[0][1]
+    del step["margin"], step["accuracy"]
+    (out / "stage1/log.jsonl").write_text(json.dumps(step) + "\n")
+    shutil.copy(out / "results/toyvqa-stic-direct.jsonl", out / "results/toyvqa-stic-dar.jsonl")
+    page = write_story(out)
+    assert page.all("h3")[0] == "A pair with a corrupted image" and "misleading prompt" not in page.all("th")
+    assert page.rows("pairs") == [[1]] and page.rows("margin") == [[0, 0, 0]]
+    assert len([e for e in page.elements if e[0] == "svg"]) == 2 + 3 and "There is none." in page.text
 
 
 def test_demo_prints_commands_that_run(demo):
@@ -309,6 +514,8 @@ def test_plots_stay_inside_their_frame(studied):
             for element in root.iter():
                 for name in ("x", "x1", "x2", "cx", "y", "y1", "y2", "cy"):
                     assert 0 <= float(element.get(name, 0)) <= limits[name.strip("c12")], element.attrib
+                for point in element.get("points", "").split():
+                    assert all(0 <= float(v) <= limits[axis] for axis, v in zip("xy", point.split(",")))
 
 
 # ---------------------------------------------------------------- pretraining

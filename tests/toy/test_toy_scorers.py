@@ -6,6 +6,7 @@ import pytest
 from commands import call
 
 from stic_min import InputError
+from stic_min.scorers.common import proportion, wilson
 from stic_min.toy import captions as toy_captions
 from stic_min.toy import vqa as toy_vqa
 
@@ -149,9 +150,11 @@ def write_data(folder):
 
 @both
 def test_scores_and_report(scorer, questions, given, scores):
-    assert scorer.score(questions, given) == scorer.score(questions[::-1], given[::-1]) == scores
+    numbers = scorer.score(questions, given)
+    assert {key: numbers[key] for key in scores} == scores
+    assert scorer.score(questions[::-1], given[::-1]) == numbers
     in_capitals = [record | {"text": record["text"].upper()} for record in given]
-    assert scorer.score(questions, in_capitals) == scores
+    assert scorer.score(questions, in_capitals) == numbers
     number = [questions[0] | {"question_id": "7"}], [given[0] | {"question_id": 7}]  # ids match as text
     assert scorer.score(*number)["missing"] == 0
     nothing = scorer.score(questions, [])
@@ -161,6 +164,40 @@ def test_scores_and_report(scorer, questions, given, scores):
     head, *lines = scorer.report(scores).split("\n")
     assert f" {scores['missing']} without" in head
     assert all(f" {value:.2f}" in line for value, line in zip(values, lines, strict=True))
+
+
+@both
+def test_score_and_interval(scorer, questions, given, scores):
+    """In the form of every benchmark: the headline and its parts, each with a 95% interval around it."""
+    numbers = scorer.score(questions, given)
+    headline, parts = ("chair_i", toy_captions.RATES) if scorer is toy_captions else ("accuracy", scores["types"])
+    assert round(numbers["score"], 2) == scores[headline] and list(numbers["groups"]) == list(parts)
+    assert numbers.get("better") == ("lower" if scorer is toy_captions else None)
+    for part in (numbers, *numbers["groups"].values()):
+        low, high = part["interval"]
+        assert 0 <= low <= part["score"] <= high <= 100 and low < high
+    if scorer is toy_captions:
+        assert {name: round(part["score"], 2) for name, part in numbers["groups"].items()} == {
+            name: scores[name] for name in parts}  # fmt: skip
+        assert numbers["groups"]["chair_s"] == proportion([True, True, False, False, False])
+        assert numbers["interval"] == numbers["groups"]["chair_i"]["interval"]
+    else:
+        hits = [True, True, True, False, False, False]
+        assert numbers["groups"]["count"] == proportion([True, True])
+        assert {key: numbers[key] for key in ("score", "interval", "n", "correct")} == proportion(hits)
+
+
+def test_intervals_of_rates():
+    """From resampled captions; Wilson's over the cases where there is no spread; everything without any case."""
+    rows = [(1, 4), (0, 1)] * 50
+    rate = toy_captions.rate(rows)
+    assert rate["score"] == 20 and rate["n"] == 100
+    low, high = rate["interval"]
+    assert 18 < low < 20 < high < 22  # the captions differ, but their ratio hardly
+    assert toy_captions.rate([(0, 3), (0, 7)])["interval"] == wilson(0, 10)
+    assert toy_captions.rate([(3, 3), (0, 0)]) == {"score": 100.0, "interval": wilson(1, 3), "n": 2}
+    assert toy_captions.rate([(0, 0)])["interval"] == pytest.approx([0, 100])
+    assert toy_captions.rate([(1, 2), (0, 0), (0, 0), (0, 0)])["score"] == 50  # many resamples have no case
 
 
 @both
@@ -214,7 +251,8 @@ def test_score_command(tmp_path, monkeypatch, name):
     path.write_text("".join(json.dumps(record) + "\n" for record in given))
     command = ["evaluate", "score", name, "--answers", path, "--data", tmp_path]
     numbers = json.loads(call(*command, "--json"))
-    assert numbers.pop("answers") == {"n": len(given), "empty": 0, "cut": None} and numbers == scores
+    assert numbers.pop("answers") == {"n": len(given), "empty": 0, "cut": None}
+    assert numbers == scorer.score(questions, given) and scores.items() <= numbers.items()
     assert call(*command).startswith(f"{scorer.report(scores)}\nanswers: {len(given)}, 0 empty")
     path.write_text(json.dumps(given[0] | {"question_id": "zz"}))
     with pytest.raises(InputError, match="'zz'") as error:

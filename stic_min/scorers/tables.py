@@ -1,20 +1,21 @@
-"""The paper's Tables 1, 2, 3, 5 and 6 with our scores: Markdown, and one self-contained HTML page.
+"""The paper's Tables 1, 2, 3, 5 and 6 with our scores, and one for the toy world. No model code, no HTML.
 
 Reads the .scores.json files of `evaluate.py`; every score of ours has its 95% interval. If a judge was
-prompted in our own words, its scores are not comparable with published numbers, which are then omitted.
+prompted in our own words, its scores are not comparable with published numbers, which are then omitted. A
+table has no columns without a score of ours.
 """
 
 import math
-import re
-from dataclasses import dataclass
-from html import escape
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.report.page import bar, html_table, markdown, page
 from stic_min.runtime.files import read_json
 from stic_min.scorers import audit, published
 from stic_min.scorers.common import with_interval
+
+TOY = {"toyvqa": "Toy questions", "toycaptions": "Toy captions"}
+TITLES = published.BENCHMARKS | TOY
 
 # ---------------------------------------------------------------- results
 
@@ -28,6 +29,7 @@ class Row:
     tuned: bool  # with an adapter
     dar: bool
     results: dict[str, dict]  # {benchmark: content of its .scores.json}
+    files: dict[str, Path]  # {benchmark: the .scores.json}
 
 
 RUN = {"model": str, "adapter": str | None, "mode": str, "fingerprint": str, "template": str,
@@ -75,7 +77,7 @@ def read_results(folder: str | Path) -> list[Row]:
     for path in sorted(Path(folder).glob("*.scores.json")):
         result = read_json(path)
         name = str(result.get("benchmark"))
-        if name not in published.BENCHMARKS:  # the toy world's are not in the paper
+        if name not in TITLES:
             continue
         if not is_ours(result):
             raise InputError(f"{path}: not written by this version of evaluate.py; run `score` again")
@@ -83,18 +85,19 @@ def read_results(folder: str | Path) -> list[Row]:
         if other := audit.find_other_answers(path, run):
             raise InputError(f"{path}: not the score of the answers in {other}; run `score` again")
         keys = ("model", "adapter", "mode", "fingerprint", "template", "image_mode")
-        results = by_run.setdefault(tuple(run.get(key) for key in keys), {})
+        results, files = by_run.setdefault(tuple(run.get(key) for key in keys), ({}, {}))
         if name in results:
             raise InputError(f"{path}: a second score of the same run ({run['model']} on {name})")
         results[name] = result
+        files[name] = path
     if not by_run:
         raise InputError(f"{folder} contains no .scores.json of a benchmark")
     rows = []
     one_model = len({model for model, *_ in by_run}) == 1
-    for (model, adapter, mode, *details), results in by_run.items():
+    for (model, adapter, mode, *details), (results, files) in by_run.items():
         name = (adapter or "base") if one_model else " + ".join(filter(None, [model, adapter]))
         label = f"ours, {name}" + {"direct": "", "dar": ", DaR"}.get(mode, f", {mode}")
-        rows.append((Row(label, model, bool(adapter), mode != "direct", results), details))
+        rows.append((Row(label, model, bool(adapter), mode != "direct", results, files), details))
     labels = [row.label for row, _ in rows]
     for row, details in rows:
         if labels.count(row.label) > 1:  # distinguished by what else differs
@@ -107,8 +110,14 @@ def cell(result, group=None):
     entry = result and (result if group is None else result.get("groups", {}).get(group))
     if entry is None:
         return "–"
-    subset = f" (n={entry['n']})" if result["run"]["limit"] else ""
-    return lower_bound(result) + with_interval(entry) + subset + marks(result)
+    return lower_bound(result) + with_interval(entry) + partial(result, entry) + marks(result)
+
+
+def partial(result, entry):
+    """What the score of a partial run is worth: on how many questions, and how many have no answer."""
+    subset = [f"subset, n={entry['n']}"] if result["run"]["limit"] else []
+    missing = [f"{result['missing']} missing"] if result.get("missing") else []
+    return f" ({', '.join(subset + missing)})" if subset or missing else ""
 
 
 def lower_bound(result):
@@ -153,6 +162,16 @@ class Table:
     header: list[str]
     rows: list[list[str]]  # ours first
     ours: int  # the number of our rows
+
+
+def without_gaps(table):
+    """[the table] without the columns that have no value of ours and without empty rows; [] if all are."""
+    ours = table.rows[: table.ours]
+    columns = [i for i in range(1, len(table.header)) if any(row[i] != "–" for row in ours)]
+    is_filled = lambda row: any(row[i] != "–" for i in columns)
+    rows = [[row[0], *(row[i] for i in columns)] for row in filter(is_filled, table.rows)]
+    header = [table.header[0], *(table.header[i] for i in columns)]
+    return [Table(table.title, header, rows, sum(map(is_filled, ours)))] if columns else []
 
 
 def select_as_in_paper(rows):
@@ -201,7 +220,33 @@ def group_table(title, rows, benchmark, theirs, omitted):
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """The paper's tables for which there are results."""
+    """The paper's tables and the toy world's, as far as there are results."""
+    in_paper = lambda results: {name: results[name] for name in published.BENCHMARKS if name in results}
+    paper_rows = [replace(row, results=in_paper(row.results)) for row in rows]
+    paper = paper_tables([row for row in paper_rows if row.results])
+    return [part for table in [*paper, toy_table(rows)] for part in without_gaps(table)]
+
+
+TOY_COLUMNS = {
+    ("toyvqa", None): "questions ↑",
+    ("toycaptions", "chair_i"): "CHAIR_i ↓",
+    ("toycaptions", "chair_s"): "CHAIR_s ↓",
+    ("toycaptions", "precision"): "precision ↑",
+    ("toycaptions", "recall"): "recall ↑",
+    ("toycaptions", "f1"): "F1 ↑",
+}
+
+
+def toy_table(rows):
+    cells = []
+    for row in rows:
+        values = (cell(row.results.get(name), group) for name, group in TOY_COLUMNS)
+        cells.append([row.label.removeprefix("ours, "), *values])
+    title = "Toy world: questions and captions (↑ higher is better, ↓ lower is better)"
+    return Table(title, ["", *TOY_COLUMNS.values()], cells, len(rows))
+
+
+def paper_tables(rows):
     omitted = {name for row in rows for name, result in row.results.items() if not comparable(result)}
     selected = select_as_in_paper(rows)
     benchmarks = list(published.BENCHMARKS)
@@ -238,6 +283,8 @@ def average(row):
     halves = [(result["interval"][1] - result["interval"][0]) / 2 for result in results]
     half = math.hypot(*halves) / len(results)
     text = with_interval({"score": score, "interval": [score - half, score + half]})
+    if missing := sum(result.get("missing") or 0 for result in results):
+        text += f" ({missing} missing)"
     return max(map(lower_bound, results)) + text + "".join(sorted({marks(result) for result in results}))
 
 
@@ -245,6 +292,11 @@ def notes(rows: list[Row]) -> list[str]:
     """What to know before comparing."""
     results = [result for row in rows for result in row.results.values()]
     legend = []
+    if any(result["run"]["limit"] for result in results):
+        legend.append("subset: a random part of the questions (--limit), n of them.")
+    if any(result.get("missing") for result in results):
+        legend.append("missing: questions without an answer, which count as wrong; a missing caption of the "
+                      "toy world mentions nothing.")  # fmt: skip
     if not all(map(comparable, results)):
         legend.append(f"{OWN_WORDS} graded by a judge prompted in our own words: not comparable, published "
                       "numbers are omitted.")  # fmt: skip
@@ -257,15 +309,23 @@ def notes(rows: list[Row]) -> list[str]:
     if any(map(lower_bound, results)):
         legend.append("≥ without a judge, answers that only a judge can read count as wrong; the interval is "
                       "for this lower bound.")  # fmt: skip
-    names = [name for name in published.BENCHMARKS if any(name in row.results for row in rows)]
+    names = benchmarks_of(rows)
+    of_paper = [name for name in names if name in published.BENCHMARKS]
+    if len(of_paper) < len(names):
+        legend.append("CHAIR_i: mentions of objects that are not in the image, in percent of all mentions; "
+                      "CHAIR_s: captions with such a mention.")  # fmt: skip
+    paper_notes = ("Tables 2, 3, 5 and 6 of the paper are for LLaVA-1.6 7B.", *published.GENERAL_NOTES)
     return [
         "Ours: percent with a 95% interval (Wilson for proportions, over question groups in MMBench; "
         "bootstrap otherwise).",
         *legend,
-        "Tables 2, 3, 5 and 6 of the paper are for LLaVA-1.6 7B.",
-        *published.GENERAL_NOTES,
-        *(note for name in names for note in published.NOTES[name]),
+        *(paper_notes if of_paper else ()),
+        *(note for name in of_paper for note in published.NOTES[name]),
     ]
+
+
+def benchmarks_of(rows):
+    return [name for name in TITLES if any(name in row.results for row in rows)]
 
 
 def runs_table(rows: list[Row]) -> Table:
@@ -273,7 +333,7 @@ def runs_table(rows: list[Row]) -> Table:
     known = lambda counts, key: "–" if counts.get(key) is None else counts[key]
     lines = []
     for row in rows:
-        for name in (name for name in published.BENCHMARKS if name in row.results):
+        for name in (name for name in TITLES if name in row.results):
             result = row.results[name]
             run = result["run"]
             judge = result.get("judge", {})
@@ -282,73 +342,10 @@ def runs_table(rows: list[Row]) -> Table:
             endings = [known(result.get("answers", {}), key) for key in ("empty", "cut")]
             keys = ("template", "image_mode", "dtype", "max_new_tokens", "temperature")
             settings = [run[key] for key in keys] + [run.get("suffix", "–")]
-            line = [row.label, published.BENCHMARKS[name], items, result.get("missing", 0), *endings,
+            line = [row.label, TITLES[name], items, result.get("missing", 0), *endings,
                     *settings, ", ".join(judges) or "–", known(result, "unread")]  # fmt: skip
             lines.append(list(map(str, line)))
     header = ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "image mode",
               "dtype", "new tokens", "temperature", "suffix", "judge", "unread verdicts"]  # fmt: skip
-    return Table("Settings of each run", header, lines, len(lines))
-
-
-# ---------------------------------------------------------------- the page
-
-
-def chart(benchmark, rows, base):
-    """The bars of a benchmark: ours, the paper's, LLaVA's own; below them the prompt of item 1."""
-    results = [(row, row.results[benchmark]) for row in rows if benchmark in row.results]
-    theirs = published.rows(benchmark, base) if all(comparable(result) for _, result in results) else []
-    full = max([100, *(result["interval"][1] for _, result in results)])  # LLaVA-Bench can exceed 100
-    bars = []
-    for row, result in results:
-        value = lower_bound(result) + number(round(result["score"], 1))
-        bars.append(bar(row.label + marks(result), value, result["score"], result["interval"], "own", full))
-    for name, value in theirs:  # the page names the model once
-        name = re.sub(r", LLaVA-1\.. 7B( \+ STIC)?", lambda match: ", STIC" if match[1] else ", base", name)
-        kind, name = ("llava", "LLaVA's own") if name.startswith("LLaVA") else ("paper", name)
-        bars.append(bar(name, number(value), value, None, kind, full))
-    prompts = "".join(
-        f"<p>{escape(row.label)}: {result['n']} items, {result.get('missing', 0)} without an answer, "
-        f"template {escape(result['run']['template'])}<pre>{escape(result['run']['prompt'])}</pre>"
-        for row, result in results
-    )
-    title = published.BENCHMARKS[benchmark]
-    if benchmark == "scienceqa":
-        title += ", questions with an image"
-    return (
-        f"<section><h2>{title}</h2>{''.join(bars)}"
-        f"<details><summary>the prompt of item 1</summary>{prompts}</details></section>"
-    )
-
-
-def write(folder: str | Path) -> None:
-    """Writes tables.md and report.html to a folder of scores and prints the tables. Raises InputError like
-    `read_results`."""
-    rows = read_results(folder)
-    paper_tables = tables(rows)
-    runs = runs_table(rows)
-    remarks = notes(rows)
-    models = sorted({row.model for row in rows})
-    base = published.guess_base(models)
-    text = "\n\n".join(
-        [
-            f"Models: {', '.join(models)}",
-            *(f"## {table.title}\n\n{markdown(table.header, table.rows)}" for table in [*paper_tables, runs]),
-            "\n".join(f"- {note}" for note in remarks),
-        ]
-    )
-    names = [name for name in published.BENCHMARKS if any(name in row.results for row in rows)]
-    charts = [chart(name, rows, base) for name in names]
-    body = [
-        "<h1>STIC: scores on the paper's benchmarks</h1>",
-        f"<p class=note>{escape(', '.join(models))}. {escape(remarks[0])} Bars: blue is ours, gray the "
-        f"paper's, ocher LLaVA's own (the last two for LLaVA-{base[1:]} 7B).</p>",
-        f"<div class=charts>{''.join(charts)}</div>",
-        *(f"<h2>{escape(table.title)}</h2>{html_table(table.header, table.rows, table.ours)}"
-          for table in paper_tables),
-        f"<h2>{runs.title}</h2><div class=runs>{html_table(runs.header, runs.rows, 0)}</div>",
-        "<h2>Before you compare</h2><ul>" + "".join(f"<li>{escape(note)}" for note in remarks) + "</ul>",
-    ]  # fmt: skip
-    Path(folder, "tables.md").write_text(text + "\n", encoding="utf-8")
-    Path(folder, "report.html").write_text(page("STIC scores", "\n".join(body)), encoding="utf-8")
-    print(f"{text}\n\nwrote {Path(folder, 'tables.md')} and {Path(folder, 'report.html')}")
-
+    [table] = without_gaps(Table("Settings of each run", header, lines, len(lines)))
+    return table
