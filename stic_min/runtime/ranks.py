@@ -167,6 +167,7 @@ def memory_per_gpu(args, ranks, assumed):
     device = ranks.device
     if args.check and args.device != "cpu":
         if not torch.cuda.is_available():
+            ranks.print(f"no GPU here: a GPU of {assumed / 1e9:.0f} GB is assumed")
             return assumed
         device = torch.device("cuda")
     memory = ranks.gather(gpu_memory(device))

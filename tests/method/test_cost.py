@@ -168,7 +168,8 @@ def test_all_ranks_choose_for_the_smallest_gpu(monkeypatch, capsys):
     assert "--micro-batch 2 --shard none: about 34.7 of 40 GB per GPU (weights 15.1, LoRA" in capsys.readouterr().out
 
 
-def test_check_assumes_an_h200_without_a_gpu(monkeypatch):
+def test_check_assumes_an_h200_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    memory = lambda **changes: ranks.memory_per_gpu(flags(**changes), ranks.Ranks(0, 1, torch.device("cpu")), 7)
-    assert memory(check=True) == 7 and memory() is memory(check=True, device="cpu") is None
+    memory = lambda **changes: ranks.memory_per_gpu(flags(**changes), ranks.Ranks(0, 1, torch.device("cpu")), 7e9)
+    assert memory(check=True) == 7e9 and capsys.readouterr().out == "no GPU here: a GPU of 7 GB is assumed\n"
+    assert memory() is memory(check=True, device="cpu") is None
