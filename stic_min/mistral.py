@@ -10,6 +10,7 @@ positions.
 """
 
 import functools
+import importlib.util
 import inspect
 from dataclasses import dataclass
 from itertools import accumulate
@@ -70,10 +71,10 @@ def attention(q, k, v, **mask):  # q (B, T, H, D); k, v (B, S, K, D); H / K quer
 @functools.cache
 def flash_varlen():
     """FlashAttention over sequences of different lengths, causal; None in a torch that does not have it."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # torch 2.9
         return None
+    from torch.nn.attention.varlen import varlen_attn
+
     options = {"window_size": (-1, 0)}  # causal
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 needs no flag for it
         options["enable_gqa"] = True
