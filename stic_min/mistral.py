@@ -75,8 +75,9 @@ def flash_varlen():
         return None
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 needs no flag for it
+    parameters = inspect.signature(varlen_attn).parameters  # they differ between torch 2.10, 2.11 and 2.12
+    options = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    if "enable_gqa" in parameters:
         options["enable_gqa"] = True
     return functools.partial(varlen_attn, **options)
 
