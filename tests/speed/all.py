@@ -4,15 +4,18 @@
   python tests/speed/all.py --size tiny --device cpu --minutes 1             # a rehearsal
 
 Each line is printed, and written to --out as JSON, as soon as it is known. Each section has a share of the
-time: it is skipped if less than half of its share is left, and stopped after twice its share. The sections
-run in a second process, so that one that fails or hangs takes only itself down.
+time: it is skipped if less than half of its share is left, and ends with the first line after twice its
+share. The sections run in a second process, so that one that fails or hangs takes only itself down.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import logging
 import math
 import multiprocessing
+import os
 import platform
 import signal
 import sys
@@ -70,7 +73,7 @@ def decode(run):
         for image_mode, positions in POSITIONS.items():
             free_memory()
             llava = sampling_model(run, image_mode, adapter)
-            for rows in (64, 8):
+            for rows in run.rows:
                 seconds = generation.decode_seconds(llava, rows, positions)
                 floor = generation.bytes_read(llava, rows, positions) / bandwidth(run.device)
                 text = (f"{image_mode}, {rows} rows of {positions} positions{', with adapter' * adapter}: "
@@ -102,7 +105,7 @@ def generate(run):
         free_memory()
         llava = sampling_model(run, image_mode)
         generation.ours(llava, synthetic_images(4), 8, 2)  # warms up
-        for rows in (64, 8):
+        for rows in run.rows:
             images = synthetic_images(rows if run.gpu else 4)
             begin = time.perf_counter()
             generation.ours(llava, images, rows, tokens)  # ends on the host
@@ -162,7 +165,8 @@ def peer_line(run, theirs, image_mode, images, batch, label, **options):
     config = configuration(run.size, image_mode)
     tokens = TOKENS if run.gpu else 8
     images = synthetic_images(images)
-    generation.peer(theirs, config, images, batch, 4, **options)  # warms up
+    warm_up = tokens if options else 4  # a static cache is compiled for its length
+    generation.peer(theirs, config, images, batch, warm_up, **options)
     begin = time.perf_counter()
     responses = generation.peer(theirs, config, images, batch, tokens, **options)
     speed = sum(map(len, responses)) / (time.perf_counter() - begin)
@@ -240,18 +244,25 @@ SECTIONS = {  # most important first, with the seconds that each may take on one
 
 def work(connection, args):
     """The second process: runs the sections that it is told to, and sends their lines; ends at an error."""
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     device = start_device(args.device)
     dtype = getattr(torch, args.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     run = SimpleNamespace(size=args.size, device=device, dtype=dtype, gpu=device.type == "cuda")
+    run.rows = (64, 8) if run.gpu else (8,)
     where = torch.cuda.get_device_name(device) if run.gpu else f"{torch.get_num_threads()} CPU threads"
     connection.send((where, str(dtype).removeprefix("torch.")))
-    while True:
-        section, _ = SECTIONS[connection.recv()]
+    while message := connection.recv():
+        name, limit = message
+        section, _ = SECTIONS[name]
+        begin = time.monotonic()
         try:
             for line in section(run):
                 connection.send(line)
+                if time.monotonic() > begin + limit:
+                    connection.send((f"stopped after {limit:.0f} s", {"error": "stopped"}))
+                    break
         except Exception as error:
             connection.send(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
             return
@@ -276,22 +287,26 @@ class Worker:
         return self.connection.recv()
 
     def end(self):
+        with contextlib.suppress(OSError):
+            self.connection.send(None)
+        self.process.join(5)
         self.process.kill()
-        self.process.join()
 
 
-def run_section(worker, name, limit, emit):
-    """Passes the lines of a section to emit(line, numbers) -> whether the worker can run another."""
+def run_section(worker, name, limit, deadline, emit):
+    """Passes the lines of a section to emit(line, numbers) -> whether the worker can run another. It stops
+    itself after `limit` seconds, or is killed at `deadline`."""
     begin = time.monotonic()
     try:
-        worker.connection.send(name)
-        while (message := worker.receive(begin + limit)) is not None:
+        worker.connection.send((name, limit))
+        while (message := worker.receive(deadline)) is not None:
             if isinstance(message, str):
                 emit(f"failed: {message}", {"error": message})
                 return False
             emit(*message)
     except TimeoutError:
-        emit(f"stopped after {limit:.0f} s", {"error": "stopped"})
+        worker.process.kill()
+        emit(f"killed after {time.monotonic() - begin:.0f} s", {"error": "killed"})
         return False
     except (EOFError, OSError):
         worker.process.join(5)
@@ -340,8 +355,8 @@ def main():
             facts = {"device": where, "dtype": dtype, "size": args.size, "commit": provenance.commit(),
                      "date": time.strftime("%Y-%m-%d"), "python": platform.python_version()} | versions  # fmt: skip
             emit("setup", ", ".join(f"{key} {value}" for key, value in facts.items()), facts)
-        limit = min(2 * share, end - time.monotonic())
-        if not run_section(worker, name, limit, lambda line, numbers, name=name: emit(name, line, numbers)):
+        deadline = min(time.monotonic() + 3 * share, end)
+        if not run_section(worker, name, 2 * share, deadline, functools.partial(emit, name)):
             worker.end()
             worker = None
     if worker:
