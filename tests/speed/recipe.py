@@ -99,7 +99,9 @@ def paper_run(seconds):
 
 
 def duration(seconds):
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def larger_runs(seconds, config):
