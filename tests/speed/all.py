@@ -119,8 +119,9 @@ def generate(run):
 def step_line(run, name, image_mode, micro_batch, make_step):
     """Measures make_step(settings) -> (line, its numbers)."""
     stage = stage1 if name == "stage 1" else stage2
-    settings = SimpleNamespace(micro_batch=micro_batch, image_mode=image_mode, text=30, chosen=270, rejected=230,
-                               r=128, device=str(run.device), dtype=str(run.dtype).removeprefix("torch."))  # fmt: skip
+    settings = SimpleNamespace(micro_batch=micro_batch, image_mode=image_mode, text=30, chosen=270,
+                               rejected=230, r=128, device=str(run.device),
+                               dtype=str(run.dtype).removeprefix("torch."))  # fmt: skip
     config = configuration(run.size, image_mode)
     flops = needed_flops(stage.ours_batch(settings, config), config, 128, reference=stage is stage1)
     free_memory()
@@ -338,12 +339,13 @@ def main():
                 file.write(json.dumps({"section": section} | numbers) + "\n")
 
     worker = None
-    sections = {name: seconds for name, (_, seconds) in SECTIONS.items() if not args.only or name in args.only}
+    sections = {name: seconds for name, (_, seconds) in SECTIONS.items() if name in (args.only or SECTIONS)}
     unit = 60 * args.minutes / sum(sections.values())
     for name, seconds in sections.items():
         share, remaining = unit * seconds, end - time.monotonic()
         if remaining < share / 2:
-            emit(name, f"skipped: {max(0, remaining):.0f} s left, its share is {share:.0f} s", {"error": "skipped"})
+            line = f"skipped: {max(0, remaining):.0f} s left, its share is {share:.0f} s"
+            emit(name, line, {"error": "skipped"})
             continue
         if worker is None:
             worker = Worker(args)
@@ -351,12 +353,14 @@ def main():
                 where, dtype = worker.receive(end)
             except (EOFError, TimeoutError):
                 sys.exit("the worker process did not start")
-            versions = {package: provenance.version(package) for package in ("torch", "transformers", "peft", "trl")}
+            packages = ("torch", "transformers", "peft", "trl")
             facts = {"device": where, "dtype": dtype, "size": args.size, "commit": provenance.commit(),
-                     "date": time.strftime("%Y-%m-%d"), "python": platform.python_version()} | versions  # fmt: skip
+                     "date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}  # fmt: skip
+            facts |= {package: provenance.version(package) for package in packages}
             emit("setup", ", ".join(f"{key} {value}" for key, value in facts.items()), facts)
         deadline = min(time.monotonic() + 3 * share, end)
-        if not run_section(worker, name, 2 * share, deadline, functools.partial(emit, name)):
+        emit_line = functools.partial(emit, name)
+        if not run_section(worker, name, 2 * share, deadline, emit_line):
             worker.end()
             worker = None
     if worker:

@@ -268,8 +268,8 @@ def prefill_flops(batch, config):
 
 
 def compare(module, peers, make, args, title, flops):
-    """Prints a table of the steps in make(peer, args) -> {name: step}, of which one is ours: median time, ratio
-    to ours, share of a matrix product's FLOP/s for the required `flops`, and peak memory.
+    """Prints a table of the steps in make(peer, args) -> {name: step}, of which one is ours: median time,
+    ratio to ours, share of a matrix product's FLOP/s for the required `flops`, and peak memory.
 
     The models of one peer are freed before those of the next are created.
     """

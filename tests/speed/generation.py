@@ -145,7 +145,8 @@ def peer_inputs(theirs, config, rows):
 @torch.no_grad()
 def peer(theirs, config, images, batch, tokens, **options):
     """Responses as lists of ids, two per image. `options` are generate's."""
-    rows = [(tiles, text) for image in images for tiles in [tiles_of(image, config)] for text in prompt_texts()]
+    tiles = [tiles_of(image, config) for image in images]
+    rows = [(image_tiles, text) for image_tiles in tiles for text in prompt_texts()]
     responses = []
     for start in range(0, len(rows), batch):
         inputs = peer_inputs(theirs, config, rows[start : start + batch])
@@ -218,8 +219,8 @@ def main():
     length = 2 + config.image_tokens(images[0].size) + sum(PROMPTS) // len(PROMPTS) + args.tokens // 2
     step = decode_seconds(llava, args.slots, length)
     read, speed = bytes_read(llava, args.slots, length), bandwidth(device)
-    print(f"ours: {1000 * prefilled:.1f} ms of prefill per image, then {1000 * step:.1f} ms per decode step for "
-          f"{args.slots} sequences; reading its {read / 2**20:.0f} MiB at {speed / 2**30:.1f} GiB/s takes "
+    print(f"ours: {1000 * prefilled:.1f} ms of prefill per image, then {1000 * step:.1f} ms per decode step "
+          f"for {args.slots} sequences; reading its {read / 2**20:.0f} MiB at {speed / 2**30:.1f} GiB/s takes "
           f"{1000 * read / speed:.1f} ms")
 
 

@@ -83,16 +83,18 @@ def seconds_of_rank(args):
 def compare_ranks(args):
     rows, first = [], None
     for count in args.ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", *sys.argv, "--rank"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}"]
+        command = [*torchrun, *sys.argv, "--rank"]
         one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         output = subprocess.run(command, env=one_thread, stdout=subprocess.PIPE, text=True, check=True).stdout
         pairs, step, reduce = json.loads(output.splitlines()[-1])
         speeds = 4 * count / pairs, count / step
         first = first or [speed / count for speed in speeds]  # per process
         share = [f"{speed / count / one:.0%}" for speed, one in zip(speeds, first)]
-        rows.append([str(count), f"{speeds[0]:.3g}", share[0], f"{speeds[1]:.3g}", share[1], f"{reduce:.3f} s"])
-    header = ["processes", "pairs generated/s", "efficiency", "pairs trained/s", "efficiency", "sum of gradients"]
-    table(header, rows)
+        columns = [f"{speeds[0]:.3g}", share[0], f"{speeds[1]:.3g}", share[1], f"{reduce:.3f} s"]
+        rows.append([str(count), *columns])
+    header = ["pairs generated/s", "efficiency", "pairs trained/s", "efficiency", "sum of gradients"]
+    table(["processes", *header], rows)
 
 
 def main():
