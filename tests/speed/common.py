@@ -1,7 +1,10 @@
 """Shared by the speed scripts: models of three sizes with the same random weights in stic_min and
-transformers, synthetic images, and interleaved runs with medians."""
+transformers, synthetic images, and repeated runs with medians."""
 
+import contextlib
 import ctypes
+import functools
+import gc
 import json
 import re
 import statistics
@@ -11,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-import transformers as hf
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scripts run from any folder
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that the scri
 from stic_min import cost
 from stic_min.clip import ClipConfig
 from stic_min.formats.tensors import canonical
+from stic_min.fused import fuse
 from stic_min.llava import LLaVA, LlavaConfig
 from stic_min.loss import IGNORE
 from stic_min.mistral import DecoderConfig
@@ -45,19 +48,36 @@ def configuration(size, image_mode):
     return LlavaConfig(decoder, ClipConfig(*clip), image_mode, pinpoints, "mistral_instruct", 32768)
 
 
+@contextlib.contextmanager
+def creating(dtype, device):
+    """Inside, modules are created in `dtype`: a 7B model in fp32 takes 30 GB.
+
+    Casting them afterwards would also round the rotary frequencies, which transformers keeps in fp32.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def build_ours(size, image_mode, device, dtype, seed=0):
     """stic_min's LLaVA with random weights."""
-    with torch.device(device):
+    with creating(dtype, device):
         torch.manual_seed(seed)
         llava = LLaVA(configuration(size, image_mode), Tokenizer())
     torch.nn.init.normal_(llava.vision_tower.embeddings.class_embedding, std=0.02)
     if llava.image_newline is not None:
         torch.nn.init.normal_(llava.image_newline, std=0.02)
-    return llava.to(dtype).eval().requires_grad_(False)
+    return llava.eval().requires_grad_(False)
 
 
-def build(size, image_mode, device, dtype, seed=0):
-    """(LLaVA, transformers' LlavaNext or Llava) with the same weights."""
+def build_peer(size, image_mode, device, dtype, seed=0):
+    """transformers' LlavaNext or Llava with random weights."""
+    import transformers as hf
+
     (width, mlp, layers, heads, kv), (vision_width, vision_mlp, vision_layers, vision_heads) = SIZES[size]
     vision = hf.CLIPVisionConfig(
         hidden_size=vision_width, intermediate_size=vision_mlp, num_hidden_layers=vision_layers,
@@ -69,17 +89,38 @@ def build(size, image_mode, device, dtype, seed=0):
         rope_theta=1e6, rms_norm_eps=1e-6,
     )  # fmt: skip
     config = {"vision_config": vision, "text_config": text, "image_token_index": VOCABULARY}
-    with torch.device(device):
+    with creating(dtype, device):
         torch.manual_seed(seed)
         if image_mode == "anyres":
             config = hf.LlavaNextConfig(**config, image_grid_pinpoints=[list(p) for p in PINPOINTS])
             theirs = hf.LlavaNextForConditionalGeneration(config)
         else:
             theirs = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**config))
-    theirs, ours = theirs.to(dtype).eval(), build_ours(size, image_mode, device, dtype)
+    return theirs.eval().requires_grad_(False)
+
+
+def build(size, image_mode, device, dtype, seed=0):
+    """(LLaVA, transformers' LlavaNext or Llava), which share their weights in memory."""
+    theirs = build_peer(size, image_mode, device, dtype, seed)
     named = {canonical(key): tensor for key, tensor in theirs.state_dict().items()}
-    ours.load_state_dict({key: named[key] for key in ours.state_dict()})
-    return ours, theirs
+    with torch.device("meta"):
+        ours = LLaVA(configuration(size, image_mode), Tokenizer())
+    ours.load_state_dict({key: named[key] for key in ours.state_dict()}, assign=True)
+    return ours.eval().requires_grad_(False), theirs
+
+
+def fused(llava):
+    """On a GPU, fuses linear layers for sampling, like generate.open_model."""
+    if llava.device.type == "cuda":
+        fuse(llava)
+    return llava
+
+
+def free_memory():
+    """Returns the memory of deleted models to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def synthetic_images(count, size=(640, 480), seed=0):
@@ -97,25 +138,39 @@ def synthetic_images(count, size=(640, 480), seed=0):
 
 
 def alternate(runs, repeat):
-    """{name: function} -> {name: [seconds]}: a warm-up round, then `repeat` rounds that run each in turn."""
+    """{name: function} -> {name: [seconds]}: a warm-up round, then `repeat` rounds that run each in turn.
+
+    On a GPU, whose speed varies little, one after the other instead, so that each has the memory to itself.
+    """
+    rounds = [(name, i) for i in range(repeat + 1) for name in runs]
+    if torch.cuda.is_available():
+        rounds = [(name, i) for name in runs for i in range(repeat + 1)]
     times = {name: [] for name in runs}
-    for round_number in range(repeat + 1):
-        for name, run in runs.items():
+    for name, round_number in rounds:
+        if sys.stderr.isatty():
             print(f"\r\x1b[Kround {round_number}/{repeat}: {name}", end="", file=sys.stderr, flush=True)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            begin = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if round_number:
-                times[name].append(time.perf_counter() - begin)
-    print("\r\x1b[K", end="", file=sys.stderr)
+        if torch.cuda.is_available():
+            if round_number == 0:
+                free_memory()
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        runs[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if round_number:
+            times[name].append(time.perf_counter() - begin)
+    if sys.stderr.isatty():
+        print("\r\x1b[K", end="", file=sys.stderr)
     return times
 
 
 def median(seconds):
     return statistics.median(seconds)
+
+
+def seconds_of(run, repeat=5):
+    """Median time of run()."""
+    return median(alternate({"": run}, repeat)[""])
 
 
 def peak_memory(step, device):
@@ -149,61 +204,91 @@ def memory_of_each(module, names):
     return memory
 
 
-def table(header, rows):
+def lines(header, rows):
+    """A table as lines of text."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
-    for row in [header, ["-" * w for w in widths], *rows]:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths)))
+    rows = [header, ["-" * w for w in widths], *rows]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
 
 
+def table(header, rows):
+    print("\n".join(lines(header, rows)))
+
+
+# ---------------------------------------------------------------- what the device can do
+
+
+@functools.cache
 def bandwidth(device):
     """Bytes per second read by a plain sum over 1 GiB."""
     data = torch.ones(1 << 28, device=device)
-    return data.numel() * 4 / median(alternate({"bandwidth": lambda: data.sum().item()}, 5)["bandwidth"])
+    reads = 10 if device.type == "cuda" else 1
+    return reads * data.numel() * 4 / seconds_of(lambda: [data.sum() for _ in range(reads)])
+
+
+@functools.cache
+def product_flops(device, dtype):
+    """Operations per second of a large matrix product."""
+    n, products = (8192, 10) if device.type == "cuda" else (2048, 1)
+    x = torch.randn(n, n, device=device, dtype=dtype)
+    return products * 2 * n**3 / seconds_of(lambda: [x @ x for _ in range(products)])
 
 
 # ---------------------------------------------------------------- required FLOPs
 
-# Dense bf16 operations per second, from the data sheets.
-DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+def vision_flops(tiles, config):
+    """FLOPs of CLIP and the projector, once for each image."""
+    vision, C, Cv = config.vision, config.decoder.hidden_size, config.vision.hidden_size
+    patches = sum(len(t.pixels) for t in tiles) * vision.patches**2
+    layers = vision.num_hidden_layers - 1  # CLIP's last layer is unused
+    layer = 8 * Cv**2 + 4 * Cv * vision.intermediate_size + 4 * vision.patches**2 * Cv
+    projector = 2 * Cv * C + 2 * C * C
+    return patches * (layers * layer + projector)
 
 
-def peak_flops(device, dtype):
-    """(operations per second, source): from the data sheet, or measured with a large matrix product."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        for name, flops in DATA_SHEET.items():
-            if name in torch.cuda.get_device_name(device):
-                return flops, f"{name} data sheet"
-    n = 8192 if device.type == "cuda" else 2048
-    x = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = min(alternate({"matrix product": lambda: x @ x}, 5)["matrix product"])
-    return 2 * n**3 / seconds, "a large matrix product"
+def span_lengths(batch):
+    """[(tokens, tokens of the prefix they attend to)], as cost.decoder_flops takes them."""
+    return [(span.end - span.start, span.prefix[1] - span.prefix[0]) for span in batch.attend.spans]
 
 
 def needed_flops(batch, config, r, reference):
     """FLOPs of a training step on `batch`: the decoder by cost.decoder_flops, and CLIP once per image."""
-    spans = [(span.end - span.start, span.prefix[1] - span.prefix[0]) for span in batch.attend.spans]
-    decoder = cost.decoder_flops(config.decoder, spans, int((batch.labels != IGNORE).sum()), r, reference)
-    vision, C, Cv = config.vision, config.decoder.hidden_size, config.vision.hidden_size
-    patches = sum(len(t.pixels) for t in batch.tiles) * vision.patches**2
-    layers = vision.num_hidden_layers - 1  # CLIP's last layer is unused
-    layer = 8 * Cv**2 + 4 * Cv * vision.intermediate_size + 4 * vision.patches**2 * Cv
-    projector = 2 * Cv * C + 2 * C * C
-    return decoder + patches * (layers * layer + projector)
+    scored = int((batch.labels != IGNORE).sum())
+    decoder = cost.decoder_flops(config.decoder, span_lengths(batch), scored, r, reference)
+    return decoder + vision_flops(batch.tiles, config)
 
 
-def compare(module, names, make, args, title, flops):
-    """Prints a table of the steps make(name, args): median time, ratio to ours, MFU for the required `flops`,
-    and peak memory."""
-    memory = memory_of_each(module, names)
-    steps = {name: make(name, args) for name in names}
-    print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
-    times = {name: median(seconds) for name, seconds in alternate(steps, args.repeat).items()}
+def prefill_flops(batch, config):
+    """FLOPs of a forward pass on prompts, with one position scored for each."""
+    count = lambda reference: cost.decoder_flops(
+        config.decoder, span_lengths(batch), len(batch.attend.prompts()), 0, reference
+    )
+    return count(True) - count(False) + vision_flops(batch.tiles, config)  # the reference's forward alone
+
+
+def compare(module, peers, make, args, title, flops):
+    """Prints a table of the steps in make(peer, args) -> {name: step}, of which one is ours: median time,
+    ratio to ours, share of a matrix product's FLOP/s for the required `flops`, and peak memory.
+
+    The models of one peer are freed before those of the next are created.
+    """
+    memory = memory_of_each(module, ["stic_min", *peers])
+    times = {name: [] for name in ["stic_min", *peers]}
+    for peer in peers:
+        steps = make(peer, args)
+        print("loss:", {name: round(step(), 4) for name, step in steps.items()}, file=sys.stderr)
+        for name, seconds in alternate(steps, args.repeat).items():
+            times[name] += seconds
+        del steps
+        free_memory()
+    times = {name: median(seconds) for name, seconds in times.items()}
     ours = times["stic_min"]
-    peak, source = peak_flops(torch.device(args.device), getattr(torch, args.dtype))
+    peak = product_flops(torch.device(args.device), getattr(torch, args.dtype))
     rows = [
         [name, f"{s:.3g} s", f"{s / ours:.2f}", f"{flops / s / peak:.0%}", f"{memory[name]:.2f} GiB"]
         for name, s in times.items()
     ]
     table([title, "median", "ratio", "MFU", "peak memory"], rows)
-    roofline = f"{flops / peak:.3g} s at {peak / 1e12:.3g} TFLOP/s ({source})"
+    roofline = f"{flops / peak:.3g} s at the {peak / 1e12:.3g} TFLOP/s of a large matrix product"
     print(f"required: {flops / 1e12:.3g} TFLOP; roofline: {roofline}")

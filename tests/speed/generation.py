@@ -12,7 +12,6 @@ the weights and the cache once.
 
 import argparse
 import json
-import math
 
 import torch
 from common import (
@@ -20,20 +19,156 @@ from common import (
     alternate,
     bandwidth,
     build,
+    fused,
     median,
     memory_of_each,
     peak_memory,
+    prefill_flops,
+    seconds_of,
     synthetic_images,
     table,
 )
 
 from stic_min import sampler, slots
+from stic_min.batch import Example, collate
 from stic_min.images import make_tiles
 from stic_min.runtime import flags
 from stic_min.runtime.ranks import start_device
+from stic_min.runtime.work import prefetch
 from stic_min.text import IMAGE
 
 PROMPTS = (160, 20)  # tokens after the image: the step-by-step prompt, a hallucination-inducing prompt
+
+
+def prompt_texts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in PROMPTS]
+
+
+def tiles_of(image, config):
+    return make_tiles(image, config.image_mode, 336, config.pinpoints)
+
+
+# ---------------------------------------------------------------- stic_min
+
+
+def requests(llava, images):
+    """Two requests per image; tiles are made in threads, ahead of the sampler, as in generate_pairs.py."""
+    tiles = prefetch(lambda image: tiles_of(image, llava.config), images)
+    for number, image_tiles in enumerate(tiles):
+        for text in prompt_texts():
+            yield sampler.Request((number, len(text)), [1, 2, IMAGE, *text], [image_tiles], number)
+
+
+def ours(llava, images, rows, tokens):
+    """{(number of the image, length of the text): Sample}, sampled `rows` at a time."""
+    return dict(sampler.stream(llava, requests(llava, images), slots=rows, max_new_tokens=tokens))
+
+
+def slot_decoder(llava, rows, tokens):
+    return slots.SlotDecoder(llava, rows, tokens, lambda logits, u: sampler.pick(logits, 0.0, None, u))
+
+
+@torch.no_grad()
+def decode_seconds(llava, rows, positions):
+    """Time of a decode step whose rows hold `positions` tokens each."""
+    decoder = slot_decoder(llava, rows, 256)
+    decoder.cache.reserve(positions + 256)
+    for tensor in (*decoder.cache.keys, *decoder.cache.values):
+        tensor.normal_(std=0.5)
+
+    def advance():
+        decoder.positions.fill_(positions)
+        decoder.advance(positions)
+
+    for _ in range(2):  # on a GPU, the first captures the graph
+        advance()
+    return seconds_of(advance) / decoder.stride
+
+
+def bytes_read(llava, rows, positions):
+    """Bytes of the weights, LoRA's included, and of the cache: a decode step reads them at least once."""
+    config = llava.config.decoder
+    size = llava.lm_head.weight.element_size()
+    weights = sum(p.numel() for p in [*llava.model.layers.parameters(), *llava.lm_head.parameters()])
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return size * (weights + rows * positions * position)
+
+
+@torch.no_grad()
+def prefill(llava, images, rows):
+    """(seconds, FLOPs) per image with two prompts, in the groups in which sampler.stream prefills. Tiles are
+    ready."""
+    decoder = slot_decoder(llava, rows, 128)
+    pending = list(sampler.groups(list(requests(llava, images)), max(2, rows // 4)))
+    flops = 0
+    for first, *others in pending:
+        shared = first.shared_length()
+        texts = [request.ids[shared:] for request in (first, *others)]
+        example = Example("prompt", [(first.ids[:shared], False)], texts)
+        flops += prefill_flops(collate([example], [first.tiles], llava.config), llava.config)
+
+    def run():
+        remaining = iter(pending)
+        group = next(remaining)
+        while group:
+            admitted, tokens = [], 0
+            while group and tokens < decoder.prefilled:
+                admitted.append(group)
+                tokens += decoder.num_tokens(group)
+                group = next(remaining, None)
+            decoder.admit(admitted, list(range(sum(map(len, admitted)))))
+
+    return seconds_of(run, 3) / len(images), flops / len(images)
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def peer_inputs(theirs, config, rows):
+    """[(tiles, text)] as a left-padded batch, the format that `generate` expects."""
+    tiles = [t for t, _ in rows]
+    image_ids = lambda t: [VOCABULARY] * config.image_tokens(t.size)
+    prompts = [[1, 2, *image_ids(t), *text] for t, text in rows]
+    longest = max(map(len, prompts))
+    device = theirs.device
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    pixels = (torch.stack if config.image_mode == "anyres" else torch.cat)([t.pixels for t in tiles])
+    inputs = {"input_ids": padded, "attention_mask": mask}
+    inputs["pixel_values"] = pixels.to(device, theirs.dtype)
+    if config.image_mode == "anyres":
+        inputs["image_sizes"] = torch.tensor([t.size[::-1] for t in tiles], device=device)
+    return inputs
+
+
+@torch.no_grad()
+def peer(theirs, config, images, batch, tokens, **options):
+    """Responses as lists of ids, two per image. `options` are generate's."""
+    tiles = [tiles_of(image, config) for image in images]
+    rows = [(image_tiles, text) for image_tiles in tiles for text in prompt_texts()]
+    responses = []
+    for start in range(0, len(rows), batch):
+        inputs = peer_inputs(theirs, config, rows[start : start + batch])
+        out = theirs.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
+                              eos_token_id=None, pad_token_id=0, **options)  # fmt: skip
+        responses += out[:, inputs["input_ids"].shape[1] :].tolist()
+    return responses
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+@torch.no_grad()
+def compare_logits(llava, theirs, image):
+    tiles, text = tiles_of(image, llava.config), prompt_texts()[0]
+    batch = llava.single_batch([1, 2, IMAGE, *text], [], [tiles])
+    batch.scored = torch.arange(len(batch.ids), device=llava.device)[None]
+    other = theirs(**peer_inputs(theirs, llava.config, [(tiles, text)])).logits[0].float()
+    difference = llava(batch)[0] - other
+    rms = lambda x: x.square().mean().sqrt()
+    print(f"logits of one prompt: rms {rms(other):.3f}, largest {other.abs().max():.2f}; difference from "
+          f"transformers: rms {rms(difference):.2g}, largest {difference.abs().max():.2g}")
 
 
 def main():
@@ -54,70 +189,24 @@ def main():
     memory = {} if args.memory_of else memory_of_each(__file__, ["stic_min", *names])
     args.slots = min(args.slots, 2 * args.pictures)  # like generate_pairs.py
     device = start_device(args.device)
-    ours, theirs = build(args.size, args.image_mode, device, getattr(torch, args.dtype))
+    llava, theirs = build(args.size, args.image_mode, device, getattr(torch, args.dtype))
+    config = fused(llava).config
     images = synthetic_images(min(args.pictures, 4) if args.memory_of else args.pictures)
-    generator = torch.Generator().manual_seed(0)
-    ids = lambda n: torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
-    texts = [ids(n) for n in PROMPTS]
-    tiles_of = lambda image: make_tiles(image, args.image_mode, 336, ours.config.pinpoints)
-
-    def stic(tokens=args.tokens):
-        def requests():
-            for number, image in enumerate(images):
-                tiles = tiles_of(image)
-                for text in texts:
-                    yield sampler.Request((number, len(text)), [1, 2, IMAGE, *text], [tiles], number)
-
-        return dict(sampler.stream(ours, requests(), slots=args.slots, max_new_tokens=tokens))
-
-    def peer_inputs(part):
-        """[(tiles, text)] as a left-padded batch, the format that `generate` expects."""
-        tiles = [t for t, _ in part]
-        image_ids = lambda t: [VOCABULARY] * ours.config.image_tokens(t.size)
-        prompts = [[1, 2, *image_ids(t), *text] for t, text in part]
-        longest = max(map(len, prompts))
-        padded = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        pixels = (torch.stack if args.image_mode == "anyres" else torch.cat)([t.pixels for t in tiles])
-        inputs = {"input_ids": padded, "attention_mask": mask}
-        inputs["pixel_values"] = pixels.to(device, theirs.dtype)
-        if args.image_mode == "anyres":
-            inputs["image_sizes"] = torch.tensor([t.size[::-1] for t in tiles], device=device)
-        return inputs
-
-    @torch.no_grad()
-    def peer(batch):
-        rows = [(tiles, text) for tiles in map(tiles_of, images) for text in texts]
-        responses = []
-        for start in range(0, len(rows), batch):
-            inputs = peer_inputs(rows[start : start + batch])
-            out = theirs.generate(**inputs, max_new_tokens=args.tokens, min_new_tokens=args.tokens,
-                                  do_sample=False, eos_token_id=None, pad_token_id=0)  # fmt: skip
-            responses += out[:, inputs["input_ids"].shape[1] :].tolist()
-        return responses
-
+    runs = {"stic_min": lambda: ours(llava, images, args.slots, args.tokens)}
+    for name, batch in names.items():
+        runs[name] = lambda batch=batch: peer(theirs, config, images, batch, args.tokens)
     if args.memory_of:
-        step = stic if args.memory_of == "stic_min" else lambda: peer(names[args.memory_of])
-        print(json.dumps(peak_memory(step, device)))
+        print(json.dumps(peak_memory(runs[args.memory_of], device)))
         return
 
-    with torch.no_grad():
-        tiles = tiles_of(images[0])
-        batch = ours.single_batch([1, 2, IMAGE, *texts[0]], [], [tiles])
-        batch.scored = torch.arange(len(batch.ids), device=device)[None]
-        mine = ours(batch)[0]
-        other = theirs(**peer_inputs([(tiles, texts[0])])).logits[0].float()
-        difference = mine - other
-        rms = lambda x: x.square().mean().sqrt()
-        print(f"logits of one prompt: rms {rms(other):.3f}, largest {other.abs().max():.2f}; difference from "
-              f"transformers: rms {rms(difference):.2g}, largest {difference.abs().max():.2g}")
-    mine = stic()
-    keys = [(number, len(text)) for number in range(len(images)) for text in texts]
-    same = sum(mine[key].ids == response for key, response in zip(keys, peer(1)))
-    print(f"{same} of {len(mine)} responses have the same tokens as transformers'")
-    runs = {"stic_min": stic} | {name: (lambda b=b: peer(b)) for name, b in names.items()}
+    compare_logits(llava, theirs, images[0])
+    samples = runs["stic_min"]()
+    keys = [(number, n) for number in range(len(images)) for n in PROMPTS]
+    responses = peer(theirs, config, images, 1, args.tokens)
+    same = sum(samples[key].ids == response for key, response in zip(keys, responses))
+    print(f"{same} of {len(samples)} responses have the same tokens as transformers'")
     times = {name: median(seconds) for name, seconds in alternate(runs, args.repeat).items()}
-    tokens = args.tokens * len(mine)
+    tokens = args.tokens * len(samples)
     total = times["stic_min"]
     rows = [
         [name, f"{s:.2f} s", f"{tokens / s:.1f}", f"{s / total:.2f}", f"{memory[name]:.2f} GiB"]
@@ -126,19 +215,12 @@ def main():
     header = f"{len(images)} images, {args.image_mode}, two responses of {args.tokens} tokens"
     table([header, "median", "tokens/s", "ratio", "peak memory"], rows)
 
-    first = median(alternate({"prefill": lambda: stic(1)}, 3)["prefill"])
-    stride = slots.STRIDES.get(device.type, 8)
-    steps = math.ceil(len(mine) / args.slots) * stride * (math.ceil(args.tokens / stride) - 1)
-    config = ours.config.decoder
-    size = ours.lm_head.weight.element_size()
-    weights = size * sum(p.numel() for p in [*ours.model.layers.parameters(), *ours.lm_head.parameters()])
-    position = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    length = 2 + ours.config.image_tokens(images[0].size) + sum(PROMPTS) / len(PROMPTS) + args.tokens / 2
-    read = weights + args.slots * length * position  # bytes per decode step
-    speed = bandwidth(device)
-    step_ms = 1000 * (total - first) / steps
-    print(f"ours: {first:.2f} s for images and prefill, then {step_ms:.1f} ms per decode step for "
-          f"{args.slots} sequences; reading its {read / 2**20:.0f} MiB at {speed / 2**30:.1f} GiB/s takes "
+    prefilled, _ = prefill(llava, images[: max(1, args.slots // 2)], args.slots)
+    length = 2 + config.image_tokens(images[0].size) + sum(PROMPTS) // len(PROMPTS) + args.tokens // 2
+    step = decode_seconds(llava, args.slots, length)
+    read, speed = bytes_read(llava, args.slots, length), bandwidth(device)
+    print(f"ours: {1000 * prefilled:.1f} ms of prefill per image, then {1000 * step:.1f} ms per decode step "
+          f"for {args.slots} sequences; reading its {read / 2**20:.0f} MiB at {speed / 2**30:.1f} GiB/s takes "
           f"{1000 * read / speed:.1f} ms")
 
 

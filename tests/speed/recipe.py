@@ -1,5 +1,5 @@
 """Projects how long the paper's whole recipe takes on this device: 6k pairs, stage 1, 5k descriptions,
-stage 2. Each step is measured on a few samples and scaled up.
+stage 2. Each step is measured on a few samples and scaled up, then extrapolated to more images and GPUs.
 
   python tests/speed/recipe.py --size 7b --device cuda --dtype bfloat16 --slots 64 --pictures 96 \\
       --micro-batch 4
@@ -17,7 +17,16 @@ from types import SimpleNamespace
 import stage1
 import stage2
 import torch
-from common import VOCABULARY, alternate, build_ours, median, synthetic_images, table
+from common import (
+    VOCABULARY,
+    build_ours,
+    configuration,
+    free_memory,
+    fused,
+    lines,
+    seconds_of,
+    synthetic_images,
+)
 
 from stic_min import sampler
 from stic_min.images import corrupt
@@ -26,7 +35,13 @@ from stic_min.runtime.ranks import start_device
 from stic_min.runtime.work import prefetch
 from stic_min.text import IMAGE
 
-PAIRS, INSTRUCTIONS = 6000, 5000
+COUNTS = {"pairs": 6000, "stage 1": 6000, "descriptions": 5000, "stage 2": 5000}  # the paper's
+R = 128  # LoRA rank
+
+# Assumptions of `larger_runs`. Bytes per second of an all-reduce by number of GPUs: NVLink within a node of
+# eight, 400 Gbit/s per GPU between nodes. Samples per GPU and optimizer step.
+ALL_REDUCE = {1: None, 8: 300e9, 64: 40e9}
+SAMPLES = 4
 
 
 def seconds_per_image(llava, args, queries):
@@ -56,8 +71,62 @@ def seconds_per_image(llava, args, queries):
     return (time.perf_counter() - begin) / args.pictures
 
 
-def seconds_per_sample(step, args):
-    return median(alternate({"training": step}, args.repeat)["training"]) / args.micro_batch
+def measure(size, device, dtype, args):
+    """Yields (what, seconds per sample). args: pictures, tokens, slots, micro_batch, repeat."""
+    llava = fused(build_ours(size, "anyres", device, dtype))
+    # Step-by-step prompt; captioning prompt on the corrupted image, or hallucination-inducing prompt.
+    pair = lambda image, i: [(160, image), (20, image if i % 2 else corrupt(image, seed=i)[0])]
+    description = lambda image, i: [(20, image)]
+    yield "pairs", seconds_per_image(llava, args, pair)
+    yield "descriptions", seconds_per_image(llava, args, description)
+    del llava
+    settings = SimpleNamespace(image_mode="pad", micro_batch=args.micro_batch, text=30,
+                               chosen=args.tokens + 1, rejected=args.tokens + 1, r=R)  # fmt: skip
+    for name, stage in (("stage 1", stage1), ("stage 2", stage2)):
+        free_memory()
+        step = stage.ours_step(settings, build_ours(size, "pad", device, dtype).train())
+        yield name, seconds_of(step, args.repeat) / args.micro_batch
+        del step
+
+
+def paper_run(seconds):
+    """Lines of a table of the paper's recipe. seconds: per sample, by the names in COUNTS."""
+    minutes = {name: seconds[name] * count / 60 for name, count in COUNTS.items()}
+    rows = [[name, f"{seconds[name]:.3g} s", str(count), f"{minutes[name]:.1f} min"]
+            for name, count in COUNTS.items()]  # fmt: skip
+    rows.append(["whole recipe", "", "", f"{sum(minutes.values()):.1f} min"])
+    return lines(["", "per sample (measured)", "samples", "total (extrapolated)"], rows)
+
+
+def duration(seconds):
+    if seconds < 5400:
+        return f"{seconds / 60:.{1 if seconds < 600 else 0}f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def larger_runs(seconds, config):
+    """Lines of a table of larger runs, with five instructions for six images, as in the paper. Only the costs
+    per sample are measured; the table multiplies them.
+
+    Generation needs no communication. Training sums the fp32 gradients of LoRA once per optimizer step
+    (--shard none), over SAMPLES samples per GPU: its --batch-size grows with the GPUs.
+    """
+    C, F = config.hidden_size, config.intermediate_size
+    kv_width = config.num_key_value_heads * config.head_dim
+    widths = [2 * C, C + kv_width, C + kv_width, 2 * C, C + F, C + F, F + C]  # in + out of each linear
+    gradient = 4 * R * config.num_hidden_layers * sum(widths)  # bytes
+    rows = []
+    for images in (6000, 100_000, 1_000_000):
+        for gpus, bandwidth in ALL_REDUCE.items():
+            samples = {name: count * images / 6000 / gpus for name, count in COUNTS.items()}  # per GPU
+            total = {name: samples[name] * seconds[name] for name in COUNTS}
+            if bandwidth:  # a ring sends each byte twice
+                reduce = 2 * gradient * (gpus - 1) / gpus / bandwidth
+                for name in ("stage 1", "stage 2"):
+                    total[name] += samples[name] / SAMPLES * reduce
+            whole = duration(sum(total.values()))
+            rows.append([f"{images:,}", str(gpus), *(duration(total[name]) for name in COUNTS), whole])
+    return lines(["images", "GPUs", *COUNTS, "whole recipe"], rows)
 
 
 def main():
@@ -72,32 +141,13 @@ def main():
     parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
     args = parser.parse_args()
     device, dtype = start_device(args.device), getattr(torch, args.dtype)
-
-    llava = build_ours(args.size, "anyres", device, dtype)
-    # Step-by-step prompt; captioning prompt on the corrupted image, or hallucination-inducing prompt.
-    pair = lambda image, i: [(160, image), (20, image if i % 2 else corrupt(image, seed=i)[0])]
-    description = lambda image, i: [(20, image)]
-    seconds = {}
-    seconds["pairs"] = seconds_per_image(llava, args, pair)
-    seconds["descriptions"] = seconds_per_image(llava, args, description)
-    del llava
-
-    settings = SimpleNamespace(image_mode="pad", micro_batch=args.micro_batch, text=30,
-                               chosen=args.tokens + 1, rejected=args.tokens + 1, r=128)  # fmt: skip
-    for name, stage in (("stage 1", stage1), ("stage 2", stage2)):
-        step = stage.ours_step(settings, build_ours(args.size, "pad", device, dtype))
-        seconds[name] = seconds_per_sample(step, args)
-        del step
-
-    counts = {"pairs": PAIRS, "stage 1": PAIRS, "descriptions": INSTRUCTIONS, "stage 2": INSTRUCTIONS}
-    minutes = {name: seconds[name] * count / 60 for name, count in counts.items()}
-    rows = [[name, f"{seconds[name]:.3g} s", str(count), f"{minutes[name]:.1f} min"]
-            for name, count in counts.items()]  # fmt: skip
-    rows.append(["whole recipe", "", "", f"{sum(minutes.values()):.1f} min"])
-    table(["", "per sample", "samples", "total"], rows)
+    seconds = dict(measure(args.size, device, dtype, args))
+    print("\n".join(paper_run(seconds)))
     waves = math.ceil(2 * args.pictures / args.slots)
     print(f"pairs: {2 * args.tokens / seconds['pairs']:.0f} generated tokens/s, end to end; "
           f"measured waves of {args.slots} sequences: {waves}")
+    print("\nextrapolated from the costs per sample:")
+    print("\n".join(larger_runs(seconds, configuration(args.size, "pad").decoder)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ trainers do. Peak memory is measured above the memory in use before the step, in
 """
 
 import argparse
+import itertools
 import json
 import logging
 import tempfile
@@ -23,6 +24,7 @@ from stic_min.images import make_tiles
 from stic_min.loss import stic_loss, token_logps
 from stic_min.runtime import flags
 from stic_min.runtime.ranks import start_device
+from stic_min.runtime.work import prefetch
 from stic_min.text import IMAGE
 
 BETA, ALPHA = 0.1, 1 / 1024
@@ -43,14 +45,21 @@ def ours_batch(args, config, device="cpu"):
     return collate(examples, [[tiles] for tiles, *_ in rows], config, device)
 
 
-def ours_step(args, llava):
+def prepared(build_batch):
+    """The same batch again and again, built in threads ahead of the step, as in training.Run."""
+    return prefetch(lambda _: build_batch(), itertools.repeat(None))
+
+
+def ours_step(args, llava, batches=None):
+    """Attaches LoRA to `llava` -> a function that trains on the next of `batches` and returns the loss."""
     lora.attach(llava, lora.new_adapter(llava, args.r, 2 * args.r, 0.0, seed=0))
+    batches = batches or prepared(lambda: ours_batch(args, llava.config, llava.device))
 
     def logps(batch):
         return token_logps(llava(batch), batch.labels).sum(-1).view(-1, 2).unbind(1)
 
     def step():
-        batch = ours_batch(args, llava.config, llava.device)
+        batch = next(batches)
         with torch.no_grad(), llava.as_reference():
             reference = logps(batch)
         loss = stic_loss(*logps(batch), *reference, BETA, ALPHA).mean()
@@ -154,13 +163,13 @@ def release_step(args, theirs, config):
     return step
 
 
-STEPS = {"stic_min": None, "TRL DPOTrainer": trl_step, "the release's four forwards": release_step}
+PEERS = {"TRL DPOTrainer": trl_step, "the release's four forwards": release_step}
 
 
-def make(name, args):
+def make(peer, args):
+    """{name: step} of stic_min and a peer, on shared weights."""
     ours, theirs = build(args.size, args.image_mode, start_device(args.device), getattr(torch, args.dtype))
-    theirs.requires_grad_(False)
-    return ours_step(args, ours) if name == "stic_min" else STEPS[name](args, theirs, ours.config)
+    return {"stic_min": ours_step(args, ours.train()), peer: PEERS[peer](args, theirs, ours.config)}
 
 
 def main():
@@ -175,16 +184,17 @@ def main():
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
-    parser.add_argument("--memory-of", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=["stic_min", *PEERS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     if args.memory_of:
-        step = make(args.memory_of, args)
+        peer = args.memory_of if args.memory_of in PEERS else next(iter(PEERS))
+        step = make(peer, args)[args.memory_of]
         print(json.dumps(peak_memory(step, torch.device(args.device))))
         return
     config = configuration(args.size, args.image_mode)
     flops = needed_flops(ours_batch(args, config), config, args.r, reference=True)
-    compare(__file__, STEPS, make, args, f"a step of {args.micro_batch} pair(s)", flops)
+    compare(__file__, PEERS, make, args, f"a step of {args.micro_batch} pair(s)", flops)
 
 
 if __name__ == "__main__":

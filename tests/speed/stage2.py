@@ -13,7 +13,7 @@ import json
 
 import torch
 from common import VOCABULARY, build, compare, configuration, needed_flops, peak_memory, synthetic_images
-from stage1 import autocast, peft_config
+from stage1 import autocast, peft_config, prepared
 from torch.nn import functional as F
 
 from stic_min import lora
@@ -42,11 +42,13 @@ def ours_batch(args, config, device="cpu"):
     return collate(examples, [[tiles] for tiles, _, _ in rows], config, device)
 
 
-def ours_step(args, llava):
+def ours_step(args, llava, batches=None):
+    """Attaches LoRA to `llava` -> a function that trains on the next of `batches` and returns the loss."""
     lora.attach(llava, lora.new_adapter(llava, args.r, 2 * args.r, 0.0, seed=0))
+    batches = batches or prepared(lambda: ours_batch(args, llava.config, llava.device))
 
     def step():
-        batch = ours_batch(args, llava.config, llava.device)
+        batch = next(batches)
         nll, tokens = sft_loss(llava(batch), batch.labels)
         (nll / tokens).backward()
         return (nll / tokens).item()
@@ -87,13 +89,13 @@ def peer_step(args, theirs, config):
     return step
 
 
-NAMES = ("stic_min", "transformers + peft")
+PEERS = {"transformers + peft": peer_step}
 
 
-def make(name, args):
+def make(peer, args):
+    """{name: step} of stic_min and a peer, on shared weights."""
     ours, theirs = build(args.size, args.image_mode, start_device(args.device), getattr(torch, args.dtype))
-    theirs.requires_grad_(False)
-    return ours_step(args, ours) if name == "stic_min" else peer_step(args, theirs, ours.config)
+    return {"stic_min": ours_step(args, ours.train()), peer: PEERS[peer](args, theirs, ours.config)}
 
 
 def main():
@@ -105,14 +107,16 @@ def main():
     parser.add_argument("--repeat", type=int, default=5, help="number of measured rounds")
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--dtype", choices=flags.DTYPES, default="float32", help="precision of the weights")
-    parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=["stic_min", *PEERS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print(json.dumps(peak_memory(make(args.memory_of, args), torch.device(args.device))))
+        [peer] = PEERS
+        step = make(peer, args)[args.memory_of]
+        print(json.dumps(peak_memory(step, torch.device(args.device))))
         return
     config = configuration(args.size, args.image_mode)
     flops = needed_flops(ours_batch(args, config), config, args.r, reference=False)
-    compare(__file__, NAMES, make, args, f"a micro-batch of {args.micro_batch}", flops)
+    compare(__file__, PEERS, make, args, f"a micro-batch of {args.micro_batch}", flops)
 
 
 if __name__ == "__main__":
