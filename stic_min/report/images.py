@@ -1,5 +1,6 @@
 """Where the images of a page are, and small copies of them."""
 
+import warnings
 from pathlib import Path
 
 from PIL import Image
@@ -38,6 +39,11 @@ def find_folder(name: str, folders: list[Path]) -> Path:
     raise InputError(f"no such image: '{brief(name)}'")
 
 
+def find_image(name: str, folders: list[Path]) -> Path:
+    """Raises InputError if none of `folders` has this image."""
+    return image_path(find_folder(name, folders), name)
+
+
 def missing_line(missing: int, total: int, noun: str, folders: list[Path], given: list[Path]) -> str:
     """What the page says about missing images. Only folders that were `given` are shown with their paths."""
     if not missing:
@@ -55,6 +61,19 @@ def thumbnail(image: Image.Image, side: int, enlarge: bool = False) -> str:
     size = [max(1, round(length * scale)) for length in image.size]
     small = image.resize(size, Image.BICUBIC, reducing_gap=3)
     return data_uri(small, "JPEG", quality=70, optimize=True)
+
+
+def read_thumbnail(source, side: int) -> str:
+    """A thumbnail of an image file, or of an open one. Raises InputError if it can't be read. (Unlike
+    `stic_min.images.open_image`, this does without torch.)"""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                image.draft("RGB", (side, side))
+                return thumbnail(image.convert("RGB"), side)
+    except Exception as error:  # whatever Pillow raises for a damaged file
+        raise InputError(f"can't read an image: {error}") from None
 
 
 def in_threads(task, items) -> list:

@@ -46,7 +46,8 @@ tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 
 .settings dt { color: var(--soft); font-size: .85em; } .settings dd { margin: 0; }
 .tools { display: flex; flex-wrap: wrap; gap: .5em 1em; align-items: center; padding: .5em 0; }
 .tools[hidden] { display: none; }
-.turn { position: sticky; top: 0; z-index: 2; background: var(--paper); border-bottom: 1px solid var(--line); }
+.turn { position: sticky; top: 0; z-index: 2; background: var(--paper);
+  border-bottom: 1px solid var(--line); }
 .turn input { width: 4.5em; }
 .list { scroll-margin-top: 3.5em; display: grid; gap: 0 2em;
   grid-template-columns: repeat(auto-fill, minmax(min(28em, 100%), 1fr)); }

@@ -8,9 +8,8 @@ from html import escape
 
 from stic_min import InputError
 from stic_min.data import Pair
-from stic_min.formats.image_folder import image_path
 from stic_min.report.gallery import Images, image_tag
-from stic_min.report.images import find_folder, thumbnail
+from stic_min.report.images import find_image, thumbnail
 from stic_min.report.page import math, number
 from stic_min.runtime.files import brief, check_text
 from stic_min.text import without_marks
@@ -36,8 +35,7 @@ STYLE = """
 .pair .tag { font-size: .8em; font-weight: 400; border: 1px solid var(--gray); border-radius: 1em;
   padding: .05em .7em; margin-left: .4em; white-space: nowrap; }
 .pair .tag.wrong { border-color: currentColor; }
-.pair section { display: grid; grid-template-rows: subgrid; grid-row: span 4; gap: .4em; min-width: 0;
-  border: 0; margin: 0; }
+.pair section { display: grid; grid-template-rows: subgrid; grid-row: span 4; gap: .4em; min-width: 0; }
 .pair .seen { display: flex; gap: 1em; align-items: flex-start; }
 .pair figure { flex: none; width: 192px; max-width: 45%; }
 .pair .missing { display: flex; align-items: center; aspect-ratio: 1; padding: 1em; }
@@ -124,8 +122,7 @@ def view_of(entry: Entry, folders: list, images: Images) -> View:
 
     seed = entry.seed
     try:
-        name = entry.pair.image
-        image = open_image(image_path(find_folder(name, folders), name))
+        image = open_image(find_image(entry.pair.image, folders))
     except InputError:
         return View(missing=True)
     square = pad_to_square if entry.record.get("image_mode") == "pad" else lambda image: image

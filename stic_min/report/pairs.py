@@ -16,8 +16,8 @@ from stic_min.report.gallery import Images, gallery
 from stic_min.report.images import image_folders, in_threads, missing_line
 from stic_min.report.logps import response_logps
 from stic_min.report.options import Options
-from stic_min.report.pair_cards import KINDS, Entry, count_words
 from stic_min.report.page import html_table, math, note, number, page_of, percent, plural, settings
+from stic_min.report.pair_cards import KINDS, Entry, count_words
 from stic_min.runtime.files import write_text
 
 LIMIT = 10_000  # pairs in one gallery, about 15 KB each

@@ -9,7 +9,7 @@ from stic_min.formats.records import pair_sides, read_kind
 from stic_min.report import record as records
 from stic_min.report import training
 from stic_min.report.options import Options
-from stic_min.report.page import html_table, markdown, page
+from stic_min.report.page import html_table, markdown, note, page
 from stic_min.report.steps import Step, steps_in
 from stic_min.runtime.files import read_json, write_text
 from stic_min.scorers.common import with_interval
@@ -29,7 +29,7 @@ COUNTS = (
 )
 
 STYLE = """
-nav ol { padding-left: 1.4em; } section { border-top: 1px solid var(--line); margin-top: 2.5em; }
+nav ol { padding-left: 1.4em; } main > section { border-top: 1px solid var(--line); margin-top: 2.5em; }
 """
 
 
@@ -261,8 +261,8 @@ def section(path: str | Path, options: Options) -> str:
     )
     return (
         f"<h2>Steps</h2><nav aria-label=Steps><ol>{links}</ol></nav>"
-        f"{html_table(*steps_table(parts), 0)}<p class=note>{'<br>'.join(map(escape, lines))}</p>"
-        f"<h2>Counts</h2>{html_table(*counts_table(parts), 0)}<p class=note>{COUNTS}</p>{sections}"
+        f"{html_table(*steps_table(parts), 'Steps')}<p class=note>{'<br>'.join(map(escape, lines))}</p>"
+        f"<h2>Counts</h2>{html_table(*counts_table(parts), 'Counts')}{note(COUNTS)}{sections}"
     )
 
 
