@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.report import distribution
+from stic_min.report import distribution, features
 from stic_min.runtime import console, flags, process
 from stic_min.runtime.files import check_place, write_text
 from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
@@ -215,7 +215,7 @@ def parse_args():
     flags.add_model_flags(sub)
     flags.add_sampling_flags(sub, temperature=0.0)
     summary = "compute CLIP features of the images in a folder, for tsne"
-    sub = command("embed", summary, distribution.embed, distribution.EMBED_HELP)
+    sub = command("embed", summary, features.embed, features.EMBED_HELP)
     arguments.add_embed_flags(sub)
     summary = "plot CLIP features of image folders, with their overlaps"
     sub = command("tsne", summary, distribution.tsne, distribution.TSNE_HELP)
