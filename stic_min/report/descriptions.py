@@ -212,7 +212,7 @@ def section(path: str | Path, options: Options) -> str:
         except InputError:
             return None
 
-    keys = in_threads(lambda entry: look(entry) if entry.image else None, entries)
+    keys = in_threads("images", lambda entry: look(entry) if entry.image else None, entries)
     missing = sum(bool(entry.image) and key is None for entry, key in zip(entries, keys))
     cards = [card(number, *item) for number, item in enumerate(zip(entries, keys), 1)]
     ends = {"show": (["not cut off", "cut off"], [int(entry.cut) for entry in entries])}

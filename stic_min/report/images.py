@@ -76,9 +76,9 @@ def read_thumbnail(source, side: int) -> str:
         raise InputError(f"can't read an image: {error}") from None
 
 
-def in_threads(task, items) -> list:
-    """[task(item), ...] for something that opens images, with a progress line."""
-    progress = Progress("images", len(items))
+def in_threads(what: str, task, items) -> list:
+    """[task(item), ...], with a progress line."""
+    progress = Progress(what, len(items))
     results = []
     for result in prefetch(task, items):
         results.append(result)

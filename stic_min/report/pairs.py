@@ -45,7 +45,7 @@ def section(path: str | Path, options: Options) -> str:
             entry.logps = logps
     shown = entries[:LIMIT]
     images = Images()
-    views = in_threads(lambda entry: pair_cards.view_of(entry, folders, images), shown)
+    views = in_threads("images", lambda entry: pair_cards.view_of(entry, folders, images), shown)
     return (
         f"<h2>Preference pairs: {escape(Path(path).name)}</h2>"
         + summary(entries)
@@ -138,8 +138,8 @@ def margin_chart(entries) -> str:
 
 
 def pair_gallery(entries, views, images) -> str:
-    articles = [pair_cards.article(position, entry, view)
-                for position, (entry, view) in enumerate(zip(entries, views), 1)]  # fmt: skip
+    numbered = [(position, *both) for position, both in enumerate(zip(entries, views), 1)]
+    articles = in_threads("pairs", lambda item: pair_cards.article(*item), numbered)
     kinds = list(KINDS)
     filters = {
         "kind": (list(KINDS.values()), [kinds.index(entry.kind) for entry in entries]),
