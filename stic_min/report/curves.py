@@ -65,9 +65,9 @@ def curves(stage: int | None, record: dict) -> list[Curve]:
             "log p of the responses",
             {"logp_chosen": "preferred", "logp_rejected": "dispreferred"},
             "log p(y | v, x) under the model in training, summed over the tokens, so long responses have "
-            "lower values. (In log.jsonl, the responses are called chosen and rejected.) The gap should grow. If log p of the preferred response falls as well, both "
+            "lower values. The gap should grow. If log p of the preferred response falls as well, both "
             "become less probable: Eq. 3.3 sees only their difference. The α·NLL term of Eq. 4.1 pulls the "
-            "preferred one up.",
+            "preferred one up. (log.jsonl calls the responses chosen and rejected.)",
         ),
         Curve(
             "Reward of the responses",
