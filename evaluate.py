@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.report import distribution, features
 from stic_min.runtime import console, flags, process
 from stic_min.runtime.files import check_place, write_text
 from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
@@ -164,6 +163,18 @@ def run_table(args):
     print(f"{text}\n\nwrote {file} and {page}")
 
 
+def run_embed(args):
+    from stic_min.report import features
+
+    features.embed(args)
+
+
+def run_tsne(args):
+    from stic_min.report import distribution
+
+    distribution.tsne(args)
+
+
 def run_ask(args):
     from stic_min import dar
     from stic_min.generate import Sampling, open_model
@@ -215,10 +226,10 @@ def parse_args():
     flags.add_model_flags(sub)
     flags.add_sampling_flags(sub, temperature=0.0)
     summary = "compute CLIP features of the images in a folder, for tsne"
-    sub = command("embed", summary, features.embed, features.EMBED_HELP)
+    sub = command("embed", summary, run_embed, arguments.EMBED_HELP)
     arguments.add_embed_flags(sub)
     summary = "plot CLIP features of image folders, with their overlaps"
-    sub = command("tsne", summary, distribution.tsne, distribution.TSNE_HELP)
+    sub = command("tsne", summary, run_tsne, arguments.TSNE_HELP)
     arguments.add_tsne_flags(sub)
     return parser.parse_args()
 

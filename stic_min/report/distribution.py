@@ -24,16 +24,6 @@ FEWEST = 4  # images per features file
 ROUGH = 100  # with fewer images, an overlap is a rough estimate
 PERPLEXITY = 30
 
-TSNE_HELP = """Plots the features of several image folders with t-SNE, and computes how much they overlap.
-
-The paper's Figures 8 and 14 compare stage 1's images (MSCOCO) with those of four benchmarks, 1,000 images
-each. The more a benchmark's images overlap with them, the more it tends to gain; ChartQA is an exception.
-The first file is the reference, so start with the images of stage 1. The overlap of each other file with it
-is computed in feature space, not in the plot: among each image's 10 nearest neighbors (cosine similarity,
-equally many images per file), the share from the other file, divided by the share expected if the file made
-no difference. 1 means indistinguishable, 0 disjoint. FILE.json, next to the plot, has the overlaps and the
-position of each image. Needs scikit-learn (pip install scikit-learn).
-"""
 
 # ---------------------------------------------------------------- overlap
 

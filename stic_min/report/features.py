@@ -19,15 +19,6 @@ FEATURES = "CLIP hidden state -2, mean over the patches that show the image, pad
 KEY = "stic_min.features"  # of the metadata in a features file
 BATCH = 32  # images per forward pass
 
-EMBED_HELP = """Computes CLIP features of the images in a folder and its subfolders, for `tsne`.
-
-Each image is padded to a square and encoded by the checkpoint's own vision tower in float32. Its feature is
-the mean of hidden state -2, which LLaVA's projector reads, over the patches that show the image, not padding.
-Features and image names are written to a safetensors file. The name of this file labels its images in the
-plot, so choose scienceqa.safetensors rather than test.safetensors. Unreadable images are skipped with a
-warning.
-"""
-
 # ---------------------------------------------------------------- from images to features
 
 

@@ -47,6 +47,27 @@ def add_score_flags(parser, benchmarks):
     add_judge_flags(parser)
 
 
+EMBED_HELP = """Computes CLIP features of the images in a folder and its subfolders, for `tsne`.
+
+Each image is padded to a square and encoded by the checkpoint's own vision tower in float32. Its feature is
+the mean of hidden state -2, which LLaVA's projector reads, over the patches that show the image, not padding.
+Features and image names are written to a safetensors file. The name of this file labels its images in the
+plot, so choose scienceqa.safetensors rather than test.safetensors. Unreadable images are skipped with a
+warning.
+"""
+
+TSNE_HELP = """Plots the features of several image folders with t-SNE, and computes how much they overlap.
+
+The paper's Figures 8 and 14 compare stage 1's images (MSCOCO) with those of four benchmarks, 1,000 images
+each. The more a benchmark's images overlap with them, the more it tends to gain; ChartQA is an exception.
+The first file is the reference, so start with the images of stage 1. The overlap of each other file with it
+is computed in feature space, not in the plot: among each image's 10 nearest neighbors (cosine similarity,
+equally many images per file), the share from the other file, divided by the share expected if the file made
+no difference. 1 means indistinguishable, 0 disjoint. FILE.json, next to the plot, has the overlaps and the
+position of each image. Needs scikit-learn (pip install scikit-learn).
+"""
+
+
 def add_embed_flags(parser):
     add = parser.add_argument
     add("--model", required=True, metavar="DIR",

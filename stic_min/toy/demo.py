@@ -1,6 +1,8 @@
-"""The whole recipe once on the toy world: draws pictures, runs the scripts, writes a table, a page and a
+"""The whole recipe once on the toy world: draws pictures, runs the scripts, writes a table, pages and a
 figure."""
 
+from stic_min.report.options import Options
+from stic_min.report.recipe import write as write_report
 from stic_min.runtime.files import read_records
 from stic_min.toy import captions as toy_captions
 from stic_min.toy import files, pair_figure, recipe, story
@@ -38,6 +40,7 @@ def run(model, out, seed, images, test_images):
     pairs = [pair for _, pair in read_records(out / "pairs.jsonl")]
     pair_figure.write_figure(out / "pair.svg", pairs, unlabeled, scenes)
     story.write(out, model, scenes, scores)
+    write_report(out, Options())
     report(out, model, scores)
 
 
@@ -54,6 +57,7 @@ def report(out, model, scores):
     shape = first["objects"][0].split()[1]
     script = recipe.short(recipe.ROOT / "evaluate.py")
     picture = recipe.short(out / "dev" / first["image"])
-    print(f"\nWhat happened, step by step: {recipe.short(out / 'story.html')}. To ask the model yourself:\n"
+    print(f"\nWhat happened, step by step: {recipe.short(out / 'story.html')}. All pairs, curves and scores: "
+          f"{recipe.short(out / 'report.html')}. To ask the model yourself:\n"
           f"python {script} ask --model {recipe.short(model)} --adapter {recipe.short(out / 'stic')} "
           f'--image {picture} "Where is the {shape}?"')  # fmt: skip
