@@ -164,24 +164,14 @@ def reference(question):
     return answer
 
 
-class Thumbnails:
-    """The images of a benchmark's questions, each opened once."""
-
-    def __init__(self, benchmark, folder, images):
-        self.benchmark, self.folder, self.images = benchmark, folder, images
-        self.keys = {}  # {name of the image: key in `images`; "" if it can't be read}
-
-    def key(self, question):
-        """The key of a question's image; None without one."""
-        name = question["image"]
-        if name is not None and name not in self.keys:
-            try:
-                get_bytes = self.benchmark.image_bytes
-                source = io.BytesIO(get_bytes(question)) if get_bytes else image_path(self.folder, name)
-                self.keys[name] = self.images.add(read_thumbnail(source, SIDE))
-            except InputError:
-                self.keys[name] = ""
-        return self.keys.get(name)
+def thumbnail_key(benchmark, question, folder, images):
+    """The key of a question's image in `images`; "" if it can't be read."""
+    try:
+        get_bytes = benchmark.image_bytes
+        source = io.BytesIO(get_bytes(question)) if get_bytes else image_path(folder, question["image"])
+        return images.add(read_thumbnail(source, SIDE))
+    except InputError:
+        return ""
 
 
 def answer_text(benchmark, questions, run):
@@ -244,7 +234,7 @@ def benchmark_section(benchmark, rows, options, images):
     groups = {}
     for question in questions:
         groups.setdefault(harness.get_group(benchmark, question), []).append(question)
-    thumbnails = Thumbnails(benchmark, folder, images)
+    keys = {None: None}  # {name of an image: its key in `images`}
     tuned = [pair for pair in pairs if pair[0].row.tuned != pair[1].row.tuned]
     opened = (tuned or pairs[:1])[-1]
     lines, lists = [], []
@@ -257,13 +247,17 @@ def benchmark_section(benchmark, rows, options, images):
         change = f"{100 * (gains - losses) / len(results):+.1f}" if results else "–"
         lines.append([title, *map(str, counts), change, f"{mcnemar(gains, losses):.2g}"])
         flips = [(group, verdicts) for group, *verdicts in results if verdicts[0] != verdicts[1]]
-        items = [flip(benchmark, group, verdicts, pair, thumbnails.key(group[0]))
-                 for group, verdicts in flips]  # fmt: skip
+        items = []
+        for group, verdicts in flips:
+            name = group[0]["image"]
+            if name not in keys:
+                keys[name] = thumbnail_key(benchmark, group[0], folder, images)
+            items.append(flip(benchmark, group, verdicts, pair, keys[name]))
         kinds = {"show": (["wrong to right", "right to wrong"], [int(right) for _, (right, _) in flips])}
         body = gallery("flipped answers", items, images, kinds) if items else "<p>No answer flipped.</p>"
         summary = f"<summary>{escape(title)}: {len(items)} flipped</summary>"
         lists.append(f"<details{' open' if pair is opened else ''}>{summary}{body}</details>")
-    if unreadable := sum(key == "" for key in thumbnails.keys.values()):
+    if unreadable := sum(key == "" for key in keys.values()):
         lists.append(note(f"{unreadable} images could not be read."))
     header = ["", "compared", "both right", "wrong to right", "right to wrong", "both wrong", "points", "p"]
     table = html_table(header, lines, f"Flipped answers, {tables.TITLES[benchmark.name]}")

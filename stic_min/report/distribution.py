@@ -1,5 +1,5 @@
-"""Image distribution against gain (section 6, Figures 8 and 14): CLIP features of image folders, how much two
-folders overlap, and a t-SNE plot.
+"""Image distribution against gain (section 6, Figures 8 and 14): how much the CLIP features of two image
+folders overlap, and a t-SNE plot of them: evaluate.py tsne.
 
 STIC learns from unlabeled images of one kind. The paper asks whether benchmarks whose images look alike gain
 more, and compares the images in a t-SNE plot by eye. Here the overlap is also a number, `overlap`. It is
@@ -23,7 +23,6 @@ NEIGHBORS = 10  # k of `overlap`
 FEWEST = 4  # images per features file
 ROUGH = 100  # with fewer images, an overlap is a rough estimate
 PERPLEXITY = 30
-
 
 # ---------------------------------------------------------------- overlap
 

@@ -109,9 +109,8 @@ class Entry:
 class View:
     """The images of a pair, as the model sees them; keys of `Images`."""
 
-    clean: str = ""  # v
+    clean: str = ""  # v; "" if it is missing
     corrupted: str = ""  # h(v); "" if both responses are about v, or if h(v) can't be replayed
-    missing: bool = False
     changed: bool = False  # the replayed corruption has other parameters than the recorded one
 
 
@@ -124,7 +123,7 @@ def view_of(entry: Entry, folders: list, images: Images) -> View:
     try:
         image = open_image(find_image(entry.pair.image, folders))
     except InputError:
-        return View(missing=True)
+        return View()
     square = pad_to_square if entry.record.get("image_mode") == "pad" else lambda image: image
     small = lambda image: images.add(thumbnail(square(image), SIDE, enlarge=True))
     view = View(small(image))

@@ -105,7 +105,7 @@ def summary(entries) -> str:
 
 def remarks(path, entries, views, folders, options) -> list[str]:
     """What is missing or unexpected."""
-    missing = sum(view.missing for view in views)
+    missing = sum(not view.clean for view in views)
     lines = [records.unfinished(path), missing_line(missing, len(views), "pair", folders, options.images)]
     if len(entries) > len(views):
         lines.append(f"The gallery shows the first {len(views):,} of {plural(len(entries), 'pair')}.")

@@ -165,28 +165,20 @@ def short(value: float) -> str:
     return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def last_values(run: Training) -> list[tuple[str, str, str, str]]:
-    """(name, at the first step, at the last step, mean of the last tenth of the steps) of what was logged."""
-    fields = [field for field in run.log[-1] if field not in NOT_SHOWN]
-    rows = []
-    for field in fields:
-        values = [record[field] for record in run.log if field in record]
-        last = values[-window_of_last(run) :]
-        mean = sum(last) / len(last)
-        rows.append((NAMES.get(field, field.replace("_", " ")), *map(short, (values[0], values[-1], mean))))
-    return rows
-
-
-def window_of_last(run):
-    return max(1, round(len(run.log) / 10))
-
-
 def values_table(run: Training) -> tuple[list[str], list[list[str]]]:
-    """The header and the rows of `last_values`."""
-    count = window_of_last(run)
+    """(header, rows): what was logged at the first step, at the last one, and on average in the last tenth."""
+    window = max(1, round(len(run.log) / 10))
     header = ["", f"step {run.log[0]['step']}", f"step {run.log[-1]['step']}"]
-    header += [f"mean of the last {count} steps"] if count > 1 else []
-    return header, [list(row)[: len(header)] for row in last_values(run)]
+    header += [f"mean of the last {window} steps"] if window > 1 else []
+    rows = []
+    for field in run.log[-1]:
+        if field not in NOT_SHOWN:
+            values = [record[field] for record in run.log if field in record]
+            last = values[-window:]
+            numbers = values[0], values[-1], sum(last) / len(last)
+            row = [NAMES.get(field, field.replace("_", " ")), *map(short, numbers)]
+            rows.append(row[: len(header)])
+    return header, rows
 
 
 SETTINGS = {
