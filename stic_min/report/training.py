@@ -166,7 +166,7 @@ def short(value: float) -> str:
 
 
 def values_table(run: Training) -> tuple[list[str], list[list[str]]]:
-    """(header, rows): what was logged at the first step, at the last one, and on average in the last tenth."""
+    """(header, rows): what was logged at the first and the last step, and on average in the last tenth."""
     window = max(1, round(len(run.log) / 10))
     header = ["", f"step {run.log[0]['step']}", f"step {run.log[-1]['step']}"]
     header += [f"mean of the last {window} steps"] if window > 1 else []
