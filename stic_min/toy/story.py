@@ -119,7 +119,7 @@ def about_pairs(out, model, scenes):
         cards.append(f"<h3>A pair with a {kind}</h3>")
         cards.append(f'<div class="cards">{"".join(svgs)}</div><p>{sees} “{x}”</p>')
         selected[kind] = parse_pair("", pair)
-    logps = response_logps([*selected.values()], [out / "unlabeled"], model, out / "stage1")
+    logps = response_logps([*selected.values()], [out / "unlabeled"], model, out / "stage1", "cpu")
     losses = [loss_table(f"The pair with a {kind}", values, settings)
               for kind, values in zip(selected, logps)]  # fmt: skip
     labels = ["pairs", "$y_l$ has more absent objects than $y_w$", "as many", "of these, the same text",
