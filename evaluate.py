@@ -164,9 +164,9 @@ def run_table(args):
 
 
 def run_embed(args):
-    from stic_min.report import distribution
+    from stic_min.report import features
 
-    distribution.embed(args)
+    features.embed(args)
 
 
 def run_tsne(args):

@@ -7,23 +7,21 @@ scorer, one question at a time.
 
 import io
 import math
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from PIL import Image
-
 from stic_min import InputError
 from stic_min.formats.image_folder import image_path
-from stic_min.report import page
+from stic_min.report import record as records
+from stic_min.report.gallery import Images, gallery, image_tag
+from stic_min.report.images import read_thumbnail
 from stic_min.report.options import Options, recorded_folder
-from stic_min.runtime.files import read_json
+from stic_min.report.page import html_table, note
 from stic_min.scorers import audit, harness, tables
 
-THUMBNAIL = 200  # pixels on the long side
-KINDS = {"gain": "wrong to right", "loss": "right to wrong"}
+SIDE = 200  # pixels of a thumbnail
 NOTE = """The p-value is that of McNemar's exact test: how likely flips are to be at least this uneven if each
 went either way with probability 1/2. Questions that only one of the two runs answered are not compared."""
 
@@ -107,16 +105,15 @@ def find_pairs(runs):
 
 def find_questions(benchmark, runs, options):
     """(questions, their data folder). Raises NoFlips if no folder has the questions of these runs."""
-    recorded = [beside(run.row.files[benchmark.name], ".run.json") for run in runs]
-    recorded = [recorded_folder(read_json(file), "--data") for file in recorded if file.is_file()]
+    files = [beside(run.row.files[benchmark.name], ".jsonl") for run in runs]
+    recorded = [recorded_folder(records.of_output(file), "--data") for file in files]
     reasons = []
     for folder in [*options.data, *filter(None, recorded)]:
         try:
             questions = harness.load_questions(benchmark, folder, runs[0].settings.get("suffix"))
             entries = harness.make_entries(benchmark, questions)
-            for run in runs:
-                path = beside(run.row.files[benchmark.name], ".jsonl")
-                harness.check_prompts(benchmark, path, list(run.answers.values()), entries)
+            for run, file in zip(runs, files):
+                harness.check_prompts(benchmark, file, list(run.answers.values()), entries)
             return questions, folder
         except InputError as error:
             if folder in options.data:  # the page names no other path
@@ -167,22 +164,14 @@ def reference(question):
     return answer
 
 
-def thumbnail(benchmark, question, folder):
-    """The image of a question as a small data URI. Raises InputError if it can't be read."""
-    source = io.BytesIO(benchmark.image_bytes(question)) if benchmark.image_bytes else None
-    source = source or image_path(folder, question["image"])
+def thumbnail_key(benchmark, question, folder, images):
+    """The key of a question's image in `images`; "" if it can't be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                image.draft("RGB", (THUMBNAIL, THUMBNAIL))
-                image = image.convert("RGB")
-    except Exception as error:  # whatever Pillow raises for a damaged file
-        raise InputError(f"can't read an image: {error}") from None
-    if max(image.size) <= THUMBNAIL:
-        return page.data_uri(image, "PNG")
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return page.data_uri(image, "JPEG", quality=70)
+        get_bytes = benchmark.image_bytes
+        source = io.BytesIO(get_bytes(question)) if get_bytes else image_path(folder, question["image"])
+        return images.add(read_thumbnail(source, SIDE))
+    except InputError:
+        return ""
 
 
 def answer_text(benchmark, questions, run):
@@ -198,13 +187,14 @@ def answer_text(benchmark, questions, run):
 
 
 def flip(benchmark, questions, verdicts, runs, image):
-    """One flipped question as HTML. image: the key of its image, or None."""
+    """One flipped question as HTML. image: the key of its image, if it has a readable one."""
     question = questions[0]
-    alt = escape(f"image of question {question['question_id']}", quote=True)
-    shown = f'<img data-image="{escape(image)}" alt="{alt}">' if image else "<span class=note>no image</span>"
+    shown = "<span class=note>no image</span>"
+    if image:
+        shown = image_tag(image, f"image of question {question['question_id']}")
     parts = [shown, f"<div><p class=text>{escape(question['text'])}</p>"]
     if text := reference(question):
-        parts.append(f"<p class=note>Reference: {escape(text)}</p>")
+        parts.append(note(f"Reference: {text}"))
     for run, right in zip(runs, verdicts):
         mark = "<span class=right>✓ right</span>" if right else "<span class=wrong>✗ wrong</span>"
         text = escape(answer_text(benchmark, questions, run)) or "<small>(empty)</small>"
@@ -212,26 +202,7 @@ def flip(benchmark, questions, verdicts, runs, image):
         if description := harness.find_description(question, run.descriptions):
             summary = f"<summary>description by {escape(run.label)}</summary>"
             parts.append(f"<details>{summary}<p class=text>{escape(description)}</p></details>")
-    return f"<article class=flip>{''.join(parts)}</div></article>"
-
-
-class Images:
-    """The thumbnails of a page, each once, and the number of images that can't be read."""
-
-    def __init__(self):
-        self.uris, self.unreadable = {}, 0
-
-    def key(self, benchmark, question, folder):
-        if question["image"] is None:
-            return None
-        key = f"{benchmark.name}/{question['image']}"
-        if key not in self.uris:
-            try:
-                self.uris[key] = thumbnail(benchmark, question, folder)
-            except InputError:
-                self.unreadable += 1
-                self.uris[key] = None
-        return key if self.uris[key] else None
+    return f"<article class=card>{''.join(parts)}</div></article>"
 
 
 def remark(benchmark, runs):
@@ -242,10 +213,10 @@ def remark(benchmark, runs):
         "mmbench": "Right: in all orders of the options.",
         "toycaptions": "Right: no object that is not in the image.",
     }
-    note = notes.get(benchmark.name, "")
+    text = notes.get(benchmark.name, "")
     if benchmark.name in ("mmbench", "mathvista") and any(run.judged is None for run in runs):
-        note += " Answers that only a judge can read count as wrong here."
-    return f"<p class=note>{escape(note)}</p>" if note else ""
+        text += " Answers that only a judge can read count as wrong here."
+    return note(text)
 
 
 def benchmark_section(benchmark, rows, options, images):
@@ -263,46 +234,48 @@ def benchmark_section(benchmark, rows, options, images):
     groups = {}
     for question in questions:
         groups.setdefault(harness.get_group(benchmark, question), []).append(question)
-    lines, galleries = [], []
-    shown = [pair for pair in pairs if pair[0].row.tuned != pair[1].row.tuned][-1:] or pairs
-    shown = shown[0]
-    for first, second in pairs:
-        results = compare(benchmark, groups.values(), first, second)
+    keys = {None: None}  # {name of an image: its key in `images`}
+    tuned = [pair for pair in pairs if pair[0].row.tuned != pair[1].row.tuned]
+    opened = (tuned or pairs[:1])[-1]
+    lines, lists = [], []
+    for pair in pairs:
+        results = compare(benchmark, groups.values(), *pair)
         count = Counter((before, after) for _, before, after in results)
         gains, losses = count[False, True], count[True, False]
-        title = f"{first.label} → {second.label}"
+        title = f"{pair[0].label} → {pair[1].label}"
         counts = [len(results), count[True, True], gains, losses, count[False, False]]
         change = f"{100 * (gains - losses) / len(results):+.1f}" if results else "–"
         lines.append([title, *map(str, counts), change, f"{mcnemar(gains, losses):.2g}"])
         flips = [(group, verdicts) for group, *verdicts in results if verdicts[0] != verdicts[1]]
-        items = [("gain" if verdicts[1] else "loss", flip(
-            benchmark, group, verdicts, (first, second), images.key(benchmark, group[0], folder)))
-            for group, verdicts in flips]  # fmt: skip
-        is_open = " open" if (first, second) == shown else ""
-        body = page.paged(items, KINDS) if items else "<p>No answer flipped.</p>"
-        galleries.append(f"<details{is_open}><summary>{escape(title)}: {len(items)} flipped</summary>{body}"
-                         "</details>")  # fmt: skip
+        items = []
+        for group, verdicts in flips:
+            name = group[0]["image"]
+            if name not in keys:
+                keys[name] = thumbnail_key(benchmark, group[0], folder, images)
+            items.append(flip(benchmark, group, verdicts, pair, keys[name]))
+        kinds = {"show": (["wrong to right", "right to wrong"], [int(right) for _, (right, _) in flips])}
+        body = gallery("flipped answers", items, images, kinds) if items else "<p>No answer flipped.</p>"
+        summary = f"<summary>{escape(title)}: {len(items)} flipped</summary>"
+        lists.append(f"<details{' open' if pair is opened else ''}>{summary}{body}</details>")
+    if unreadable := sum(key == "" for key in keys.values()):
+        lists.append(note(f"{unreadable} images could not be read."))
     header = ["", "compared", "both right", "wrong to right", "right to wrong", "both wrong", "points", "p"]
-    return remark(benchmark, runs) + page.html_table(header, lines, 0) + "".join(galleries)
+    table = html_table(header, lines, f"Flipped answers, {tables.TITLES[benchmark.name]}")
+    return remark(benchmark, runs) + table + "".join(lists)
 
 
 def section(path: str | Path, options: Options) -> str:
-    """The flips between the runs in a folder of scores, as HTML. Raises InputError like `read_results`, and
-    for a damaged file of answers."""
+    """The flips between the runs in a folder of scores as HTML, from an <h3> on. Raises InputError like
+    `read_results`, and for a damaged file of answers."""
     rows = tables.read_results(path)
     images = Images()
     parts, missing = [], []
     for name in tables.benchmarks_of(rows):
-        benchmark = harness.get_benchmark(name)
         title = tables.TITLES[name]
         try:
-            body = benchmark_section(benchmark, rows, options, images)
+            body = benchmark_section(harness.get_benchmark(name), rows, options, images)
         except NoFlips as error:
-            missing.append(f"<p class=note>{escape(f'{title}: {error}.')}</p>")
+            missing.append(note(f"{title}: {error}."))
             continue
-        parts.append(f"<h3>{escape(title)}</h3>{body}")
-    if images.unreadable:
-        missing.append(f"<p class=note>{images.unreadable} images could not be read.</p>")
-    note = f"<p class=note>{NOTE}</p>" if parts else ""
-    uris = page.json_block("images", {key: uri for key, uri in images.uris.items() if uri})
-    return f"<section><h2>Flipped answers</h2>{note}{''.join(parts)}{''.join(missing)}{uris}</section>"
+        parts.append(f"<h4>{escape(title)}</h4>{body}")
+    return f"<h3>Flipped answers</h3>{note(NOTE) if parts else ''}{''.join(parts)}{''.join(missing)}"

@@ -9,7 +9,7 @@ from stic_min.formats.records import pair_sides, read_kind
 from stic_min.report import record as records
 from stic_min.report import training
 from stic_min.report.options import Options
-from stic_min.report.page import html_table, markdown, page
+from stic_min.report.page import html_table, markdown, note, page
 from stic_min.report.steps import Step, steps_in
 from stic_min.runtime.files import read_json, write_text
 from stic_min.scorers.common import with_interval
@@ -29,7 +29,7 @@ COUNTS = (
 )
 
 STYLE = """
-nav ol { padding-left: 1.4em; } section { border-top: 1px solid var(--line); margin-top: 2.5em; }
+nav ol { padding-left: 1.4em; } main > section { border-top: 1px solid var(--line); margin-top: 2.5em; }
 """
 
 
@@ -71,11 +71,9 @@ def steps_table(parts: list[Part]):
     """One row per step. The evaluations of a folder share a row: time is their sum, memory their maximum."""
     header = ["step", "wall time", "peak memory", "hardware"]
     rows = [[what(part), *costs(list(part.records.values()))] for part in parts]
-    seconds = [records.number(record, "wall_seconds") for part in parts for record in part.records.values()]
-    known = [value for value in seconds if value is not None]
-    if len(parts) > 1 and known:
-        some = f" ({len(known)} of {len(seconds)} runs)" if len(known) < len(seconds) else ""
-        rows.append(["all steps", records.duration(sum(known)) + some, "", ""])
+    total = total_time([record for part in parts for record in part.records.values()])
+    if len(parts) > 1 and total:
+        rows.append(["all steps", total, "", ""])
     return header, rows
 
 
@@ -84,21 +82,26 @@ def what(part):
     return f"{part.number}. {part.title}{count}"
 
 
+def total_time(recorded):
+    """The wall time of several runs as text; "" if it is not recorded for any."""
+    seconds = [records.number(record, "wall_seconds") for record in recorded]
+    known = [value for value in seconds if value is not None]
+    some = f" ({len(known)} of {len(seconds)} runs)" if len(known) < len(seconds) else ""
+    return records.duration(sum(known)) + some if known else ""
+
+
 def costs(recorded):
     """Wall time, peak memory and hardware of one or several runs."""
     if len(recorded) == 1:
         [record] = recorded
         return [records.wall_time(record), records.peak_memory(record), records.hardware(record)]
-    seconds = [records.number(record, "wall_seconds") for record in recorded]
-    memory = [records.number(record, "peak_memory_gb") for record in recorded]
-    known = [value for value in seconds if value is not None]
-    if not known:
+    total = total_time(recorded)
+    if not total:
         return [records.MISSING] * 3
-    some = f" ({len(known)} of {len(seconds)} runs)" if len(known) < len(seconds) else ""
-    machines = dict.fromkeys(records.hardware(record) for record in recorded if record)
+    memory = [records.number(record, "peak_memory_gb") for record in recorded]
     peak = max((value for value in memory if value is not None), default=None)
-    return [records.duration(sum(known)) + some, records.peak_memory({"peak_memory_gb": peak}),
-            "; ".join(machines)]  # fmt: skip
+    machines = dict.fromkeys(records.hardware(record) for record in recorded if record)
+    return [total, records.peak_memory({"peak_memory_gb": peak}), "; ".join(machines)]
 
 
 def counts_table(parts: list[Part]):
@@ -174,9 +177,8 @@ def scores_table(part: Part):
 def score_of(scores):
     try:
         return with_interval(scores)
-    except (KeyError, TypeError, ValueError):  # several rates, as of earlier versions of the toy's benchmarks
-        rates = {name: value for name, value in scores.items() if isinstance(value, float)}
-        return ", ".join(f"{name} {value:.1f}" for name, value in rates.items()) or NONE
+    except (KeyError, TypeError, ValueError):  # damaged, or of an earlier version
+        return NONE
 
 
 # ---------------------------------------------------------------- what differs between the steps
@@ -261,8 +263,8 @@ def section(path: str | Path, options: Options) -> str:
     )
     return (
         f"<h2>Steps</h2><nav aria-label=Steps><ol>{links}</ol></nav>"
-        f"{html_table(*steps_table(parts), 0)}<p class=note>{'<br>'.join(map(escape, lines))}</p>"
-        f"<h2>Counts</h2>{html_table(*counts_table(parts), 0)}<p class=note>{COUNTS}</p>{sections}"
+        f"{html_table(*steps_table(parts), 'Steps')}<p class=note>{'<br>'.join(map(escape, lines))}</p>"
+        f"<h2>Counts</h2>{html_table(*counts_table(parts), 'Counts')}{note(COUNTS)}{sections}"
     )
 
 

@@ -5,6 +5,7 @@ import shlex
 from html import escape
 from pathlib import Path
 
+from stic_min.report.page import note
 from stic_min.runtime.provenance import read_record
 
 STYLE = """
@@ -18,6 +19,12 @@ MISSING = "not recorded"
 def of_output(path: Path) -> dict:
     """The record of an output file NAME.jsonl, which is in NAME.run.json; {} without one."""
     return read_record(path.with_suffix(".run.json"))
+
+
+def unfinished(path: str | Path) -> str:
+    """What the page of an output file says while its run goes on, or was stopped; else ""."""
+    running = Path(f"{path}.lock").exists()
+    return "The file is incomplete: its run was stopped or is still writing to it." if running else ""
 
 
 def number(record: dict, name: str) -> float | None:
@@ -97,7 +104,7 @@ def facts(rows: list[tuple[str, str]], code: tuple[str, ...] = ()) -> str:
 def table(record: dict) -> str:
     """Command, code and machine of a run."""
     if not record:
-        return "<p class=note>Command, commit, versions and hardware were not recorded.</p>"
+        return note("Command, commit, versions and hardware were not recorded.")
     rows = [
         ("command", command(record)),
         ("started", str(record.get("start") or MISSING)),

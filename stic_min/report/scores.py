@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stic_min.report import answers
 from stic_min.report.options import Options
-from stic_min.report.page import bar, html_table, markdown, page
+from stic_min.report.page import html_table, markdown, note, page_of
 from stic_min.runtime.files import write_text
 from stic_min.scorers import published, tables
 
@@ -17,6 +17,37 @@ CHARTS = [
     ("toycaptions", "chair_i", "Toy captions, hallucinated objects: CHAIR_i (lower is better)"),
     ("toycaptions", "f1", "Toy captions, objects: F1 (higher is better)"),
 ]
+
+STYLE = """
+.bars { --ocher: #c08a1e; --interval: #0a1f44; }
+@media (prefers-color-scheme: dark) { .bars { --ocher: #d8a640; --interval: #ffffff; } }
+.bar { display: grid; grid-template-columns: 13em 1fr 9.5em; gap: .8em; align-items: center;
+  margin: .25em 0; }
+.bar.own { font-weight: 600; } .bar small { font-weight: 400; }
+.track { position: relative; height: 1.1em; background: var(--panel); }
+.track i { position: absolute; inset: 0 auto 0 0; background: var(--gray); }
+.own .track i { background: var(--blue); } .llava .track i { background: var(--ocher); }
+.partial .track i { background: repeating-linear-gradient(135deg, var(--blue) 0 5px, var(--own) 5px 10px); }
+.track b { position: absolute; top: 45%; height: 2px; background: var(--interval);
+  box-shadow: 0 0 0 1px var(--panel); }
+.runs td, .runs th { text-align: left; }
+@media (max-width: 45em) {
+  .bar { grid-template-columns: 1fr auto; gap: 0 .8em; }
+  .track { grid-column: 1 / -1; grid-row: 2; height: .8em; }
+}
+"""
+
+
+def bar(label: str, value: str, score: float, interval: list[float] | None, kind: str, full: float) -> str:
+    """One bar of a chart whose axis ends at `full` percent, with a thin line for the interval."""
+    place = lambda number: f"{100 * min(max(number, 0), full) / full:.2f}%"
+    span, line = "", ""
+    if interval:
+        low, high = interval
+        line = f'<b style="left:{place(low)};right:calc(100% - {place(high)})"></b>'
+        span = f" <small>{low:.1f} to {high:.1f}</small>"
+    track = f'<span class=track><i style="width:{place(score)}"></i>{line}</span>'
+    return f'<div class="bar {kind}"><span>{escape(label)}</span>{track}<span>{value}{span}</span></div>'
 
 
 def chart(name: str, group: str | None, title: str, rows: list[tables.Row], base: str) -> str:
@@ -63,7 +94,7 @@ def text(path: str | Path) -> str:
     rows = tables.read_results(path)
     parts = [f"Models: {', '.join(models(rows))}"]
     parts += [f"## {table.title}\n\n{markdown(table.header, table.rows)}" for table in all_tables(rows)]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in tables.notes(rows))])
+    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in tables.notes(rows))])
 
 
 def models(rows):
@@ -84,23 +115,21 @@ def section(path: str | Path, options: Options) -> str:
     if "own partial" in charts:
         colors += " Striped: a partial run."
     *score_tables, runs = all_tables(rows)
-    return "\n".join(
-        [
-            "<h2>Scores</h2>",
-            f"<p class=note>{escape(', '.join(models(rows)))}. {escape(notes[0])} {escape(colors)}</p>",
-            f"<div class=charts>{charts}</div>",
-            *(f"<h3>{escape(table.title)}</h3>{html_table(table.header, table.rows, table.ours)}"
-              for table in score_tables),
-            f"<h3>{runs.title}</h3><div class=runs>{html_table(runs.header, runs.rows, 0)}</div>",
-            "<h3>Before you compare</h3><ul>" + "".join(f"<li>{escape(note)}" for note in notes) + "</ul>",
-            answers.section(path, options),
-        ]
-    )  # fmt: skip
+    parts = [
+        f"<h2>Scores: {escape(Path(path).resolve().name)}</h2>",
+        note(f"{', '.join(models(rows))}. {notes[0]} {colors}"),
+        f'<div class="charts bars">{charts}</div>',
+        *(f"<h3>{escape(table.title)}</h3>{html_table(table.header, table.rows, table.title, table.ours)}"
+          for table in score_tables),
+        f"<h3>{runs.title}</h3><div class=runs>{html_table(runs.header, runs.rows, runs.title)}</div>",
+        "<h3>Before you compare</h3><ul>" + "".join(f"<li>{escape(line)}" for line in notes) + "</ul>",
+        answers.section(path, options),
+    ]  # fmt: skip
+    return "\n".join(parts)
 
 
 def write(path: str | Path, options: Options) -> Path:
     """Writes report.html to a folder of scores. Raises InputError like `read_results`."""
     file = Path(path, "report.html")
-    title = "STIC: scores"
-    write_text(file, page(title, f"<h1>{title}</h1>{section(path, options)}"))
+    write_text(file, page_of(section(path, options), STYLE))
     return file

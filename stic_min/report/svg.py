@@ -171,7 +171,7 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 
 def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title: str = "step",
-               width: int = 560, height: int = 260, zero: bool = False, smooth: int = 1,
+               width: int = 420, height: int = 250, zero: bool = False, smooth: int = 1,
                levels: dict[str, float] | None = None) -> str:  # fmt: skip
     """One line per series through its (x, y) points. zero: the y axis includes 0. smooth: if greater than 1,
     the running mean of so many points is drawn over the points' own line, which is faint. levels: {name: y}
@@ -201,7 +201,7 @@ def line_chart(title: str, series: dict[str, list[tuple[float, float]]], x_title
 
 
 def histogram(title: str, values: list[float], x_title: str, y_title: str,
-              width: int = 560, height: int = 260) -> str:
+              width: int = 420, height: int = 250) -> str:
     """How many values lie in each of about 30 equal intervals; those below 0 are in another color."""
     edges = ticks(min(values), max(values), 30)
     step = edges[1] - edges[0]

@@ -258,7 +258,7 @@ def paper_tables(rows):
     titles = {
         1: "Table 1: the base model directly, STIC with DaR",
         2: "Table 2: with and without describe-and-respond",
-        3: "Table 3: the effect of the rejected responses",
+        3: "Table 3: the effect of the dispreferred responses",
     }
     averaged = benchmark_table(titles[2], rows, benchmarks, table2, omitted)
     averaged.header.append("average")

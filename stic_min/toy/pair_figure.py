@@ -46,7 +46,7 @@ def responses(pair):
 def select(pairs, scenes):
     """The pair with the largest difference in hallucinated objects, the first of them on ties.
 
-    Pairs with a hallucination prompt come before those with a corrupted image, whose wrong objects are
+    Pairs with a misleading prompt come before those with a corrupted image, whose wrong objects are
     often right about the corrupted colors.
     """
 
@@ -110,7 +110,7 @@ def cards(pair, image, present):
         kind = pair["corruption"]["kind"].replace("_", " ")
         labels["rejected"] = f"corrupted image h(v): {kind}", "captioning prompt x", "y_l ~ p( · | h(v), x)"
     else:
-        labels["rejected"] = "the same image v", "hallucination prompt x_b", "y_l ~ p( · | v, x_b)"
+        labels["rejected"] = "the same image v", "misleading prompt x_b", "y_l ~ p( · | v, x_b)"
     lines = dict(zip(TITLES, map(response_lines, responses(pair))))
     inset = LINE * max(map(len, lines.values())) + 16
     column, top = PAD + PICTURE + 16, 52

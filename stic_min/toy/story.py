@@ -5,11 +5,13 @@ import re
 from html import escape
 from pathlib import Path
 
+import torch
+
 from stic_min.data import Infusion, parse_pair
 from stic_min.images import open_image
-from stic_min.loader import load_llava
 from stic_min.loss import dpo_loss
-from stic_min.report.page import data_uri, page
+from stic_min.report.logps import response_logps
+from stic_min.report.page import data_uri, math, number, page, wide
 from stic_min.report.svg import line_chart
 from stic_min.runtime.files import read_json, read_records, read_text, write_text
 from stic_min.scorers.common import wilson
@@ -25,15 +27,14 @@ KINDS = {False: "misleading prompt", True: "corrupted image"}
 
 def formulas(html):
     """HTML with its formulas, which are between dollar signs; a word after an underscore is a subscript."""
-    formula = lambda match: "<i>" + re.sub(r"_(\w+)", r"<sub>\1</sub>", match[1]) + "</i>"
-    return re.sub(r"\$([^$]+)\$", formula, html)
+    return re.sub(r"\$([^$]+)\$", lambda match: math(match[1]), html)
 
 
-def table(header, rows):
+def table(header, rows, label):
     """Cells are HTML."""
     line = lambda tag, cells: "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
     body = "".join(line("td", row) for row in rows)
-    return formulas(f'<div class="wide" tabindex="0"><table>{line("th", header)}{body}</table></div>')
+    return formulas(wide(f"<table>{line('th', header)}{body}</table>", label))
 
 
 def example(image, alt, *parts):
@@ -51,15 +52,11 @@ def marked(text, question):
     return toy_captions.pattern(question["vocabulary"]).sub(mark, escape(text))
 
 
-def number(value, digits):
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
 def difference(value, better, digits=1):
     """A change as HTML: green if it has the sign `better`, red if it has the other one."""
     if not round(value, digits):
-        return number(0, digits)
-    return judged(("+" if value > 0 else "") + number(value, digits), value * better > 0)
+        return f"{0:.{digits}f}"
+    return judged(number(value, f"+.{digits}f"), value * better > 0)
 
 
 def change(subject, before, after, better):
@@ -87,7 +84,7 @@ def scores_and_claims(scores):
         rows.append([name, f"{base[i]:.1f}", *cells])
     absent = "the share of hallucinated objects among those in captions"
     return {
-        "scores": table(["in %", *map(escape, scores)], rows),
+        "scores": table(["in %", *map(escape, scores)], rows, "Scores"),
         "hallucinated": change(absent, base[0], stic[0], -1),
         "answered": change("Questions answered correctly after describing", base[3], stic[3], +1),
         "direct": change("Questions answered correctly when asked directly", base[2], stic[2], +1),
@@ -99,10 +96,9 @@ def about_pairs(out, model, scenes):
     """Steps 1 and 2, from pairs.jsonl and stage1/."""
     pairs = [pair for _, pair in read_records(out / "pairs.jsonl")]
     settings = read_json(out / "stage1/run.json")
-    llavas = [load_llava(model), load_llava(model, adapter=out / "stage1")]
     absent = lambda pair, y: [name not in scenes[pair["image"]].names
                               for name in toy_captions.mentions(y, pair_figure.VOCABULARY)]  # fmt: skip
-    absent_w, absent_l, cards, losses, counts = [], [], [], [], {}
+    absent_w, absent_l, cards, selected, counts = [], [], [], {}, {}
     for corrupted, kind in KINDS.items():
         group = [pair for pair in pairs if pair["image_corruption"] == corrupted]
         if not group:
@@ -122,15 +118,17 @@ def about_pairs(out, model, scenes):
         sees = formulas("Training sees the clean image $v$, both responses, and $x$ =")
         cards.append(f"<h3>A pair with a {kind}</h3>")
         cards.append(f'<div class="cards">{"".join(svgs)}</div><p>{sees} “{x}”</p>')
-        losses.append(f"<div><h3>The pair with a {kind}</h3>")
-        losses.append(f"{loss_table(pair, image, llavas, settings)}</div>")
+        selected[kind] = parse_pair("", pair)
+    logps = response_logps([*selected.values()], [out / "unlabeled"], model, out / "stage1", "cpu")
+    losses = [loss_table(f"The pair with a {kind}", values, settings)
+              for kind, values in zip(selected, logps)]  # fmt: skip
     labels = ["pairs", "$y_l$ has more absent objects than $y_w$", "as many", "of these, the same text",
               "fewer"]  # fmt: skip
     share = lambda flags: f"{100 * sum(flags) / max(1, len(flags)):.0f}%"
     rows = [[label, *row] for label, row in zip(labels, zip(*counts.values()))]
     return {
         "pairs": "".join(cards),
-        "counts": table(["", *counts], rows),
+        "counts": table(["", *counts], rows, "Pairs by kind"),
         "absent_w": share(absent_w),
         "absent_l": share(absent_l),
         "losses": "".join(losses),
@@ -141,24 +139,21 @@ def about_pairs(out, model, scenes):
     } | training_curves(out)
 
 
-def loss_table(pair, image, llavas, settings):
-    """Eq. 4.1 for one pair, under the models before and after stage 1."""
-    pair = parse_pair("", pair)
-    prompt = llavas[0].chat_prompt(pair.prompt, images=0)
-    logps = [[llava.response_logp(prompt, y, [image]) for y in (pair.chosen, pair.rejected)]
-             for llava in llavas]  # fmt: skip
-    ref_w, ref_l = logps[0]
+def loss_table(title, logps, settings):
+    """Eq. 4.1 for one pair, under the models before and after stage 1. logps: from `response_logps`."""
+    after, before = torch.tensor(logps).view(2, 2)  # (2,) each: of y_w and of y_l
+    ref_w, ref_l = before
     columns = []
-    for w, l in logps:
+    for w, l in (before, after):
         dpo = dpo_loss(w, l, ref_w, ref_l, settings["beta"])
         nll = -settings["alpha"] * w
         margin = settings["beta"] * ((w - ref_w) - (l - ref_l))
         columns.append([value.item() for value in (w, l, margin, dpo, nll, dpo + nll)])
     better = {"log $p_θ(y_w | v, x)$": 1, "log $p_θ(y_l | v, x)$": -1, "margin": 1, "$ℓ$(margin)": -1,
               "$−α$ log $p_θ(y_w | v, x)$": -1, "loss": -1}  # fmt: skip
-    rows = [[name, number(before, 2), number(after, 2), difference(after - before, sign, 2)]
+    rows = [[name, number(before, ".2f"), number(after, ".2f"), difference(after - before, sign, 2)]
             for (name, sign), before, after in zip(better.items(), *columns)]  # fmt: skip
-    return table(["", "before, $θ_0$", "after, $θ_1$", "change"], rows)
+    return f"<div><h3>{title}</h3>{table(['', 'before, $θ_0$', 'after, $θ_1$', 'change'], rows, title)}</div>"
 
 
 def training_curves(out):
@@ -173,7 +168,7 @@ def training_curves(out):
     for title, keys in curves.items():
         series = {name: [(r["step"], r[key]) for r in log if key in r] for name, key in keys.items()}
         if all(series.values()):  # without pairs whose responses differ, there is no margin
-            charts.append(line_chart(title, series, width=480, zero=True))
+            charts.append(line_chart(title, series, zero=True))
     return {"steps": len(log), "curves": "".join(charts)}
 
 

@@ -66,7 +66,7 @@ def scaled(scale, pairs):
 
 
 def select_pairs(folder, kind, pairs):
-    """Writes the pairs whose rejected response came from a bad prompt, or from a corrupted picture."""
+    """Writes the pairs whose dispreferred response came from a bad prompt, or from a corrupted picture."""
     records = [record for _, record in read_records(folder / "pairs.jsonl")]
     selected = [record for record in records if record["image_corruption"] == (kind == "corruptions")]
     if len(selected) < pairs:
@@ -81,7 +81,7 @@ def run_chain(model, folder, data, seed, pairs):
     pictures = folder / "unlabeled"
     instruct = folder / "instruct"
     results = folder / "results"
-    # Each kind of rejected response makes up about half; with this margin, either alone fills `pairs`.
+    # Each kind of dispreferred response makes up about half; with this margin, either alone fills `pairs`.
     files.write_unlabeled(pictures, 2 * pairs + max(200, int(6 * pairs**0.5)), seed)
     files.write_instructions(instruct, recipe.num_instructions(pairs), seed)
     recipe.make_pairs(model, pictures, folder / "pairs.jsonl", seed)

@@ -18,8 +18,8 @@ ROWS = {
     "positives": "positives only (Table 3)",
     "stage2only": "stage 2 only",
     "plain": "continued SFT, no descriptions",
-    "prompts": "STIC, rejected from bad prompts only",
-    "corruptions": "STIC, rejected from corruptions only",
+    "prompts": "STIC, dispreferred from bad prompts only",
+    "corruptions": "STIC, dispreferred from corruptions only",
     "alpha0": "STIC, alpha = 0",
 }
 COLUMNS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from benchmark_data import write_benchmarks, write_lines
 from commands import ROOT, call
-from pages import Reader, items
+from pages import Reader, images_of, items
 from PIL import Image
 from tiny import write_scienceqa
 
@@ -136,9 +136,8 @@ def test_benchmarks(tmp_path, data, name):
     assert ("only a judge can read" in text) == (name in ("mathvista", "mmbench"))
     [(kind, html)] = items(text)
     assert kind == "loss" and shown in Reader(html).text and "a boat" in Reader(html).text
-    images = json.loads(re.search(r'class="images">(.*?)</script>', text)[1])
-    [key] = re.findall(r'data-image="(.*?)"', html)
-    assert images[key].startswith("data:image/") and 'alt="image of question ' in html
+    [[uri]] = images_of(text)
+    assert uri.startswith("data:image/") and 'alt="image of question ' in html
 
 
 def test_scienceqa(tmp_path, data):
@@ -291,7 +290,7 @@ def test_answers_are_text(tmp_path, data):
     write_run(tmp_path, data, "chartqa", CHART | {"human-1": "</script><script>alert(1)</script>"})
     write_run(tmp_path, data, "chartqa", CHART, "<b>one")
     text = section(tmp_path, data / "chartqa")
-    assert "<script>alert" not in text and "<b>one" not in text and text.count("</script>") == 2
+    assert "<script>alert" not in text and "<b>one" not in text and text.count("</script>") == 2  # index and program
     [(_, html)] = items(text)
     read = Reader(html)
     assert not read.tags & {"script"} and "</script><script>alert(1)</script>" in read.text and "<b>one" in read.text

@@ -4,6 +4,7 @@ import json
 from html.parser import HTMLParser
 
 import pytest
+from pages import blocks, images_of, index, sources
 
 from stic_min import InputError
 from stic_min.report import descriptions
@@ -76,11 +77,12 @@ def test_counts_settings_and_cards(tiny, tmp_path):
     assert cells == [CAPTION_PROMPTS[0], "2", "2.0", "1", CAPTION_PROMPTS[1], "1", "4.0", "0"]
     assert page.texts("dd") == ["m", "vicuna_v1"]
     assert [e[1]["alt"] for e in page.all("img")] == [A, B]
-    assert all(e[1]["src"].startswith("data:image/jpeg;base64,") for e in page.all("img"))
-    assert f"Of 3 images, 1 was not found in {tiny / 'images'}." in page.texts("p")
+    assert all(e[1]["src"].startswith(("data:image/png;", "data:image/jpeg;")) for e in page.all("img"))
+    missing = f"The images of 1 of 3 descriptions are missing: not found in {tiny / 'images'}, or not readable."
+    assert missing in page.texts("p")
     cards = page.texts("article")
     assert "3 words, cut off at the maximum length" in cards[0] and "4 words, ended by itself" in cards[1]
-    assert "no image" in cards[2] and not page.all("script")  # one page is enough
+    assert "no image" in cards[2] and len(blocks(html)) == 1  # one page is enough
 
 
 def test_instructions_of_the_recorded_command_are_infused(tiny, tmp_path):
@@ -129,7 +131,7 @@ def test_published_files_without_records(tmp_path):
     page, _ = section(file)
     text = " ".join(page.texts("p"))
     assert "How they ended is not recorded." in text and "Their prompts are not recorded." in text
-    assert "mistral_instruct, an assumption" in text and "pass --images" in text
+    assert "mistral_instruct, an assumption" in text and "pass their folder with --images" in text
     assert page.texts("pre")[0].startswith("[INST] <image>\nImage description:\nA house.")
 
 
@@ -162,12 +164,13 @@ def test_text_is_escaped(tiny, tmp_path):
 
 def test_paging_keeps_every_description_once(tiny, tmp_path):
     records = [record(i, description=f"Number {i}.", finish="length" if i % 10 == 0 else "stop") for i in range(50)]
-    page, _ = section(write(tmp_path / "d.jsonl", records), images=[tiny / "images"])
-    index, *blocks = [json.loads(e[2]) for e in page.all("script", type="application/json")]
-    assert index == {"count": 50, "cut": [0, 10, 20, 30, 40]}
-    cards = page.texts("article") + [Page(card).texts("article")[0] for block in blocks for card in block]
+    page, html = section(write(tmp_path / "d.jsonl", records), images=[tiny / "images"])
+    cut = [int(i % 10 == 0) for i in range(50)]
+    assert index(html) == {"noun": "descriptions", "count": 50, "filters": [cut]}
+    cards = [card for block in blocks(html) for card in block]
     assert [f"Number {i}." in card for i, card in enumerate(cards)] == [True] * 50
-    assert len(page.all("article")) == 24 and [len(block) for block in blocks] == [24, 2]
+    assert len(page.all("article")) == 24 and [len(block) for block in blocks(html)] == [24, 24, 2]
+    assert images_of(html) == [[uri] for uri in sources(html).values()] * 50
     assert page.all("button") and page.all("select") and page.all("noscript")
 
 
@@ -177,7 +180,8 @@ def test_page_is_written_next_to_the_file(tiny, tmp_path):
     out = descriptions.write(file, Options(images=[tiny / "images"]))
     assert out == tmp_path / "d.html"
     html = out.read_text()
-    assert html.startswith("<!doctype html>") and ".descriptions" in html and "file is incomplete" in html
+    assert html.startswith("<!doctype html>") and "file is incomplete" in html
+    assert "<h1>Descriptions: d.jsonl</h1>" in html and "<h2>Gallery</h2>" in html
 
 
 def test_bad_records_name_file_and_record(tmp_path):
@@ -186,4 +190,4 @@ def test_bad_records_name_file_and_record(tmp_path):
              ([{"id": "a", "conversations": []}], "d.jsonl contains instructions")]  # fmt: skip
     for records, message in cases:
         with pytest.raises(InputError, match=message):
-            descriptions.section(write(tmp_path / "d.jsonl", records))
+            descriptions.section(write(tmp_path / "d.jsonl", records), Options())

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from stic_min.images import make_tiles, open_image
 from stic_min.loader import load_llava
-from stic_min.report import distribution, svg
+from stic_min.report import distribution, features, svg
 from stic_min.runtime.work import subset
 
 V16, V15 = "llava-v1.6-tiny", "llava-v1.5-tiny"
@@ -42,18 +42,18 @@ def embed(tiny, out, *flags, model=V16, images=None):
 
 @pytest.mark.parametrize("model", [V16, V15])
 def test_features_are_means_over_the_patches_that_show_the_image(tiny, tmp_path, model, monkeypatch):
-    monkeypatch.setattr(distribution, "BATCH", 3)
+    monkeypatch.setattr(features, "BATCH", 3)
     assert embed(tiny, tmp_path / "f.safetensors", model=model)[0] == 0
-    result = distribution.read_features(tmp_path / "f.safetensors")
+    result = features.read_features(tmp_path / "f.safetensors")
     assert result.names == sorted(SHOWN) and result.features.dtype == np.float32
     llava = load_llava(tiny / model, image_mode="pad", dtype=torch.float32)
-    for name, features in zip(result.names, result.features):
+    for name, values in zip(result.names, result.features):
         tiles = make_tiles(open_image(tiny / "images" / name), "pad", 56)
         with torch.no_grad():
             patches = llava.vision_tower(tiles.pixels)[0].view(4, 4, -1)
         rows, columns = SHOWN[name]
         expected = patches[rows, columns].flatten(0, 1).mean(0)
-        assert features == pytest.approx(expected.numpy(), abs=1e-5)
+        assert values == pytest.approx(expected.numpy(), abs=1e-5)
     assert result.settings["model"] == model and result.settings["folder"] == "images"
 
 
@@ -63,7 +63,7 @@ def test_a_very_thin_image_keeps_a_row(tiny, tmp_path):
     (tmp_path / "thin").mkdir()
     Image.new("RGB", (400, 2), "red").save(tmp_path / "thin" / "line.png")
     assert embed(tiny, tmp_path / "f.safetensors", images=tmp_path / "thin")[0] == 0
-    assert np.isfinite(distribution.read_features(tmp_path / "f.safetensors").features).all()
+    assert np.isfinite(features.read_features(tmp_path / "f.safetensors").features).all()
 
 
 def test_unreadable_images_are_skipped_and_subfolders_included(tiny, tmp_path, capsys):
@@ -75,7 +75,7 @@ def test_unreadable_images_are_skipped_and_subfolders_included(tiny, tmp_path, c
     status, _ = embed(tiny, tmp_path / "f.safetensors", images=images)
     out = capsys.readouterr().out
     assert status == 0 and "9 images in" in out and "1 skipped" in out
-    result = distribution.read_features(tmp_path / "f.safetensors")
+    result = features.read_features(tmp_path / "f.safetensors")
     assert result.names == ["a.jpg", *(f"b/{name}" for name in sorted(SHOWN))]
     assert (result.features[0] == pytest.approx(result.features[1], abs=1e-5))  # the same image
 
@@ -94,7 +94,7 @@ def test_no_readable_image_is_an_error(tiny, tmp_path):
 def test_limit_samples_with_the_seed(tiny, tmp_path):
     embed(tiny, tmp_path / "all.safetensors")
     embed(tiny, tmp_path / "some.safetensors", "--limit", 3, "--seed", 5)
-    everything, some = (distribution.read_features(tmp_path / f"{n}.safetensors") for n in ("all", "some"))
+    everything, some = (features.read_features(tmp_path / f"{n}.safetensors") for n in ("all", "some"))
     assert some.names == subset(sorted(SHOWN), 3, 5)
     indices = [everything.names.index(name) for name in some.names]
     assert some.features == pytest.approx(everything.features[indices], abs=1e-5)
@@ -158,9 +158,9 @@ def test_overlap_is_one_for_equal_and_zero_for_disjoint_distributions():
 
 def write(path, seed=0, axis=0, n=12, **settings):
     rng = np.random.default_rng(seed)
-    features = (rng.normal(size=(n, 6)) + 20 * np.eye(6)[axis]).astype(np.float32)
+    values = (rng.normal(size=(n, 6)) + 20 * np.eye(6)[axis]).astype(np.float32)
     settings = {"features": "f", "tower": "t", "model": "m"} | settings
-    distribution.write_features(path, features, [f"{i}.jpg" for i in range(n)], settings, 0)
+    features.write_features(path, values, [f"{i}.jpg" for i in range(n)], settings, 0)
     return path
 
 
@@ -206,7 +206,7 @@ def test_bad_features_files_are_one_line(tmp_path):
     save_file({"features": np.zeros((3, 2), np.float32)}, foreign)
     (tmp_path / "text.safetensors").write_text("hello")
     bad = write(tmp_path / "bad.safetensors")
-    distribution.write_features(bad, np.full((4, 2), np.nan, np.float32), list("abcd"),
+    features.write_features(bad, np.full((4, 2), np.nan, np.float32), list("abcd"),
                                 {"features": "f", "tower": "t", "model": "m"}, 0)  # fmt: skip
     cases = [
         ([tmp_path / "none"], "no such file"),

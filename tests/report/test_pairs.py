@@ -13,13 +13,14 @@ import pytest
 from by_hand import logps_by_hand
 from chain import log, stop_after
 from commands import call, lines
+from pages import blocks, images_of, index, sources
 from PIL import Image
 from tiny import PICTURES
 
 from stic_min import InputError, data
 from stic_min.images import BACKGROUND, corrupt, open_image
 from stic_min.loader import load_llava
-from stic_min.report import gallery, pairs, svg
+from stic_min.report import gallery, logps, pair_cards, pairs, svg
 from stic_min.report.options import Options
 from stic_min.samples import global_batches, pair_sample
 
@@ -103,37 +104,6 @@ def render(tiny, tmp_path):
     return render
 
 
-def blocks(html):
-    """The items and images of every page, the first of which is HTML; as the page's script reads them."""
-    articles = re.findall(r"<article.*?</article>", html.split('<script type="application/json"')[0])
-    sources = re.findall(r'<img data-image="(\d+)"[^>]* src="([^"]*)"|<img data-image="(\d+)" src="([^"]*)"', html)
-    first = {int(a or c): b or d for a, b, c, d in sources}
-    pages = [{"items": articles, "images": [first[i] for i in range(len(first))]}]
-    for n, text in re.findall(r'<script type="application/json" class="block-(\d+)">(.*?)</script>', html):
-        assert int(n) == len(pages)
-        pages.append(json.loads(text))
-    return pages
-
-
-def index(html):
-    [text] = re.findall('<script type="application/json" class="index">(.*?)</script>', html)
-    return json.loads(text)
-
-
-def images_of(html):
-    """The data URIs that each pair shows, in order, resolved as the script does."""
-    pages, starts = blocks(html), index(html)["images"]
-    uris = []
-    for page in pages:
-        for item in page["items"]:
-            numbers = map(int, re.findall(r'data-image="(\d+)"', item))
-            uris.append([])
-            for number in numbers:
-                n = max(n for n, start in enumerate(starts) if start <= number)
-                uris[-1].append(pages[n]["images"][number - starts[n]])
-    return uris
-
-
 # ---------------------------------------------------------------- what it says
 
 
@@ -170,8 +140,8 @@ def test_prompts_with_the_papers_letters(render):
     low = seed_of("low_resolution")
     misleading, corruption = Page(render([misled()])), Page(render([corrupted(seed=low)]))
     titles = ["Preferred: yw ~ p( · | v, xg)", "Dispreferred: yl ~ p( · | v, xb)"]
-    assert misleading.texts("h4") == titles
-    assert corruption.texts("h4") == [titles[0], "Dispreferred: yl ~ p( · | h(v), x)"]
+    assert misleading.texts("p", **{"class": "origin"}) == titles
+    assert corruption.texts("p", **{"class": "origin"}) == [titles[0], "Dispreferred: yl ~ p( · | h(v), x)"]
     for page, prompt in ((misleading, f"misleading prompt xb: “{X_B}”"), (corruption, f"captioning prompt x: “{X}”")):
         [chosen], [rejected] = (page.texts("section", **{"class": side}) for side in ("chosen", "rejected"))
         assert f"step-by-step prompt xg: “{X_G}”" in chosen and prompt in rejected
@@ -203,7 +173,7 @@ def test_published_pairs_have_no_prompts_or_seeds(render):
     html = render([rlaif, *stic])
     page = Page(html)
     assert page.texts("th") == ["kind of pair", "misleading prompt", "other corruption", "unknown", "all"]
-    assert page.texts("h4")[:2] == ["Preferred: yw", "Dispreferred: yl"]
+    assert page.texts("p", **{"class": "origin"})[:2] == ["Preferred: yw", "Dispreferred: yl"]
     first, second, third = page.texts("article")
     assert "prompt x" not in first and f"misleading prompt xb: “{X_B}”" in second and "step-by-step" not in second
     assert "no image h(v): scene_02.png" in third and not page.all("dt")
@@ -215,14 +185,14 @@ def test_published_pairs_have_no_prompts_or_seeds(render):
 
 
 def test_words_that_differ_are_marked():
-    chosen, rejected = pairs.marked("A red house,\n and a <dog>.", "A blue house and a <cat>.")
+    chosen, rejected = pair_cards.marked("A red house,\n and a <dog>.", "A blue house and a <cat>.")
     assert chosen == "A <mark>red</mark> house<mark>,</mark>\n and a &lt;<mark>dog</mark>&gt;."
     assert rejected == "A <mark>blue</mark> house and a &lt;<mark>cat</mark>&gt;."
-    assert pairs.marked("The dog's ball", "The dog's ball") == ("The dog&#x27;s ball",) * 2
-    assert pairs.marked("One.", "Two three") == ("<mark>One.</mark>", "<mark>Two three</mark>")
+    assert pair_cards.marked("The dog's ball", "The dog's ball") == ("The dog&#x27;s ball",) * 2
+    assert pair_cards.marked("One.", "Two three") == ("<mark>One.</mark>", "<mark>Two three</mark>")
     common = "the " * 300  # difflib would ignore frequent words of long texts
-    assert "<mark>" not in "".join(pairs.marked(common, common))
-    assert pairs.marked(f"{common}end", f"{common}stop")[0].count("<mark>") == 1
+    assert "<mark>" not in "".join(pair_cards.marked(common, common))
+    assert pair_cards.marked(f"{common}end", f"{common}stop")[0].count("<mark>") == 1
 
 
 def test_text_is_escaped(render):
@@ -237,11 +207,11 @@ def test_text_is_escaped(render):
     scripts = page.all("script")
     assert [s[1].get("type") for s in scripts].count("application/json") == len(scripts) - 1 == 3
     assert not [e for e in page.elements if "onerror" in e[1]] and not page.all("img")
-    assert attack in page.texts("p", **{"class": "response"})[0] and attack in page.texts("dd")
+    assert attack in page.texts("p", **{"class": "text"})[0] and attack in page.texts("dd")
     for block in blocks(html)[1:]:
-        for item in map(Page, block["items"]):
+        for item in map(Page, block):
             assert not item.all("script") and not item.all("img")
-            assert attack in item.texts("p", **{"class": "response"})[0]
+            assert attack in item.texts("p", **{"class": "text"})[0]
 
 
 # ---------------------------------------------------------------- images
@@ -286,7 +256,7 @@ def test_a_corruption_with_other_parameters_is_reported(render):
 
 def test_images_are_stored_once(render):
     html = render([misled(name) for name in (A, B) for _ in range(30)])
-    assert html.count("data:image/jpeg") == 2 and index(html)["images"] == [0, 1, 2]
+    assert html.count("data:image/jpeg") == len(sources(html)) == 2
     shown = images_of(html)
     assert shown[0] == shown[29] != shown[30] == shown[59]
     assert all(image[1].get("alt") == f"v: {A}" for image in Page(html).all("img"))
@@ -336,7 +306,7 @@ def test_bad_records_are_errors(render, tmp_path):
 
 def test_6000_pairs_are_paged(tmp_path, monkeypatch):
     """Eight images, and two corrupted copies of each."""
-    monkeypatch.setattr(pairs, "SIDE", 24)
+    monkeypatch.setattr(pair_cards, "SIDE", 24)
     names = [name for name, *_ in PICTURES]
     for i, name in enumerate(names):
         Image.new("RGB", (40, 30), (25 * i, 200 - 25 * i, 90)).save(tmp_path / name)
@@ -354,8 +324,8 @@ def test_6000_pairs_are_paged(tmp_path, monkeypatch):
     page = Page(html)
     assert len(page.all("article")) == gallery.PAGE_SIZE == 24
     pages = blocks(html)
-    assert len(pages) == 250 and {len(p["items"]) for p in pages} == {24}
-    assert sum(len(p["images"]) for p in pages) == html.count("data:image/jpeg") == 3 * len(names)
+    assert len(pages) == 250 and {len(p) for p in pages} == {24}
+    assert len(sources(html)) == html.count("data:image/jpeg") == 3 * len(names)
     assert index(html)["count"] == 6000 and sum(index(html)["filters"][1]) == 1200
     assert page.rows()["pairs"] == ["2,000 (33.3%)", "2,000 (33.3%)", "2,000 (33.3%)", "6,000 (100.0%)"]
     assert all(images_of(html))
@@ -375,11 +345,11 @@ def test_log_p_against_two_models(runs):
     """Both models loaded on their own: with the adapter and its projector, and without."""
     records = data.read_pairs(runs.out / "pairs.jsonl")
     adapter = runs.out / "stage1"
-    logps = pairs.response_logps(records, [runs.out, runs.tiny / "images"], runs.model, adapter, "cpu")
+    results = logps.response_logps(records, [runs.out, runs.tiny / "images"], runs.model, adapter, "cpu")
     theta = load_llava(runs.model, adapter=adapter, image_mode="pad")
     theta_0 = load_llava(runs.model, image_mode="pad")
     assert not theta.mm_projector[0].weight.equal(theta_0.mm_projector[0].weight)
-    for pair, values in zip(records, logps, strict=True):
+    for pair, values in zip(records, results, strict=True):
         sample = pair_sample(pair, theta_0, runs.tiny / "images", 1024)
         expected = [*logps_by_hand(theta, sample).tolist(), *logps_by_hand(theta_0, sample).tolist()]
         assert values == pytest.approx(expected, abs=2e-4)
@@ -394,12 +364,12 @@ def test_log_p_is_what_stage_1_logs(runs, tmp_path):
     with stop_after(2), pytest.raises(SystemExit):
         call(*command)
     records = data.read_pairs(runs.out / "pairs.jsonl")
-    logps = pairs.response_logps(
+    results = logps.response_logps(
         records, [runs.tiny / "images"], runs.model, tmp_path / "out" / "checkpoint-2", "cpu")  # fmt: skip
     call(*command)
     theta_0 = load_llava(runs.model, image_mode="pad")
     lengths = [pair_sample(pair, theta_0, runs.tiny / "images", 1024).length for pair in records]
-    batch = [logps[i] for i in global_batches(lengths, 3, seed=0)[2]]
+    batch = [results[i] for i in global_batches(lengths, 3, seed=0)[2]]
     logp_w, logp_l, ref_logp_w, ref_logp_l = np.mean(batch, axis=0)
     expected = {"logp_chosen": logp_w, "logp_rejected": logp_l, "reward_chosen": beta * (logp_w - ref_logp_w),
                 "reward_rejected": beta * (logp_l - ref_logp_l)}  # fmt: skip
@@ -415,9 +385,9 @@ def test_margins_are_shown_and_sorted_by(runs, tmp_path):
     path = write(tmp_path / "pairs.jsonl", records)
     folders = [runs.tiny / "images"]
     html = pairs.section(path, Options(folders, adapter=runs.out / "stage1", model=runs.model))
-    logps = pairs.response_logps(data.read_pairs(path), folders, runs.model, runs.out / "stage1")
-    assert logps[2] is None and None not in logps[:2]
-    margins = [value and round((value[0] - value[2]) - (value[1] - value[3]), 4) for value in logps]
+    results = logps.response_logps(data.read_pairs(path), folders, runs.model, runs.out / "stage1")
+    assert results[2] is None and None not in results[:2]
+    margins = [value and round((value[0] - value[2]) - (value[1] - value[3]), 4) for value in results]
     content = index(html)
     assert content["orders"][2:] == [[margins, 1], [margins, -1]]
     assert "No log p for 1 pair:" in html
@@ -437,7 +407,7 @@ def test_a_damaged_record_of_training_is_an_error(runs, tmp_path):
     for name, value in (("dtype", "int3"), ("image_mode", None), ("max_length", "long"), ("template", ["x"])):
         (tmp_path / "run.json").write_text(json.dumps({name: value}))
         with pytest.raises(InputError, match=f"run.json: {name} is "):
-            pairs.training_settings(tmp_path)
+            logps.training_settings(tmp_path)
 
 
 def test_histogram():

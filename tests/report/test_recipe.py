@@ -200,8 +200,8 @@ def test_the_page_has_all_sections_and_a_table_of_contents(folder, sections):
     assert file == folder / "report.html" and (folder / "report.md").read_text(encoding="utf-8") == markdown(folder)
     targets = [link["href"] for link in page.all("a")]
     assert targets == ["report.md", *(f"#{section['id']}" for section in page.all("section"))] and len(targets) == 6
-    order = [page.text.index(text) for text in ("the pairs", "Stage 1: training", "the descriptions",
-                                                "Stage 2: fine-tuning", "the scores")]  # fmt: skip
+    order = [page.text.index(text) for text in ("the pairs", "Stage 1, preference training: ", "the descriptions",
+                                                "Stage 2, description-infused ", "the scores")]  # fmt: skip
     assert order == sorted(order) and len(page.all("svg")) == 9 + 5
     assert all(f".{name} {{}}" in html for name in ("pairs", "descriptions", "scores")) and html.count(".curves {") == 1
     assert page.text.count("python evaluate scienceqa") == 2 and page.text.count("python generate_pairs --") == 2

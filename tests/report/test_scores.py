@@ -21,7 +21,7 @@ def page(folder):
 
 def bars(text, title):
     """[(label, figure, classes)] of the bars of one chart."""
-    section = text.partition(f"<section><h3>{title}")[2].partition("</section>")[0]
+    section = text.partition(f"<section><h2>{title}")[2].partition("</section>")[0]
     found = re.findall(r'<div class="bar ([\w ]+)"><span>(.*?)</span>.*?</span><span>(.*?)</span></div>', section)
     return [(label, re.sub("<.*?>", "", figure), kind) for kind, label, figure in found]
 
@@ -53,7 +53,7 @@ def test_only_what_was_run_has_a_chart(tmp_path):
     save(tmp_path, "textvqa", 60.04)
     text = page(tmp_path)
     assert chart(text, "TextVQA")[0] == ("ours, base", "60.0 55.0 to 65.0")
-    assert text.count("<section><h3>") == 1
+    assert text.count("<section><h2>") == 1
     assert all("–" not in figure for _, figure in chart(text, "TextVQA"))  # LLaVA's for ChartQA would be one
     save(tmp_path, "chartqa", 30)
     assert all("–" not in figure for _, figure in chart(page(tmp_path), "ChartQA"))
@@ -120,7 +120,7 @@ def test_the_page_needs_nothing_else(both):
     assert not read.tags & {"link", "img", "iframe", "object", "a", "form", "base"}
     assert not re.search(r"https?://|url\(|@import|<script src", text)
     assert "Settings of each run" in read.text and "Before you compare" in read.text
-    assert [*re.findall(r"<h3>(Table \d)", text)] == ["Table 1", "Table 2", "Table 3", "Table 5", "Table 6"]
+    assert [*re.findall(r"<h2>(Table \d)", text)] == ["Table 1", "Table 2", "Table 3", "Table 5", "Table 6"]
 
 
 @pytest.mark.parametrize("field", ["model", "adapter", "mode", "template", "image_mode", "dtype", "prompt"])

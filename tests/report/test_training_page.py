@@ -15,8 +15,9 @@ from pages import Page
 
 from stic_min import InputError
 from stic_min import training as core
-from stic_min.report import record, svg, training
+from stic_min.report import curves, record, svg, training
 from stic_min.report.options import Options, recorded_folder
+from stic_min.report.page import page_of
 from stic_min.runtime import provenance
 
 CHARTS = {1: 9, 2: 5}
@@ -56,14 +57,15 @@ def write_log(folder, records):
 def test_training_ends_with_its_page(chain15, stage):
     folder = chain15.out / f"stage{stage}"
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
-    assert f"Stage {stage}: " in page.text and f"Finished: {STEPS} steps." in page.text
+    assert f"Stage {stage}, " in page.text and f"Finished: {STEPS} steps." in page.text
     assert len(page.all("svg")) == CHARTS[stage] and all(chart["aria-label"] for chart in page.all("svg"))
     assert not page.all("script") and not page.all("link") and not page.all("img")  # nothing to fetch or to run
     what = {1: "8 pairs; 0 truncated to 1024 tokens; 0 with identical responses",
             2: "8 conversations; 0 truncated to 2048 tokens."}  # fmt: skip
     assert what[stage] in page.text
     assert "report.html" in chain15.printed[f"stage{stage}"].splitlines()[-1]
-    assert training.section(folder, Options()) in (folder / "report.html").read_text(encoding="utf-8")
+    page = page_of(training.section(folder, Options()), training.STYLE)
+    assert page == (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_values_settings_and_provenance_are_in_the_page(chain15):
@@ -94,7 +96,7 @@ def test_the_script_is_named_without_its_folder_and_text_is_escaped(chain15, tmp
 
 
 def test_what_the_texts_say_is_what_training_does():
-    assert training.CLIP_NORM == core.CLIP_NORM and core.WARMUP == 0.03
+    assert curves.CLIP_NORM == core.CLIP_NORM and core.WARMUP == 0.03
 
 
 def test_equal_pairs_bound_the_dpo_term(chain15, tmp_path):
@@ -226,9 +228,9 @@ def test_a_long_run_is_quick_and_small(chain15, tmp_path):
     begin = time.monotonic()
     page = training.write(folder)
     assert time.monotonic() - begin < 3 and page.stat().st_size < 2e6
-    kept = training.thin([(i, math.sin(i) + (5 if i == 7777 else 0)) for i in range(20000)])
-    assert len(kept) <= training.MOST_POINTS and 7777 in dict(kept)  # the peak is not lost
-    assert kept == sorted(kept) and training.thin([(1, 2.0)] * 2000) == [(1, 2.0)] * 2000
+    kept = curves.thin([(i, math.sin(i) + (5 if i == 7777 else 0)) for i in range(20000)])
+    assert len(kept) <= curves.MOST_POINTS and 7777 in dict(kept)  # the peak is not lost
+    assert kept == sorted(kept) and curves.thin([(1, 2.0)] * 2000) == [(1, 2.0)] * 2000
 
 
 def test_the_running_mean():

@@ -53,7 +53,46 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+# ---------------------------------------------------------------- galleries
+
+
+def index(text):
+    """What the script of a gallery knows of all items."""
+    [content] = re.findall('<script type="application/json" class="index">(.*?)</script>', text)
+    return json.loads(content)
+
+
+def blocks(text):
+    """The items of each page of a gallery, the first of which is HTML; as the script reads them."""
+    first = text.split("<div class=list>")[1].split("<script")[0]
+    pages = [re.findall(r"<article.*?</article>", first, re.DOTALL)]
+    for n, content in re.findall(r'<script type="application/json" class="block-(\d+)">(.*?)</script>', text):
+        assert int(n) == len(pages)
+        pages.append(json.loads(content))
+    return [page for page in pages if page]
+
+
+def sources(text):
+    """{key: data URI} of the images that a page stores."""
+    first = re.findall(r'<img data-image="(\w+)" src="([^"]*)"', text)
+    others = re.findall(r'<script type="text/plain" id="image-(\w+)">(.*?)</script>', text)
+    assert len(dict(first + others)) == len(first + others)  # each once
+    return dict(first + others)
+
+
+def images_of(text):
+    """The data URIs that each item of a gallery shows, in order."""
+    uris = sources(text)
+    return [[uris[key] for key in re.findall(r'data-image="(\w+)"', item)] for page in blocks(text) for item in page]
+
+
 def items(text):
-    """[(kind, HTML)] of all lists that the page shows in parts."""
-    blocks = re.findall(r'class="items">(.*?)</script>', text)
-    return [(item["kind"], item["html"]) for block in blocks for item in json.loads(block)]
+    """[(gain or loss, HTML)] of the flipped answers in all galleries; the filter knows them, if both occur."""
+    flips = []
+    for part in text.split("<div class=gallery>")[1:]:
+        articles = [item for page in blocks(part) for item in page]
+        kinds = ["gain" if item.index("✗ wrong") < item.index("✓ right") else "loss" for item in articles]
+        numbers = [["gain", "loss"].index(kind) for kind in kinds]
+        assert index(part)["filters"] == ([numbers] if len({*kinds}) == 2 else [])
+        flips += zip(kinds, articles)
+    return flips
