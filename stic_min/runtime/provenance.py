@@ -70,6 +70,11 @@ def start_record(model, ranks):
     }
 
 
+def record_file(output):
+    """NAME.run.json of NAME.jsonl. Other suffixes stay: pairs-0.4 and pairs-0.7 are different outputs."""
+    return output.with_name(f"{output.name.removesuffix('.jsonl')}.run.json")
+
+
 def read_record(path):
     """The record in a run.json; {} without one."""
     record = read_json(path).get("record") if path.is_file() else None
@@ -82,7 +87,11 @@ def current_record(record, previous, ranks, memory):
     `previous` is the record of the run that was resumed, or {}: its start time is kept, wall time and the
     number of parts add up, and code and machine are those of the latest part.
     """
-    number = lambda name: previous[name] if isinstance(previous.get(name), (int, float)) else 0
+
+    def number(name):
+        value = previous.get(name)
+        return value if isinstance(value, (int, float)) and 0 <= value < 1e12 else 0  # it may be damaged
+
     return record | {
         "start": previous.get("start", record["start"]),
         "parts": number("parts") + 1,
