@@ -58,6 +58,7 @@ def start_record(model, ranks):
     machines = ranks.gather((socket.gethostname(), device))
     devices = Counter(device for _, device in machines)
     command = re.sub("(\0--judge-k[a-z]*[=\0])[^\0]*", r"\1***", "\0".join(sys.argv))  # without the API key
+    command = re.sub("(://)[^/@\0]+@", r"\1***@", command)  # nor the password in a --judge-url
     return {
         "command": shlex.join(command.split("\0")),
         "commit": commit() if ranks.first else None,

@@ -205,7 +205,8 @@ def test_a_damaged_record_does_not_fail_the_run(tmp_path, damage):
 KEY = "a 'secret'"
 
 
-@pytest.mark.parametrize("flag", [["--judge-key", KEY], [f"--judge-key={KEY}"], ["--judge-k", KEY]])
+@pytest.mark.parametrize("flag", [["--judge-key", KEY], [f"--judge-key={KEY}"], ["--judge-k", KEY],
+                                  ["--judge-url", "https://me:a secret@host/v1"]])  # fmt: skip
 def test_the_recorded_command_does_not_contain_the_api_key(tmp_path, monkeypatch, flag):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "mmvet", *flag, "--judge-model", "a model"])
     output(tmp_path / "out.jsonl")
