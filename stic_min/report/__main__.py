@@ -15,6 +15,7 @@ What a RUN is, is recognized from its content. Pages need no network.
 import argparse
 from pathlib import Path
 
+from stic_min import InputError
 from stic_min.report import steps
 from stic_min.report.options import Options
 from stic_min.runtime import flags, process
@@ -46,12 +47,26 @@ def parse_args():
     return args
 
 
+def check_out(run):
+    """Raises InputError if the page of a RUN can't be written."""
+    out = run / "report.html" if run.is_dir() else run.with_suffix(".html")
+    if out == run:
+        raise InputError(f"{run} would be replaced by its own page: rename it to {run.stem}.jsonl")
+    if out.is_dir():
+        raise InputError(f"can't write to {out}: it is a folder")
+    check_place(out.parent)
+
+
 def main():
     args = parse_args()
+    for folder in (*args.images, *args.data):
+        if not folder.is_dir():
+            raise InputError(f"no such folder: {folder}")
     options = Options(args.images, args.data, args.adapter, args.model)
     modules = [steps.recognize(path) for path in args.runs]  # a wrong one is an error before any work
+    for path in args.runs:
+        check_out(path)
     for path, module in zip(args.runs, modules):
-        check_place(path / "report.html" if path.is_dir() else path.with_suffix(".html"))
         print(module.write(path, options))
 
 

@@ -136,9 +136,9 @@ def thin(points):
 
 
 def points_of(log, field):
-    """[(step, value), ...] of a field of log.jsonl, and how many of its values are NaN or infinite."""
+    """[(step, value), ...] of a field of log.jsonl, and how many values are NaN or (almost) infinite."""
     points = [(record["step"], record[field]) for record in log if field in record]
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    finite = [(step, value) for step, value in points if abs(value) < 1e300]
     return finite, len(points) - len(finite)
 
 

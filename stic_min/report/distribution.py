@@ -14,7 +14,7 @@ from stic_min import InputError
 from stic_min.report import svg
 from stic_min.report.features import read_features
 from stic_min.runtime import console
-from stic_min.runtime.files import check_place, printable, write_text
+from stic_min.runtime.files import check_place, printable, read_json, write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +79,14 @@ def import_tsne():
     return TSNE
 
 
+def is_from_tsne(path):
+    """Whether a JSON file has the form of `describe`."""
+    try:
+        return read_json(path).keys() >= {"reference", "sets"}
+    except InputError:
+        return False
+
+
 def tsne(args) -> None:
     """evaluate.py tsne: one plot of several features files, and their overlaps with the first one."""
     import numpy as np
@@ -88,6 +96,11 @@ def tsne(args) -> None:
     if out.suffix != ".svg":
         raise InputError(f"--out {out} must end in .svg")
     check_place(out)
+    positions = out.with_suffix(".json")
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder, not a file")
+    if positions.exists() and not is_from_tsne(positions):
+        raise InputError(f"{positions} exists and is not from tsne; choose another --out")
     sets = read_sets(args.features)
     reference, *others = sets
     overlaps = [overlap_of_halves(reference.features)]
@@ -105,8 +118,8 @@ def tsne(args) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, draw(sets, points, overlaps))
     content = describe(sets, points, overlaps) | {"perplexity": perplexity}
-    write_text(out.with_suffix(".json"), json.dumps(content) + "\n")
-    console.print_line(f"wrote {out} and {out.with_suffix('.json')}")
+    write_text(positions, json.dumps(content) + "\n")
+    console.print_line(f"wrote {out} and {positions}")
 
 
 def read_sets(paths):
@@ -121,11 +134,10 @@ def read_sets(paths):
     for path, image_set in zip(paths, sets):
         if paths.count(path) > 1:
             raise InputError(f"{path} is given twice")
-        for name in ("tower", "features"):
-            if image_set.settings[name] != sets[0].settings[name]:
-                models = " and ".join(repr(s.settings["model"]) for s in (sets[0], image_set))
-                raise InputError(f"{paths[0]} and {path} are from different vision towers (of {models}): "
-                                 "embed both with the same --model")  # fmt: skip
+        if image_set.kind != sets[0].kind:
+            models = " and ".join(repr(s.settings["model"]) for s in (sets[0], image_set))
+            raise InputError(f"{paths[0]} and {path} are from different vision towers (of {models}): "
+                             "embed both with the same --model")  # fmt: skip
         if len(image_set.names) < FEWEST:
             raise InputError(f"{path}: {len(image_set.names)} images, but at least {FEWEST} are needed")
         if len(image_set.names) < ROUGH:

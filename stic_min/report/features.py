@@ -134,7 +134,10 @@ def embed_images(tower, config, folder, sample):
         progress.add()
     if not embedded:
         raise InputError(f"none of the {len(sample)} images of {folder} could be read")
-    return np.concatenate(features), embedded
+    features = np.concatenate(features)
+    if not np.isfinite(features).all():
+        raise InputError("some features are NaN or infinite: the vision tower's weights are damaged")
+    return features, embedded
 
 
 # ---------------------------------------------------------------- the features file
@@ -148,6 +151,11 @@ class ImageSet:
     features: "np.ndarray"  # (N, C) float32
     names: list[str]
     settings: dict
+
+    @property
+    def kind(self):
+        """What must be equal for features to be compared."""
+        return self.settings["tower"], self.settings["features"], self.features.shape[1]
 
 
 def write_features(path, features, names, settings, skipped):
@@ -173,13 +181,17 @@ def read_features(path: str | Path) -> ImageSet:
             content = json.loads((file.metadata() or {})[KEY])
             features = file.get_tensor("features")
         settings, names = content["settings"], content["names"]
-        tower = settings["tower"], settings["features"], settings["model"]
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        words = [settings["tower"], settings["features"], settings["model"], *names]
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
         raise foreign from None
-    if features.ndim != 2 or len(names) != len(features) or not all(isinstance(s, str) for s in tower):
+    if not all(isinstance(word, str) for word in words) or not isinstance(names, list):
         raise foreign
-    if not np.isfinite(features).all():
+    if features.ndim != 2 or features.dtype != np.float32 or len(names) != len(features):
+        raise foreign
+    if not (np.abs(features) < 1e15).all():
         raise InputError(f"{path}: some features are NaN or infinite")
+    if not (1e-10 < np.abs(features).max(axis=1, initial=0)).all():
+        raise InputError(f"{path}: the features of some images are all 0")
     return ImageSet(printable(Path(path).stem), features, names, settings)
 
 

@@ -9,7 +9,7 @@ from stic_min.formats.records import pair_sides, read_kind
 from stic_min.report import record as records
 from stic_min.report import training
 from stic_min.report.options import Options
-from stic_min.report.page import html_table, markdown, note, page
+from stic_min.report.page import html_table, markdown, note, page, plural
 from stic_min.report.steps import Step, steps_in
 from stic_min.runtime.files import read_json, write_text
 from stic_min.scorers.common import with_interval
@@ -130,14 +130,14 @@ def count_pairs(part):
     sides = [pair_sides(pair) for pair in pairs]
     equal = sum(side["chosen"] == side["rejected"] for side in sides)
     finishes = [pair[name] for pair in pairs for name in ("chosen_finish", "rejected_finish") if name in pair]
-    return [f"{len(pairs)} pairs", str(equal), of_all(finishes, records.MISSING), NONE, skipped(part)]
+    return [plural(len(pairs), "pair"), str(equal), of_all(finishes, records.MISSING), NONE, skipped(part)]
 
 
 def count_descriptions(part):
     described = [record for _, record in read_kind(part.step.path, "descriptions")]
     finishes = [record["finish"] for record in described if "finish" in record]
     cut = of_all(finishes, records.MISSING)
-    return [f"{len(described)} descriptions", NONE, cut, NONE, skipped(part)]
+    return [plural(len(described), "description"), NONE, cut, NONE, skipped(part)]
 
 
 def count_samples(part):
@@ -203,10 +203,11 @@ def versions_lines(parts: list[Part]) -> list[str]:
     if not recorded:
         return [records.MISSING]
     names = dict.fromkeys(name for versions in recorded for name in versions)
-    common = {name: Counter(v.get(name) for v in recorded).most_common(1)[0][0] for name in names}
+    counts = {name: Counter(str(v.get(name) or "(none)") for v in recorded) for name in names}
+    common = {name: count.most_common(1)[0][0] for name, count in counts.items()}
     lines = [records.versions({"versions": common})]
     for name in names:
-        if len({versions.get(name) for versions in recorded}) > 1:
+        if len({str(versions.get(name)) for versions in recorded}) > 1:
             value = lambda record, name=name: str((record.get("versions") or {}).get(name, records.MISSING))
             lines.append(f"{name} differs: {'; '.join(groups(parts, value))}")
     return lines

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from stic_min.report.page import note
-from stic_min.runtime.provenance import read_record
+from stic_min.runtime.provenance import read_record, record_file
 
 STYLE = """
 .facts td, .facts th { text-align: left; white-space: normal; vertical-align: top; font-weight: 400; }
@@ -14,11 +14,12 @@ STYLE = """
 .facts code { font-size: .95em; }
 """
 MISSING = "not recorded"
+LARGEST = 1e15  # of the numbers that are shown; NaN is not below it
 
 
 def of_output(path: Path) -> dict:
-    """The record of an output file NAME.jsonl, which is in NAME.run.json; {} without one."""
-    return read_record(path.with_suffix(".run.json"))
+    """The record of an output file; {} without one."""
+    return read_record(record_file(path))
 
 
 def unfinished(path: str | Path) -> str:
@@ -28,8 +29,9 @@ def unfinished(path: str | Path) -> str:
 
 
 def number(record: dict, name: str) -> float | None:
+    """A number of a record; None without one, or if it makes no sense."""
     value = record.get(name)
-    return value if isinstance(value, int | float) else None
+    return value if isinstance(value, int | float) and abs(value) < LARGEST else None
 
 
 def duration(seconds: float) -> str:

@@ -2,16 +2,18 @@
 
 import importlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.formats.records import KINDS, record_kind
+from stic_min.formats.records import IMAGE_KEYS, KINDS, record_kind
 from stic_min.report import training
+from stic_min.runtime.console import warn
 
 ORDER = "pairs", "stage 1", "descriptions", "stage 2", "training", "scores"  # of the recipe
 MODULES = {"stage 1": "training", "stage 2": "training"}  # the others are named as their step
-PEEK = 1 << 20  # characters; instruction files take a gigabyte
+PEEK = 1 << 24  # characters; instruction files take a gigabyte
 
 
 @dataclass
@@ -49,22 +51,40 @@ def training_kind(folder: Path) -> str:
 
 
 def file_kind(path: Path) -> str | None:
-    """pairs, descriptions (of stage 2, not of describe-and-respond), or another kind of `record_kind`."""
+    """pairs, descriptions (of stage 2, not of describe-and-respond), or another kind of `record_kind`.
+
+    A "description" alone does not make one: many JSON files of other programs have it.
+    """
     record = first_record(path)
     if record is None or "benchmark" in record:
         return None
-    return record_kind(record)
+    kind = record_kind(record)
+    return kind if kind == "instructions" or any(key in record for key in IMAGE_KEYS) else None
 
 
-def steps_in(folder: Path, levels: int = 2) -> list[Step]:
-    """The steps in a folder and, `levels` deep, in its folders; in the order of the recipe."""
+def steps_in(folder: Path, levels: int = 2, seen: set[str] | None = None) -> list[Step]:
+    """The steps in a folder and, `levels` deep, in its folders; in the order of the recipe.
+
+    `seen`: the real paths that are not looked at again, because links lead to them.
+    """
+    if seen is None:
+        place = Path(os.path.realpath(folder))
+        seen = {str(path) for path in (place, *place.parents)}
     if training.is_training(folder):
         return [Step(training_kind(folder), folder)]
     steps = [Step("scores", folder)] if has_scores(folder) else []
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path)):
+        if (place := os.path.realpath(path)) in seen:
+            continue
+        seen.add(place)
         if path.is_dir():
-            steps += steps_in(path, levels - 1) if levels and not path.name.startswith(".") else []
-        elif path.suffix in (".jsonl", ".json") and (kind := file_kind(path)) in ORDER:
+            if not levels or path.name.startswith("."):
+                continue
+            if os.access(path, os.R_OK | os.X_OK):
+                steps += steps_in(path, levels - 1, seen)
+            else:
+                warn(f"skipped: can't read {path}")
+        elif path.suffix in (".jsonl", ".json") and path.is_file() and (kind := file_kind(path)) in ORDER:
             steps.append(Step(kind, path))
     return sorted(steps, key=lambda step: ORDER.index(step.kind))
 
@@ -81,13 +101,15 @@ def recognize(path: Path):
         return importlib.import_module("stic_min.report.recipe")
     if not path.is_file():
         raise InputError(f"no such file or folder: {path}")
-    kind = file_kind(path)
-    if kind in ORDER:
-        return Step(kind, path).module
+    if not os.access(path, os.R_OK):
+        raise InputError(f"can't read {path}")
     if path.name in ("log.jsonl", "run.json") or path.name.endswith(".scores.json"):
         raise InputError(f"{path} is part of a run: give its folder, {path.parent}")
     record = first_record(path) or {}
-    if "benchmark" in record or "question_id" in record:
+    if "question_id" in record or "benchmark" in record and "description" not in record:
         raise InputError(f"{path} contains answers of a benchmark: give the folder of its scores")
+    kind = record_kind(record)
+    if kind in ORDER:
+        return Step(kind, path).module
     content = KINDS[kind] if kind else "neither pairs nor descriptions"
     raise InputError(f"{path} contains {content}: there is no page for it")

@@ -208,7 +208,7 @@ def histogram(title: str, values: list[float], x_title: str, y_title: str,
     counts = [0] * (len(edges) - 1)
     for value in values:
         counts[min(int((value - edges[0]) / step), len(counts) - 1)] += 1
-    axes = Axes(64, 50, width - 20, height - 48, ticks(edges[0], edges[-1]), ticks(0, max(counts)))
+    axes = Axes(64, 50, width - 20, height - 48, ticks(edges[0], edges[-1]), ticks(0, max(5, *counts)))
     parts = axes.grid() + axes.x_axis(x_title) + [text(56, 38, y_title, "end", "soft")]
     for edge, count in zip(edges, counts):
         left, top = axes.x(edge), axes.y(count)

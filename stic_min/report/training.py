@@ -65,6 +65,8 @@ def parse(record):
     """A line of log.jsonl, with its numbers; raises ValueError for any other JSON value."""
     if type(record["step"]) is not int or not all(type(value) in (int, float) for value in record.values()):
         raise ValueError
+    if any(type(value) is int and abs(value) >= records.LARGEST for value in record.values()):
+        raise ValueError  # a step or a count
     return record
 
 

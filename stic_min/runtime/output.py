@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stic_min import InputError
 from stic_min.runtime import provenance
-from stic_min.runtime.files import append_line, check_place, read_own_lines, wait_until, write_text
+from stic_min.runtime.files import append_line, check_place, read_json, read_own_lines, wait_until, write_text
 
 
 def lock(path, what):
@@ -49,6 +49,9 @@ class Output:
         if self.path.is_dir():
             raise InputError(f"--out {path} is a folder, not a file")
         check_place(path)
+        self.run_json = provenance.record_file(self.path)
+        if self.run_json.exists() and read_json(self.run_json).keys() != {"record"}:
+            raise InputError(f"{self.run_json} exists and is not the record of a run; choose another --out")
         self.file = self.path if ranks.world == 1 else self.part(ranks.rank)
         # Every rank reads all files, so that all of them end if a file is not ours.
         self.done = {record[key]: record for file in [self.path, *self.parts()] for record in self.read(file)}
@@ -64,7 +67,6 @@ class Output:
         self.ranks.barrier()
         self.done = {record[self.key]: record for record in self.read(self.path)}
         self.appended = 0
-        self.run_json = self.path.with_suffix(".run.json")
         self.previous = provenance.read_record(self.run_json)
         self.record = provenance.start_record(self.settings.get("model"), self.ranks)
         self.write_record(True, finished=False)

@@ -58,6 +58,7 @@ def start_record(model, ranks):
     machines = ranks.gather((socket.gethostname(), device))
     devices = Counter(device for _, device in machines)
     command = re.sub("(\0--judge-k[a-z]*[=\0])[^\0]*", r"\1***", "\0".join(sys.argv))  # without the API key
+    command = re.sub("(://)[^/@\0]+@", r"\1***@", command)  # nor the password in a --judge-url
     return {
         "command": shlex.join(command.split("\0")),
         "commit": commit() if ranks.first else None,
@@ -68,6 +69,11 @@ def start_record(model, ranks):
         "model": model,
         "start": time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(ranks.begin)),
     }
+
+
+def record_file(output):
+    """NAME.run.json of NAME.jsonl. Other suffixes stay: pairs-0.4 and pairs-0.7 are different outputs."""
+    return output.with_name(f"{output.name.removesuffix('.jsonl')}.run.json")
 
 
 def read_record(path):
@@ -82,7 +88,11 @@ def current_record(record, previous, ranks, memory):
     `previous` is the record of the run that was resumed, or {}: its start time is kept, wall time and the
     number of parts add up, and code and machine are those of the latest part.
     """
-    number = lambda name: previous[name] if isinstance(previous.get(name), (int, float)) else 0
+
+    def number(name):
+        value = previous.get(name)
+        return value if isinstance(value, (int, float)) and 0 <= value < 1e12 else 0  # it may be damaged
+
     return record | {
         "start": previous.get("start", record["start"]),
         "parts": number("parts") + 1,

@@ -187,6 +187,19 @@ def test_tsne_writes_plot_table_and_positions(tmp_path, capsys):
     assert (tmp_path / "again.svg").read_text() == text
 
 
+def test_tsne_replaces_no_other_file(tmp_path):
+    pytest.importorskip("sklearn")
+    file = write(tmp_path / "coco.safetensors")
+    for content in ("[1]", '{"a": 1}', "text"):
+        (tmp_path / "pairs.json").write_text(content)
+        status, line = ended("evaluate", "tsne", file, "--out", tmp_path / "pairs.svg")
+        assert status == 1 and line.endswith("pairs.json exists and is not from tsne; choose another --out")
+        assert (tmp_path / "pairs.json").read_text() == content
+    (tmp_path / "folder.svg").mkdir()
+    status, line = ended("evaluate", "tsne", file, "--out", tmp_path / "folder.svg")
+    assert status == 1 and line.endswith("folder.svg is a folder, not a file")
+
+
 def test_tsne_of_one_file_has_no_overlap(tmp_path):
     pytest.importorskip("sklearn")
     call("evaluate", "tsne", write(tmp_path / "coco.safetensors"), "--out", tmp_path / "tsne.svg")
@@ -208,7 +221,23 @@ def test_bad_features_files_are_one_line(tmp_path):
     bad = write(tmp_path / "bad.safetensors")
     features.write_features(bad, np.full((4, 2), np.nan, np.float32), list("abcd"),
                                 {"features": "f", "tower": "t", "model": "m"}, 0)  # fmt: skip
+    save = lambda name, values, names: features.write_features(
+        tmp_path / name, values, names, {"features": "f", "tower": "t", "model": "m"}, 0)  # fmt: skip
+    ones = np.ones((4, 6), np.float32)
+    save("narrow.st", ones[:, :3].copy(), list("abcd"))
+    save("zero.st", ones * np.array([[1], [1], [0], [1]], np.float32), list("abcd"))
+    save("huge.st", ones * np.float32(1e37), list("abcd"))
+    save("whole.st", ones.astype(np.int64), list("abcd"))
+    save_file({"features": ones}, tmp_path / "deep.st", {features.KEY: "[" * 100_000})
+    names = [4, None, "abcd", [[1]] * 4, dict.fromkeys("abcd")]
+    for i, value in enumerate(names):
+        save(f"names{i}.st", ones, value)
+    foreign_files = [*(f"names{i}.st" for i in range(len(names))), "whole.st", "deep.st"]
     cases = [
+        *(([tmp_path / name], f"{name}: not a file of image features") for name in foreign_files),
+        ([good, tmp_path / "narrow.st"], "are from different vision towers"),
+        ([tmp_path / "zero.st"], "zero.st: the features of some images are all 0"),
+        ([tmp_path / "huge.st"], "huge.st: some features are NaN or infinite"),
         ([tmp_path / "none"], "no such file"),
         ([good, foreign], "foreign.safetensors: not a file of image features"),
         ([tmp_path / "text.safetensors"], "text.safetensors: not a file of image features"),

@@ -1,6 +1,8 @@
 """`python -m stic_min.report`: what a RUN is taken for, and the pages of a whole recipe."""
 
 import json
+import math
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -74,6 +76,33 @@ def test_the_steps_of_a_recipe_are_found_up_to_two_levels_deep(folder):
                                              "results"]  # fmt: skip
 
 
+def test_other_files_in_the_folder_of_a_recipe_are_no_steps(folder, capsys, monkeypatch):
+    before = steps.steps_in(folder)
+    (folder / "self").symlink_to(".")
+    (folder / "up").symlink_to("..")
+    (folder / "loop").symlink_to("loop")
+    (folder / "best").symlink_to("stage1")
+    (folder / "last.jsonl").symlink_to("pairs.jsonl")
+    os.mkfifo(folder / "fifo.jsonl")  # to open it would wait forever
+    write(folder / "package.json", {"name": "x", "description": "of a program"})
+    write(folder / "texts.json", {"text": "The proposal was rejected."})
+    (folder / "private").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "private" not in str(path) and access(path, mode))
+    assert steps.steps_in(folder) == before
+    assert capsys.readouterr().err == f"warning: skipped: can't read {folder / 'private'}\n"
+
+
+def test_descriptions_of_an_evaluation_have_a_page(folder):
+    [file] = (folder / "results").glob("*.descriptions.jsonl")
+    assert steps.recognize(file).__name__ == "stic_min.report.descriptions" and steps.file_kind(file) is None
+
+
+def test_a_file_may_begin_with_a_long_record(tmp_path):
+    write(tmp_path / "pairs.jsonl", [pair("a.png", "word " * 400_000)])
+    assert steps.file_kind(tmp_path / "pairs.jsonl") == "pairs"
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("empty", None, "empty contains no run: no pairs, descriptions, log.jsonl or .scores.json, in it or up to"),
     ("none.jsonl", "", "none.jsonl contains neither pairs nor descriptions: there is no page for it"),
@@ -99,6 +128,23 @@ def test_the_command_prints_the_paths_of_its_pages(folder):
     paths = [folder / "stage1", folder / "stage2"]
     printed = call("stic_min.report.__main__", *paths, "--images", folder, "--images", folder / "stage1")
     assert printed.splitlines() == [str(path / "report.html") for path in paths]
+
+
+def test_no_file_is_replaced_by_its_own_page(chain15, tmp_path):
+    file = tmp_path / "pairs.html"
+    shutil.copy(chain15.out / "pairs.jsonl", file)
+    status, line = ended("stic_min.report.__main__", file)
+    assert status == 1 and line.endswith("would be replaced by its own page: rename it to pairs.jsonl")
+    assert file.read_bytes() == (chain15.out / "pairs.jsonl").read_bytes()
+
+
+def test_a_page_that_can_not_be_written_is_an_error_before_the_work(folder):
+    (folder / "pairs.html").mkdir()
+    status, line = ended("stic_min.report.__main__", folder / "stage1", folder / "pairs.jsonl")
+    assert status == 1 and line.endswith("pairs.html: it is a folder") and not (folder / "pairs.html.new").exists()
+    for flag in ("--images", "--data"):
+        outcome = ended("stic_min.report.__main__", folder, flag, folder / "none")
+        assert outcome == (1, f"error: no such folder: {folder / 'none'}")
 
 
 @pytest.mark.parametrize("flags", [["--adapter", "x"], ["--model", "x"]])
@@ -173,6 +219,19 @@ def test_skipped_and_unfinished(folder):
     text = markdown(folder)
     assert "15 of 16 responses | – | 3 |" in text and "| 1 min 40 s in 2 parts |" in text
     assert "| 3. Descriptions: descriptions.jsonl | at least " in text
+
+
+@pytest.mark.parametrize("damage", [
+    {"versions": {"torch": ["a"], "numpy": {"a": 1}}},
+    {"wall_seconds": math.nan, "peak_memory_gb": math.inf, "skipped": math.nan, "parts": -math.inf},
+    {"wall_seconds": 10**400, "peak_memory_gb": 10**400},
+    {"commit": ["a"], "hardware": {"a": 1}, "command": 5, "ranks": "2", "nodes": math.nan},
+])  # fmt: skip
+def test_a_damaged_record(folder, sections, damage):
+    change(folder / "pairs.run.json", lambda run: run["record"].update(damage))
+    change(folder / "stage1" / "run.json", lambda run: run["record"].update(damage))
+    recipe.write(folder, Options())
+    assert "1. Preference pairs: pairs.jsonl" in markdown(folder)
 
 
 @pytest.mark.parametrize("damage", [{"run": None}, {"answers": [1]}, {"score": "high"}, {"interval": [1]}])

@@ -174,7 +174,19 @@ def test_nan_and_infinity_are_left_out_of_the_curves(chain15, tmp_path):
     assert "nan" not in charts and "inf" not in charts.replace("infinite", "")
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"loss": 1.0}', '{"step": 1, "loss": "low"}', "{", '{"step": 1.5}'])
+def test_huge_numbers_are_left_out_of_the_curves(chain15, tmp_path):
+    folder = copy(chain15, tmp_path)
+    log = lines(folder / "log.jsonl")
+    log[0] |= {"loss": 1.7e308, "margin": -1.7e308}
+    log[1] |= {"loss": -1.7e308}
+    write_log(folder, log)
+    assert "2 values are NaN or infinite and left out." in training.section(folder)
+
+
+@pytest.mark.parametrize("line", [
+    "[1]", '{"loss": 1.0}', '{"step": 1, "loss": "low"}', "{", '{"step": 1.5}',
+    f'{{"step": {10**400}}}', f'{{"step": 1, "loss": {10**400}}}',
+])  # fmt: skip
 def test_a_damaged_line_is_an_error(chain15, tmp_path, line):
     folder = copy(chain15, tmp_path)
     with open(folder / "log.jsonl", "a") as file:

@@ -179,10 +179,34 @@ def test_a_run_that_adds_nothing_leaves_the_record_of_those_that_did(tmp_path):
     assert record(path) == {"finished": True, "requested": 1, "skipped": 0}
 
 
+def test_outputs_do_not_share_a_record(tmp_path):
+    for name in ("pairs-0.4", "pairs-0.7", "pairs.json", "a.b.jsonl"):
+        output(tmp_path / name).finish("")
+    names = {path.name for path in tmp_path.glob("*.run.json")}
+    assert names == {"pairs-0.4.run.json", "pairs-0.7.run.json", "pairs.json.run.json", "a.b.run.json"}
+
+
+@pytest.mark.parametrize("content", ['{"image": "a.png"}\n', "{", "", '{"image": "a.png"}\n{"image": "b.png"}\n'])
+def test_no_other_file_is_replaced_by_a_record(tmp_path, content):
+    (tmp_path / "out.run.json").write_text(content)
+    with pytest.raises(InputError, match="out.run.json"):
+        output(tmp_path / "out.jsonl")
+    assert (tmp_path / "out.run.json").read_text() == content
+
+
+@pytest.mark.parametrize("damage", [{"parts": float("nan"), "wall_seconds": float("inf")}, {"wall_seconds": 10**400},
+                                    {"peak_memory_gb": "much", "parts": [1]}])  # fmt: skip
+def test_a_damaged_record_does_not_fail_the_run(tmp_path, damage):
+    (tmp_path / "out.run.json").write_text(json.dumps({"record": damage}))
+    output(tmp_path / "out.jsonl").finish("")
+    assert record(tmp_path / "out.jsonl")["finished"]
+
+
 KEY = "a 'secret'"
 
 
-@pytest.mark.parametrize("flag", [["--judge-key", KEY], [f"--judge-key={KEY}"], ["--judge-k", KEY]])
+@pytest.mark.parametrize("flag", [["--judge-key", KEY], [f"--judge-key={KEY}"], ["--judge-k", KEY],
+                                  ["--judge-url", "https://me:a secret@host/v1"]])  # fmt: skip
 def test_the_recorded_command_does_not_contain_the_api_key(tmp_path, monkeypatch, flag):
     monkeypatch.setattr("sys.argv", ["evaluate.py", "mmvet", *flag, "--judge-model", "a model"])
     output(tmp_path / "out.jsonl")

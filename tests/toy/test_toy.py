@@ -36,7 +36,7 @@ def toy(*args):
 def snapshot(folder):
     """{file: bytes} of a run's results: without logs and their pages, and run.json without the record of time and
     place."""
-    left_out = "log.txt", "log.jsonl", "report.html"
+    left_out = "log.txt", "log.jsonl", "report.html", "report.md"
     files = [p for p in folder.rglob("*") if p.is_file() and p.name not in left_out]
     contents = {str(p.relative_to(folder)): p.read_bytes() for p in files}
     for name in [name for name in contents if name.endswith("run.json")]:
@@ -366,6 +366,9 @@ def test_demo_prints_commands_that_run(demo):
     scripts = [c.split()[0] for c in commands]
     assert scripts[:4] == ["generate_pairs.py", "train_stage1.py", "generate_pairs.py", "train_stage2.py"]
     assert scripts[4:] == ["evaluate.py"] * 9
+    report = (out / "report.md").read_text()
+    assert [name for name in scripts if name not in report] == [] and report.count("\npython ") == 13
+    assert (out / "report.html").stat().st_size > 1e6
     descriptions = out / "stic-descriptions.jsonl"
     before = descriptions.read_bytes()
     descriptions.unlink()
