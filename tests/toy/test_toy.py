@@ -367,7 +367,7 @@ def test_demo_prints_commands_that_run(demo):
     assert scripts[:4] == ["generate_pairs.py", "train_stage1.py", "generate_pairs.py", "train_stage2.py"]
     assert scripts[4:] == ["evaluate.py"] * 9
     report = (out / "report.md").read_text()
-    assert [name for name in scripts if name not in report] == [] and report.count("python ") == 13
+    assert [name for name in scripts if name not in report] == [] and report.count("\npython ") == 13
     assert (out / "report.html").stat().st_size > 1e6
     descriptions = out / "stic-descriptions.jsonl"
     before = descriptions.read_bytes()
