@@ -1,5 +1,6 @@
 """What a file or folder is, recognized from its content: which step of the recipe wrote it."""
 
+import functools
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ from stic_min.runtime.console import warn
 
 ORDER = "pairs", "stage 1", "descriptions", "stage 2", "training", "scores"  # of the recipe
 MODULES = {"stage 1": "training", "stage 2": "training"}  # the others are named as their step
+warn_once = functools.cache(warn)  # a folder is looked at several times
 PEEK = 1 << 24  # characters; instruction files take a gigabyte
 
 
@@ -83,7 +85,7 @@ def steps_in(folder: Path, levels: int = 2, seen: set[str] | None = None) -> lis
             if os.access(path, os.R_OK | os.X_OK):
                 steps += steps_in(path, levels - 1, seen)
             else:
-                warn(f"skipped: can't read {path}")
+                warn_once(f"skipped: can't read {path}")
         elif path.suffix in (".jsonl", ".json") and path.is_file() and (kind := file_kind(path)) in ORDER:
             steps.append(Step(kind, path))
     return sorted(steps, key=lambda step: ORDER.index(step.kind))
