@@ -68,16 +68,17 @@ tr.own td { background: var(--own); font-weight: 600; } td small { font-weight: 
 
 def page(title: str, body: str, style: str = "") -> str:
     """A complete HTML page. title: text; body: HTML; style: CSS in addition to STYLE."""
-    return (
+    html = (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}{style}</style><main>{body}</main></html>\n"
     )
+    return html.encode(errors="replace").decode()  # halves of surrogate pairs can't be written
 
 
 def page_of(section: str, style: str = "") -> str:
     """The page of a section alone: its <h2> becomes the page's title, and the headings below move up."""
-    title = unescape(re.match("<h2>(.*?)</h2>", section)[1])
+    title = unescape(re.match("<h2>(.*?)</h2>", section, re.DOTALL)[1])
     body = re.sub(r"(</?h)([2-4])>", lambda match: f"{match[1]}{int(match[2]) - 1}>", section)
     return page(title, body, style)
 
@@ -114,7 +115,7 @@ def note(text: str) -> str:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table of text cells."""
-    line = lambda row: "| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |"
+    line = lambda row: "| " + " | ".join(" ".join(cell.replace("|", r"\|").split("\n")) for cell in row) + " |"
     return "\n".join(map(line, [header, ["---"] * len(header), *rows]))
 
 

@@ -16,6 +16,7 @@ from stic_min.text import without_marks
 
 SIDE = 192  # pixels of a thumbnail
 LONG_PROMPT = 160  # characters; longer prompts are folded
+LONG_COMPARISON = 100_000  # words of one response times words of the other
 KINDS = {  # how the dispreferred response came about
     "prompt": "misleading prompt",
     "low_resolution": "low resolution",
@@ -165,7 +166,9 @@ def marked(chosen: str, rejected: str) -> tuple[str, str]:
     """Both responses as HTML, with the words marked that the other one does not have at this place."""
     tokens = [re.findall(r"\s*(?:\w+(?:['’-]\w+)*|[^\w\s])", text) for text in (chosen, rejected)]
     stripped = [[token.strip() for token in side] for side in tokens]
-    matcher = difflib.SequenceMatcher(None, *stripped, autojunk=False)
+    # Long responses that repeat the same words would take minutes; then frequent words are no anchors.
+    is_long = len(stripped[0]) * len(stripped[1]) > LONG_COMPARISON
+    matcher = difflib.SequenceMatcher(None, *stripped, autojunk=is_long)
     html = ["", ""]
     for tag, *bounds in matcher.get_opcodes():
         for side, (start, end) in enumerate((bounds[:2], bounds[2:])):

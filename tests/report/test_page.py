@@ -1,9 +1,11 @@
 """What the pages share: headings, tables, numbers, and images that galleries store once."""
 
+import time
+
 from pages import Page, blocks, index, sources
 from PIL import Image
 
-from stic_min.report import gallery, images, page
+from stic_min.report import gallery, images, page, pair_cards
 
 
 def test_headings_of_a_section_alone_move_up():
@@ -52,3 +54,16 @@ def test_thumbnails():
     kinds = [images.thumbnail(image, 60).split(";")[0] for image in (small, large)]
     assert kinds == ["data:image/png", "data:image/jpeg"]
     assert images.thumbnail(small, 60, enlarge=True).startswith("data:image/jpeg")
+
+
+def test_names_with_line_breaks_and_broken_unicode():
+    html = page.page_of("<h2>a\nb \ud800</h2><p>x</p>")
+    assert "<title>a\nb ?</title>" in html and "<h1>a\nb ?</h1>" in html
+    assert page.markdown(["a"], [["1\n2 | 3"]]).splitlines() == ["| a |", "| --- |", r"| 1 2 \| 3 |"]
+
+
+def test_responses_that_repeat_one_word_are_compared_quickly():
+    begin = time.process_time()
+    chosen, rejected = pair_cards.marked("w " * 4000, "w x " * 4000)
+    assert time.process_time() - begin < 5  # it took minutes
+    assert "<mark>" in chosen and "<mark>" in rejected
