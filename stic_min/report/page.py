@@ -115,7 +115,8 @@ def note(text: str) -> str:
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table of text cells."""
-    line = lambda row: "| " + " | ".join(" ".join(cell.replace("|", r"\|").split("\n")) for cell in row) + " |"
+    text = lambda cell: cell.replace("|", r"\|").replace("\n", " ")
+    line = lambda row: "| " + " | ".join(map(text, row)) + " |"
     return "\n".join(map(line, [header, ["---"] * len(header), *rows]))
 
 
