@@ -1,10 +1,9 @@
 """The page of a descriptions file: what it counts, shows and escapes."""
 
 import json
-from html.parser import HTMLParser
 
 import pytest
-from pages import blocks, images_of, index, sources
+from pages import Elements, blocks, images_of, index, sources
 
 from stic_min import InputError
 from stic_min.report import descriptions
@@ -12,35 +11,6 @@ from stic_min.report.options import Options
 from stic_min.text import CAPTION_PROMPTS, DESCRIBE_PROMPT
 
 A, B = "scene_01.jpg", "scene_02.png"
-
-
-class Page(HTMLParser):
-    """Elements by tag: [(attributes, text)]."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements, self.open = [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        element = [tag, dict(attributes), ""]
-        self.elements.append(element)
-        if tag not in ("img", "input", "meta", "br"):
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, data):
-        for element in self.open:
-            element[2] += data
-
-    def all(self, tag, **attributes):
-        return [e for e in self.elements if e[0] == tag and attributes.items() <= e[1].items()]
-
-    def texts(self, tag, **attributes):
-        return [e[2] for e in self.all(tag, **attributes)]
 
 
 def record(i, image=A, description="A red house.", **fields):
@@ -61,7 +31,7 @@ def talk(i, image=A, turns=1):
 
 def section(path, **options):
     html = descriptions.section(path, Options(**options))
-    return Page(html), html
+    return Elements(html), html
 
 
 def test_counts_settings_and_cards(tiny, tmp_path):
@@ -158,7 +128,7 @@ def test_text_is_escaped(tiny, tmp_path):
     assert len(data) == 3 and len(page.all("script")) == 4  # index, two more pages, the program
     for block in data[1:]:
         assert "<" not in block[2]
-        inner = Page("".join(json.loads(block[2])))
+        inner = Elements("".join(json.loads(block[2])))
         assert inner.texts("p", **{"class": "text"})[0].startswith(evil) and not inner.all("script")
 
 

@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from by_hand import logps_by_hand
 from chain import log, stop_after
 from commands import call, lines
-from pages import blocks, images_of, index, sources
+from pages import Elements, blocks, images_of, index, sources
 from PIL import Image
 from tiny import PICTURES
 
@@ -26,45 +25,6 @@ from stic_min.samples import global_batches, pair_sample
 
 A, B = "scene_01.jpg", "scene_02.png"
 X, X_G, X_B = "What is it?", "Describe it step by step.", "Invent <things> & more."
-
-
-class Page(HTMLParser):
-    """Elements: [tag, attributes, text of it and its children]."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements, self.open = [], []
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        element = [tag, dict(attributes), ""]
-        self.elements.append(element)
-        if tag not in ("img", "input", "meta", "br"):
-            self.open.append(element)
-
-    def handle_endtag(self, tag):
-        while self.open and self.open.pop()[0] != tag:
-            pass
-
-    def handle_data(self, text):
-        script = self.open and self.open[-1][0] == "script"
-        for element in self.open[-1:] if script else self.open:
-            element[2] += text
-
-    def all(self, tag, **attributes):
-        return [e for e in self.elements if e[0] == tag and attributes.items() <= e[1].items()]
-
-    def texts(self, tag, **attributes):
-        return [e[2] for e in self.all(tag, **attributes)]
-
-    def rows(self):
-        """The summary: {name of the row: its cells}."""
-        cells = iter(self.texts("td"))
-        width = len(self.texts("th"))
-        rows = {}
-        for name in cells:
-            rows[name] = [next(cells) for _ in range(width - 1)]
-        return rows
 
 
 def record(image=A, chosen="A red house.", rejected="A red boat.", **fields):
@@ -117,7 +77,7 @@ def test_counts_by_kind(render):
         corrupted(seed=jitter, rejected="A red house."),
         record(B),
     ])  # fmt: skip
-    page = Page(html)
+    page = Elements(html)
     names = ["misleading prompt", "low resolution", "color jitter", "unknown"]
     assert page.texts("th") == ["kind of pair", *names, "all"]
     assert page.rows() == {
@@ -138,7 +98,7 @@ def test_counts_by_kind(render):
 
 def test_prompts_with_the_papers_letters(render):
     low = seed_of("low_resolution")
-    misleading, corruption = Page(render([misled()])), Page(render([corrupted(seed=low)]))
+    misleading, corruption = Elements(render([misled()])), Elements(render([corrupted(seed=low)]))
     titles = ["Preferred: yw ~ p( · | v, xg)", "Dispreferred: yl ~ p( · | v, xb)"]
     assert misleading.texts("p", **{"class": "origin"}) == titles
     assert corruption.texts("p", **{"class": "origin"}) == [titles[0], "Dispreferred: yl ~ p( · | h(v), x)"]
@@ -148,12 +108,12 @@ def test_prompts_with_the_papers_letters(render):
         assert page.texts("p", **{"class": "x"}) == [f"Trained as responses to x: “{X}”"]
     assert corruption.texts("figcaption")[1] == "h(v), low resolution: short side 20"
     long = "word " * 60
-    [details] = Page(render([misled(chosen_prompt=long)])).texts("details")
+    [details] = Elements(render([misled(chosen_prompt=long)])).texts("details")
     assert long.strip() in details
 
 
 def test_lengths_and_endings(render):
-    page = Page(render([misled(chosen="One two.", rejected="One two three", rejected_finish="length"), record()]))
+    page = Elements(render([misled(chosen="One two.", rejected="One two three", rejected_finish="length"), record()]))
     notes = [text for text in page.texts("p", **{"class": "note"}) if "characters" in text]
     assert notes == ["2 words, 8 characters; ended by itself",
                      "3 words, 13 characters; cut off at the maximum length",
@@ -162,7 +122,7 @@ def test_lengths_and_endings(render):
 
 def test_settings_of_the_run(render):
     settings = {"model": "llava", "adapter": None, "temperature": 0.2, "seed": 0, "top_p": None}
-    page = Page(render([misled(**settings), misled(**settings | {"seed": 1})]))
+    page = Elements(render([misled(**settings), misled(**settings | {"seed": 1})]))
     shown = dict(zip(page.texts("dt"), page.texts("dd")))
     assert shown == {"model": "llava", "image mode": "pad", "temperature": "0.2", "seed": "0, 1"}
 
@@ -171,7 +131,7 @@ def test_published_pairs_have_no_prompts_or_seeds(render):
     rlaif = {"image_path": A, "question": X, "chosen": "A red house.", "rejected": "A blue boat."}
     stic = record(B, hallu_prompt=X_B, image_corruption=False), record(B, hallu_prompt="", image_corruption=True)
     html = render([rlaif, *stic])
-    page = Page(html)
+    page = Elements(html)
     assert page.texts("th") == ["kind of pair", "misleading prompt", "other corruption", "unknown", "all"]
     assert page.texts("p", **{"class": "origin"})[:2] == ["Preferred: yw", "Dispreferred: yl"]
     first, second, third = page.texts("article")
@@ -202,14 +162,14 @@ def test_text_is_escaped(render):
     names = ["a.jpg", attack.replace("/", "")]
     corruption = {"kind": attack, attack: attack}
     html = render([misled(name, **fields | {"corruption": c}) for c in (None, corruption) for name in names * 15])
-    page = Page(html)
+    page = Elements(html)
     assert len(blocks(html)) == 3 and len(page.all("article")) == 24
     scripts = page.all("script")
     assert [s[1].get("type") for s in scripts].count("application/json") == len(scripts) - 1 == 3
     assert not [e for e in page.elements if "onerror" in e[1]] and not page.all("img")
     assert attack in page.texts("p", **{"class": "text"})[0] and attack in page.texts("dd")
     for block in blocks(html)[1:]:
-        for item in map(Page, block):
+        for item in map(Elements, block):
             assert not item.all("script") and not item.all("img")
             assert attack in item.texts("p", **{"class": "text"})[0]
 
@@ -249,7 +209,7 @@ def test_a_corruption_with_other_parameters_is_reported(render):
     pair["corruption"]["hue"] += 0.01
     html = render([pair, corrupted(B)])
     assert "The corrupted images of 1 pair are not those that the model saw" in html
-    captions = Page(html).texts("figcaption")
+    captions = Elements(html).texts("figcaption")
     assert [text.endswith("replayed with other parameters than recorded") for text in captions] == [
         False, True, False, False]  # fmt: skip
 
@@ -259,7 +219,7 @@ def test_images_are_stored_once(render):
     assert html.count("data:image/jpeg") == len(sources(html)) == 2
     shown = images_of(html)
     assert shown[0] == shown[29] != shown[30] == shown[59]
-    assert all(image[1].get("alt") == f"v: {A}" for image in Page(html).all("img"))
+    assert all(image[1].get("alt") == f"v: {A}" for image in Elements(html).all("img"))
 
 
 def test_missing_images_are_counted_and_have_a_placeholder(render, tmp_path, tiny):
@@ -270,7 +230,7 @@ def test_missing_images_are_counted_and_have_a_placeholder(render, tmp_path, tin
     assert f"The images of 4 of 4 pairs are missing: not found in {tmp_path / 'images'}, or not readable." in html
     expected = [f"no image v: {name}" for name in names for _ in range(2)]
     expected += [f"no image {letter}: nowhere.jpg" for letter in ("v", "h(v)")]
-    assert Page(html).texts("div", **{"class": "missing"}) == expected and "data:image" not in html
+    assert Elements(html).texts("div", **{"class": "missing"}) == expected and "data:image" not in html
     path = write(tmp_path / "p.jsonl", [misled()])
     html = pairs.section(path, Options())
     assert "The images of 1 of 1 pair are missing: pass their folder with --images." in html
@@ -321,7 +281,7 @@ def test_6000_pairs_are_paged(tmp_path, monkeypatch):
     out = pairs.write(path, Options([tmp_path]))
     html = out.read_text()
     assert out == tmp_path / "pairs.html" and len(html) < 6000 * 3000
-    page = Page(html)
+    page = Elements(html)
     assert len(page.all("article")) == gallery.PAGE_SIZE == 24
     pages = blocks(html)
     assert len(pages) == 250 and {len(p) for p in pages} == {24}
@@ -335,7 +295,7 @@ def test_a_gallery_has_a_limit(render, monkeypatch):
     monkeypatch.setattr(pairs, "LIMIT", 3)
     html = render([misled() for _ in range(5)])
     assert "The gallery shows the first 3 of 5 pairs." in html and index(html)["count"] == 3
-    assert Page(html).rows()["pairs"] == ["5 (100.0%)"]
+    assert Elements(html).rows()["pairs"] == ["5 (100.0%)"]
 
 
 # ---------------------------------------------------------------- log p
@@ -393,11 +353,11 @@ def test_margins_are_shown_and_sorted_by(runs, tmp_path):
     assert "No log p for 1 pair:" in html
     differing = [margin for i, margin in enumerate(margins) if i not in (1, 2)]
     positive = 100 * sum(margin > 0 for margin in differing) / len(differing)
-    rows = Page(html).rows()
+    rows = Elements(html).rows()
     assert rows["margin > 0"][-1] == f"{positive:.1f}%"
     assert rows["margin, mean"][-1] == f"{sum(differing) / len(differing):+.2f}".replace("-", "−")
     tag = f"margin {margins[0]:+.2f}".replace("-", "−")
-    first, _, third, *_ = Page(html).texts("article")
+    first, _, third, *_ = Elements(html).texts("article")
     assert tag in first and "before training" in first and "margin" not in third
     bars = re.findall(r'<rect class="c[01]"', html)
     assert bars and "aria-label" in html

@@ -53,6 +53,45 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+class Elements(HTMLParser):
+    """Elements: [tag, attributes, text of it and its children]."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        element = [tag, dict(attributes), ""]
+        self.elements.append(element)
+        if tag not in ("img", "input", "meta", "br"):
+            self.open.append(element)
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, text):
+        script = self.open and self.open[-1][0] == "script"
+        for element in self.open[-1:] if script else self.open:
+            element[2] += text
+
+    def all(self, tag, **attributes):
+        return [e for e in self.elements if e[0] == tag and attributes.items() <= e[1].items()]
+
+    def texts(self, tag, **attributes):
+        return [e[2] for e in self.all(tag, **attributes)]
+
+    def rows(self):
+        """The summary: {name of the row: its cells}."""
+        cells = iter(self.texts("td"))
+        width = len(self.texts("th"))
+        rows = {}
+        for name in cells:
+            rows[name] = [next(cells) for _ in range(width - 1)]
+        return rows
+
+
 # ---------------------------------------------------------------- galleries
 
 
