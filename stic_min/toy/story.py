@@ -10,6 +10,7 @@ import torch
 from stic_min.data import Infusion, parse_pair
 from stic_min.images import open_image
 from stic_min.loss import dpo_loss
+from stic_min.report.curves import smoothing
 from stic_min.report.logps import response_logps
 from stic_min.report.page import data_uri, math, number, page, wide
 from stic_min.report.svg import line_chart
@@ -75,14 +76,14 @@ def scores_and_claims(scores):
     base, stage1, stic = scores.values()
     rows = []
     for i, (name, better) in enumerate({
-        "hallucinated objects, CHAIR_i<br><small>↓ lower is better</small>": -1,
+        "hallucinated objects, CHAIR<sub>i</sub><br><small>↓ lower is better</small>": -1,
         "objects in captions, F1<br><small>↑ higher is better</small>": 1,
         "questions, asked directly<br><small>↑ higher is better</small>": 1,
         "questions, after describing<br><small>↑ higher is better</small>": 1,
     }.items()):  # fmt: skip
         cells = [f"{row[i]:.1f}<br>{difference(row[i] - base[i], better)}" for row in (stage1, stic)]
         rows.append([name, f"{base[i]:.1f}", *cells])
-    absent = "the share of hallucinated objects among those in captions"
+    absent = "the share of objects mentioned in captions that are not in the picture"
     return {
         "scores": table(["in %", *map(escape, scores)], rows, "Scores"),
         "hallucinated": change(absent, base[0], stic[0], -1),
@@ -122,8 +123,8 @@ def about_pairs(out, model, scenes):
     logps = response_logps([*selected.values()], [out / "unlabeled"], model, out / "stage1", "cpu")
     losses = [loss_table(f"The pair with a {kind}", values, settings)
               for kind, values in zip(selected, logps)]  # fmt: skip
-    labels = ["pairs", "$y_l$ has more absent objects than $y_w$", "as many", "of these, the same text",
-              "fewer"]  # fmt: skip
+    labels = ["pairs", "$y_l$ has more absent objects than $y_w$", "$y_l$ has as many",
+              "– of these, with identical text", "$y_l$ has fewer"]  # fmt: skip
     share = lambda flags: f"{100 * sum(flags) / max(1, len(flags)):.0f}%"
     rows = [[label, *row] for label, row in zip(labels, zip(*counts.values()))]
     return {
@@ -168,7 +169,7 @@ def training_curves(out):
     for title, keys in curves.items():
         series = {name: [(r["step"], r[key]) for r in log if key in r] for name, key in keys.items()}
         if all(series.values()):  # without pairs whose responses differ, there is no margin
-            charts.append(line_chart(title, series, zero=True))
+            charts.append(line_chart(title, series, zero=True, smooth=smoothing(len(log))))
     return {"steps": len(log), "curves": "".join(charts)}
 
 
@@ -234,7 +235,7 @@ def about_evaluation(out):
                 f"<pre>{with_description(description, escape(q['text']))}</pre>"
                 f"<p>Answer: {judged(dar[key], outcome[1])}</p>",
             )]  # fmt: skip
-    num_right = len(by_outcome[True, True]) + len(by_outcome[True, False])
+    num_right = len(by_outcome[True, True]) + len(by_outcome[False, True])  # after describing
     low, high = wilson(num_right / len(questions), len(questions))
     return {
         "problem": picture(shown[0]["image"], asked, caption("the base model's caption", before, shown[0])),

@@ -266,7 +266,7 @@ def test_page_shows_this_run(demo):
         assert loss[1] == pytest.approx(math.log1p(math.exp(-margin)) - 0.05 * w[1], abs=0.01)
     kinds = [sum(pair["image_corruption"] == corrupted for pair in pairs) for corrupted in (False, True)]
     assert page.rows("pairs") == [kinds]
-    assert [sum(c) for c in zip(*page.rows("yl has more", "as many", "fewer"))] == kinds
+    assert [sum(c) for c in zip(*page.rows("yl has more", "yl has as many", "yl has fewer"))] == kinds
     assert GOOD_PROMPT in page.text
 
     _, description = read_records(out / "stic-descriptions.jsonl")[0]
@@ -279,7 +279,7 @@ def test_page_shows_this_run(demo):
 
     table = json.loads((out / "table.json").read_text())
     measures = zip(*([*row.values()][1:] for row in table))
-    shown = page.rows("hallucinated objects, CHAIR_i", "objects in captions", "questions, asked", "questions, after")
+    shown = page.rows("hallucinated objects, CHAIR", "objects in captions", "questions, asked", "questions, after")
     for row, (base_score, *others) in zip(shown, measures):
         differences = [number for score in others for number in (score, score - base_score)]
         assert row == pytest.approx([base_score, *differences], abs=0.06)
@@ -289,6 +289,7 @@ def test_page_shows_this_run(demo):
     assert both + dar + direct + neither == 120
     *_, accuracy, accuracy_dar = table[-1].values()
     assert (both + direct, both + dar) == pytest.approx((1.2 * accuracy, 1.2 * accuracy_dar), abs=0.01)
+    assert f"STIC's {accuracy_dar:.1f}% after describing is" in page.text
 
 
 def test_page_shows_captions_by_its_rule(demo):
@@ -337,7 +338,8 @@ def test_page_claims_no_improvement_that_did_not_happen(demo, tmp_path, chair, a
     page = write_story(out, base=[25.0, 75.0, 60.0, 60.0], **{"stage 1": worse, "STIC": worse})
     assert page.text.count("no improvement") == 5  # two at the top, three at the end
     verb = "stayed at 25.0%" if chair == 25 else "rose from 25.0% to 30.0%"
-    assert f"the share of hallucinated objects among those in captions {verb}: no improvement." in page.text
+    claim = f"the share of objects mentioned in captions that are not in the picture {verb}: no improvement."
+    assert claim in page.text
     box = next(e[2] for e in page.elements if "result" in e[1].get("class", "").split())
     assert box.count("no improvement") == 2
     better = write_story(out, base=[25.0, 75.0, 60.0, 60.0], **{"stage 1": [2.0, 97, 59, 61], "STIC": [2, 97, 61, 62]})
