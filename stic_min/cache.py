@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stic_min.mistral import Packed, Span
+from stic_min.mistral import Packed, Span, has_fused_attention
 from stic_min.runtime.work import to_device
 
 
@@ -87,7 +87,8 @@ class Decode:
         # Additive mask in the cache's dtype, as the SDPA kernels expect; built once and shared by all layers.
         mask = torch.zeros(future.shape, device=positions.device, dtype=cache.keys[0].dtype)
         self.mask = mask.masked_fill_(future, float("-inf"))[:, None, None]  # (B, 1, 1, S)
-        self.cudnn = positions.is_cuda and mask.dtype != torch.float32 and torch.backends.cudnn.is_available()
+        is_half = mask.is_cuda and mask.dtype != torch.float32
+        self.cudnn = is_half and has_fused_attention(mask.device)
 
     def __call__(self, layer, q, k, v):  # q (B, H, D); k, v (B, K, D)
         keys, values = self.cache.keys[layer], self.cache.values[layer]

@@ -69,6 +69,12 @@ def attention(q, k, v, **mask):  # q (B, T, H, D); k, v (B, S, K, D); H / K quer
 
 
 @functools.cache
+def has_fused_attention(device: torch.device) -> bool:
+    """Whether FlashAttention and cuDNN's attention run on this GPU: on NVIDIA's, from Ampere (8.0) on."""
+    return bool(torch.version.cuda) and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
 def flash_varlen():
     """FlashAttention over sequences of different lengths, causal; None in a torch that does not have it."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:  # torch 2.9
@@ -114,7 +120,8 @@ class Packed:
     def __call__(self, layer, q, k, v):  # q (T, H, D); k, v (T, K, D)
         # One split, not a slice per span: the backward of a slice writes a gradient as large as the row.
         ks, vs = k.split(self.lengths), v.split(self.lengths)
-        if q.is_cuda and q.dtype != torch.float32 and flash_varlen():
+        is_half = q.is_cuda and q.dtype != torch.float32
+        if is_half and has_fused_attention(q.device) and flash_varlen():
             return self.varlen(q, ks, vs)
         return self.plain(q, ks, vs)
 

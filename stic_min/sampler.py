@@ -158,12 +158,12 @@ def stream(
     while group or any(active):
         free = [slot for slot in range(slots) if active[slot] is None]
         while group and len(group) <= len(free):
-            admitted, tokens = [], 0
-            while group and len(group) <= len(free) - sum(map(len, admitted)) and tokens < decoder.prefilled:
+            admitted, requests, tokens = [], [], 0  # groups, their members, and the length of their prefill
+            while group and len(requests) + len(group) <= len(free) and tokens < decoder.prefilled:
                 admitted.append(group)
+                requests += group
                 tokens += decoder.num_tokens(group)
                 group = next(waiting, None)
-            requests = [request for admitted_group in admitted for request in admitted_group]
             taken, free = free[: len(requests)], free[len(requests) :]
             for slot, request, length in zip(taken, requests, decoder.admit(admitted, taken)):
                 limit = max(0, min(max_new_tokens, max_positions - length))

@@ -21,7 +21,6 @@ RATES = {
     "f1": "F1",
     "signature": "absent signature objects mentioned",
 }
-LOWER_IS_BETTER = ("chair_i", "chair_s", "signature")
 
 
 def load(data: str | Path) -> list[dict]:

@@ -10,7 +10,7 @@ from stic_min import fused, lora, sampler, slots
 from stic_min.cache import KVCache, Prefill
 from stic_min.images import open_image
 from stic_min.loader import load_llava
-from stic_min.mistral import Packed, Span
+from stic_min.mistral import Packed, Span, has_fused_attention
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +178,13 @@ def test_backward_traffic_does_not_grow_with_the_number_of_pairs():
     one, four, eight = map(backward_traffic, (1, 4, 8))
     assert eight == pytest.approx(one, rel=0.05) and four == pytest.approx(one, rel=0.05)
     print(f"numbers written in the backward per number of the gradient: {one:.1f}, {four:.1f}, {eight:.1f}")
+
+
+@pytest.mark.parametrize("cuda, capability, expected", [
+    ("13.0", (9, 0), True), ("12.8", (8, 0), True), ("12.8", (7, 5), False), (None, (9, 4), False)])  # None: ROCm
+def test_older_gpus_use_the_plain_attention(monkeypatch, cuda, capability, expected):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has_fused_attention.cache_clear()
+    assert has_fused_attention(torch.device("cuda", 0)) == expected
+    has_fused_attention.cache_clear()
