@@ -64,8 +64,8 @@ def read_run(benchmark, row):
     if not path.is_file():
         return None
     result = row.results[name]
-    records = benchmark.read_answers(path)
-    for record in records:
+    answers = benchmark.read_answers(path)
+    for record in answers:
         if not isinstance(record.get("text"), str):
             raise InputError(f"{path}: the answer to {record.get(benchmark.key)!r} has no 'text'")
     descriptions = audit.read_descriptions(beside(row.files[name], ""), result["run"]) or {}
@@ -73,7 +73,7 @@ def read_run(benchmark, row):
         row,
         row.label.removeprefix("ours, "),
         result["run"],
-        {str(record.get(benchmark.key)): record for record in records},
+        {str(record.get(benchmark.key)): record for record in answers},
         {image: record["description"] for image, record in descriptions.items()},
         read_verdicts(benchmark, row.files[name], result),
     )
