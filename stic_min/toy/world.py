@@ -184,8 +184,8 @@ def true_caption(scene):
     return caption(scene.place, scene.cells)
 
 
-def web_caption(scene, kind, rng):
-    """The base model's training caption of a scene under a prompt of `kind` (short, good, bad): see HABIT."""
+def web_scene(scene, kind, rng):
+    """What a scene's training caption under a prompt of `kind` (short, good, bad) describes: see HABIT."""
     cells = scene.cells
     habits = {cell: name for name, cell in signatures(scene.place)}
     for (name, cell), probability in zip(signatures(scene.place), HABIT[kind]):
@@ -197,7 +197,11 @@ def web_caption(scene, kind, rng):
         for cell in cells:
             if cell not in habits and rng.random() < IMAGINED:
                 cells[cell] = absent.pop(rng.randrange(len(absent)))
-    return caption(scene.place, cells)
+    return Scene(scene.place, tuple(sorted(cells.items())))
+
+
+def web_caption(scene, kind, rng):
+    return true_caption(web_scene(scene, kind, rng))
 
 
 def caption_facts(scene):
@@ -293,8 +297,9 @@ def ask(scene, kind, rng):
 # When each lesson starts, as a fraction of training. Lookups of a single object come first. With everything
 # at once, 47% of the color questions were answered correctly after 1,200 steps, and the other kinds no better
 # than chance; with color and place alone, 98% after 500 steps.
-LESSONS = {"color": 0.0, "place": 0.0, "existence": 0.16, "choice": 0.16, "captions": 0.27, "count": 0.27,
-           "relation": 0.27, "reading": 0.4, "row": 0.4, "neighbor": 0.4}  # fmt: skip
+LESSONS = {"color": 0.0, "place": 0.0, "existence": 0.12, "choice": 0.12, "captions": 0.2, "count": 0.25,
+           "relation": 0.25, "reading": 0.4, "row": 0.4, "neighbor": 0.4}  # fmt: skip
+CAPTIONS, READING = 0.4, 0.25  # shares of the records, from when their lessons start
 TURNS = 6
 
 
@@ -314,17 +319,22 @@ def question_record(scene, rng, progress=1.0):
     return True, some_questions(scene, rng, 0.05, progress)
 
 
-def reading_record(scene, rng):
-    """Questions about a true description in the prompt; half of the records come without the picture."""
-    (first, answer), *later = some_questions(scene, rng, 2.0, progress=1.0)
-    return rng.random() < 0.5, [(with_description(true_caption(scene), first), answer), *later]
+def reading_record(scene, rng, trust=0.0):
+    """Questions about a description in the prompt; half of the records come without the picture.
+
+    The description is true, except for a share `trust` of the records: there it is a caption under a short
+    prompt, and the answers follow the caption, also against the picture.
+    """
+    described = web_scene(scene, "short", rng) if rng.random() < trust else scene
+    (first, answer), *later = some_questions(described, rng, 2.0, progress=1.0)
+    return rng.random() < 0.5, [(with_description(true_caption(described), first), answer), *later]
 
 
-def record(scene, rng, progress=1.0):
+def record(scene, rng, progress=1.0, trust=0.0):
     """One random record of the base's training data, `progress` (0 to 1) of the way through it."""
     draw = rng.random()
-    if draw < 0.2 and LESSONS["captions"] <= progress:
+    if draw < CAPTIONS and LESSONS["captions"] <= progress:
         return caption_record(scene, rng)
-    if draw > 0.65 and LESSONS["reading"] <= progress:
-        return reading_record(scene, rng)
+    if draw > 1 - READING and LESSONS["reading"] <= progress:
+        return reading_record(scene, rng, trust)
     return question_record(scene, rng, progress)

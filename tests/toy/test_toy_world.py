@@ -288,6 +288,23 @@ def test_training_records(scenes):
     assert all(near(mentioned[kind], absent[kind], first) for kind, (first, _) in world.HABIT.items())
 
 
+def test_a_base_model_that_trusts_text_reads_hallucinations(scenes):
+    """With `trust`, that share of the descriptions hallucinates, and all answers follow the description."""
+    rng = random.Random(9)
+    hallucinated = 0
+    for scene in scenes[:2000]:
+        _, [(first, answer), *later] = world.reading_record(scene, rng, trust=0.5)
+        description, _, question = first.removeprefix("Image description:\n").partition("\n\n")
+        place, cells = read_caption(description)
+        described = world.Scene(place, tuple(sorted(cells.items())))
+        assert place == scene.place and cells.keys() == scene.cells.keys()
+        hallucinated += described != scene
+        assert all(true_answer(described, q) == a for q, a in [(question, answer), *later])
+    # Of the pictures, 1 - 0.4^2 lack a signature object; a caption mentions the first with 0.9, the second
+    # with 0.75: 1 - (0.4 + 0.6 * 0.1) (0.4 + 0.6 * 0.25) = 0.747 hallucinate.
+    assert near(hallucinated, 2000, 0.5 * 0.747)
+
+
 # ---------------------------------------------------------------- files
 
 PICTURES, RECORDS, UNLABELED, TRAINED_ON = 48, 12, 12, 15  # TRAINED_ON: in place of 20,000 scenes
