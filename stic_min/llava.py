@@ -103,12 +103,12 @@ class LLaVA(nn.Module):
             self.image_newline = None
         self.model = Decoder(config.decoder)
         self.lm_head = nn.Linear(config.decoder.hidden_size, config.decoder.vocab_size, bias=False)
-        self.reference_projector = None  # theta_0's: a frozen copy, where stage 1 trains the projector
+        self.reference_projector = None  # in stage 1, the reference's own
         self.is_reference = False
 
     @contextmanager
     def as_reference(self):
-        """Inside, the model is theta_0, DPO's reference: LoRA off, and the projector from before training."""
+        """Inside, the model is DPO's reference: theta_0 (or --reference), with its LoRA and projector."""
         self.is_reference = True
         try:
             with lora.disabled(self):

@@ -13,11 +13,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from stic_min import InputError
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class LoRALinear(nn.Linear):
-    """Wraps the weight of `linear`. With `enabled` False it is the base model's layer, theta_0."""
+    """Wraps the weight of `linear`. With `enabled` False it is the reference's layer: theta_0's, or with
+    `reference_A` and `reference_B` another LoRA's."""
 
     def __init__(self, linear: nn.Linear, r: int, alpha: float, dropout: float = 0.0):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -25,6 +28,7 @@ class LoRALinear(nn.Linear):
         self.weight = linear.weight
         self.lora_A = nn.Parameter(torch.zeros(r, linear.in_features, device=device))  # (r, in)
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, device=device))  # (out, r)
+        self.reference_A = self.reference_B = None
         self.scale = alpha / r
         self.dropout = dropout
         self.enabled = True
@@ -33,6 +37,8 @@ class LoRALinear(nn.Linear):
         if self.enabled:
             z = F.dropout(x, self.dropout, self.training)
             z = F.linear(F.linear(z, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))  # (T, out)
+        elif self.reference_A is not None:
+            z = F.linear(F.linear(x, self.reference_A), self.reference_B)
         else:
             z = x.new_zeros(len(x), self.out_features)
         # scale * z is added in the matmul's fp32 accumulator, and the sum is rounded once. Added to a W x
@@ -44,7 +50,7 @@ class LoRALinear(nn.Linear):
 
 @contextmanager
 def disabled(model):
-    """Turns off every LoRALinear of `model`: inside, the model is the reference policy theta_0."""
+    """Turns off every LoRALinear of `model`: inside, the model is the reference policy."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     for layer in layers:
         layer.enabled = False
@@ -93,11 +99,19 @@ def new_adapter(llava, r: int, alpha: float, dropout: float, seed: int) -> Adapt
     return Adapter(r, alpha, dropout, modules, tensors)
 
 
-def attach(llava, adapter: Adapter):
-    """Replaces every module that `adapter` names by a LoRALinear. Its tensors are not loaded here."""
+def attach(llava, adapter: Adapter, reference: Adapter | None = None):
+    """Replaces every module that `adapter` names by a LoRALinear. Its tensors are not loaded here, nor are
+    those of `reference`, which must have the same modules and scale."""
+    form = lambda adapter: (adapter.alpha / adapter.r, sorted(adapter.modules))
+    if reference and form(reference) != form(adapter):
+        raise InputError("--reference: its LoRA has another scale or other modules than the one to train")
     for name in adapter.modules:
         parent_name, _, child = name.rpartition(".")
         parent = llava.get_submodule(parent_name)
         linear = getattr(parent, child)
         layer = LoRALinear(linear, adapter.r, adapter.alpha, adapter.dropout)
+        if reference:
+            empty = linear.weight.new_empty
+            layer.reference_A = nn.Parameter(empty(reference.r, linear.in_features), False)
+            layer.reference_B = nn.Parameter(empty(linear.out_features, reference.r), False)
         setattr(parent, child, layer.train(linear.training))

@@ -45,34 +45,34 @@ def build(args, ranks, keep_reference):
     """The model on the meta device (shapes without numbers), with LoRA and projector trainable.
 
     Returns llava, the adapter (a new one, or --adapter) and the weights for `load`. With `keep_reference`,
-    the model also holds theta_0's projector, unless --projector-lr 0 freezes the projector anyway.
+    the model also holds the reference's own parts: the LoRA of --reference, and a frozen projector.
     """
     options = flags.model_options(args, ranks)
     options["image_mode"] = args.image_mode or "pad"  # Table 4
     llava, weights = open_llava(args.model, **options)
-    folder = getattr(args, "adapter", None)  # stage 2 continues training stage 1's
-    if folder:
-        adapter = read_adapter(folder, llava)
+    if args.adapter:  # stage 2 continues training stage 1's
+        adapter = read_adapter(args.adapter, llava)
         given = {"--lora-r": (args.lora_r, adapter.r), "--lora-alpha": (args.lora_alpha, adapter.alpha)}
         for flag, (value, stored) in given.items():
             if value is not None and value != stored:
-                raise InputError(f"{flag} {value}: {folder} has {stored}, which training can't change")
+                raise InputError(f"{flag} {value}: {args.adapter} has {stored}, which training can't change")
         adapter.dropout = args.lora_dropout
     else:
         r = args.lora_r or 128
         adapter = lora.new_adapter(llava, r, args.lora_alpha or 2 * r, args.lora_dropout, args.seed)
     adapter.base = llava.base
-    lora.attach(llava, adapter)
-    base_projector = {name: value for name, value in weights.items() if name.startswith("mm_projector.")}
+    reference = read_adapter(args.reference, llava) if keep_reference and args.reference else None
+    lora.attach(llava, adapter, reference)
+    if keep_reference:
+        with torch.device("meta"):
+            projector = Projector(llava.config.vision.hidden_size, llava.config.decoder.hidden_size)
+        llava.reference_projector = projector.to(options["dtype"]).requires_grad_(False)
+        for name, weight in (weights | (reference.tensors if reference else {})).items():
+            own = name.replace(".lora_", ".reference_").replace("mm_projector.", "reference_projector.")
+            weights[own] = weight  # the other names are unchanged
     weights |= adapter.tensors  # stage 1's projector replaces the base model's
     if args.projector_lr:
         llava.mm_projector.float().requires_grad_(True)  # fp32, like LoRA: bf16 would round most updates away
-        if keep_reference:
-            with torch.device("meta"):
-                projector = Projector(llava.config.vision.hidden_size, llava.config.decoder.hidden_size)
-            llava.reference_projector = projector.to(options["dtype"]).requires_grad_(False)
-            for name, weight in base_projector.items():
-                weights[name.replace("mm_projector", "reference_projector")] = weight
     for layer in llava.model.layers:
         layer.checkpoint_activations = args.checkpoint_activations
     # From here on the model holds the LoRA tensors. `adapter.tensors` keeps only the projector of --adapter,
