@@ -37,6 +37,9 @@ def main():
     parser.add_argument("--out", metavar="DIR", type=Path,
                         help="output folder (default: toy-run; for a study toy-study)")
     group = parser.add_argument_group("study", study.overview())
+    group.add_argument("--bases", type=flags.positive, metavar="N",
+                       help="without --model: number of base models, with seeds 0 to N-1; all but the first "
+                            "are pretrained, and so is one more that trusts text (default: 3)")
     group.add_argument("--seeds", type=flags.positive, metavar="N",
                        help="number of seeds, each with its own pictures (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
@@ -44,8 +47,11 @@ def main():
                        help="number of chains to run in parallel, one core each (default: all cores)")
     args = parser.parse_args()
     models = args.model or [recipe.BASE]
-    if args.command == "demo" and (len(models) > 1 or args.seeds or args.split or args.processes):
-        parser.error("--seeds, --split, --processes and more than one --model are only for the study")
+    of_study = args.bases, args.seeds, args.split, args.processes
+    if args.command == "demo" and (len(models) > 1 or any(of_study)):
+        parser.error("--bases, --seeds, --split, --processes and several --model are only for the study")
+    if args.model and args.bases:
+        parser.error("--bases pretrains base models: use either --bases or --model")
     for model in models:
         read_json(model / "config.json")  # report a wrong --model before drawing anything
     torch.set_num_threads(1)  # a second thread only slows down a model of this size
@@ -56,6 +62,7 @@ def main():
         seeds = range(args.seed, args.seed + (args.seeds or 5))
         split = args.split or "test"
         test_images = args.test_images or 1000
+        models = args.model or args.bases or 3
         study.run(models, out, seeds, args.images, split, test_images, args.processes or os.cpu_count())
 
 

@@ -1,60 +1,79 @@
-"""The paper's tables on the toy world, plus further controls, over several seeds and base models.
+"""One base model and one seed of the study: its own pictures, pairs, every variant and every evaluation.
 
-A chain is one base model and one seed: its own pictures, pairs, every training variant, every evaluation.
-Existing output is skipped, so the same command resumes. Chains run in parallel, one single-threaded process
-each, and log what the scripts print to their log.txt. The settings are those of recipe.py; they and the world
-were fixed on the dev split before the test split was used.
+The first rows are the paper's; rows A to released are the authors' release, one difference at a time and all
+together (the letters are those of the README's table). The settings are those of recipe.py; they and the
+world were fixed on the dev split before the test split was used.
 """
 
 import json
-import multiprocessing
-import multiprocessing.connection
-import sys
-import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.nn import functional as F
 
 from stic_min import InputError
-from stic_min.runtime import console
-from stic_min.runtime.files import read_json, read_records, write_text
-from stic_min.toy import files, recipe, tables
+from stic_min.lora import LoRALinear
+from stic_min.merge import merge
+from stic_min.runtime.files import read_records, write_text
+from stic_min.toy import files, recipe
 
-# name: flags that differ from recipe.STAGE1, and the file of pairs
+RELEASED = {"preset": "released", "projector_lr": None}  # None: the preset's, not recipe.py's
+
+# ---------------------------------------------------------------- what is trained
+
+# name: the file of pairs, and flags that differ from recipe.STAGE1. Names with "1" are only stage 2's start.
 STAGE1 = {
-    "stage1": ({}, "pairs"),
-    "positives1": ({"beta": 0}, "pairs"),  # Table 3: Eq. 4.1 without its DPO term
-    "alpha0_1": ({"alpha": 0}, "pairs"),
-    "prompts1": ({}, "prompts"),
-    "corruptions1": ({}, "corruptions"),
+    "stage1": ("pairs", {}),
+    "positives1": ("pairs", {"beta": 0}),  # Table 3: Eq. 4.1 without its DPO term
+    "A1": ("pairs", {"rejected_score": "argmax"}),
+    "C1": ("pairs-C", {}),
+    "F1": ("pairs", {"template": "vicuna_v1"}),
+    "H1": ("pairs", {"projector_lr": 0}),
+    "Q1": ("pairs-Q", {}),
+    "released1": ("pairs-released", RELEASED),
+    "alpha0": ("pairs", {"alpha": 0}),
+    "prompts": ("prompts", {}),
+    "corruptions": ("corruptions", {}),
 }
-# name: the stage 1 that its stage 2 starts from (None: the base model), and whether descriptions are omitted
+# name: the stage 1 that its stage 2 starts from (None: the base model), flags of --describe and of training
 STAGE2 = {
-    "stic": ("stage1", False),
-    "positives": ("positives1", False),
-    "alpha0": ("alpha0_1", False),
-    "prompts": ("prompts1", False),
-    "corruptions": ("corruptions1", False),
-    "stage2only": (None, False),
-    "plain": (None, True),
+    "stic": ("stage1", {}, {}),
+    "positives": ("positives1", {}, {}),
+    "stage2only": (None, {}, {}),
+    "plain": (None, {}, {"plain": True}),
+    "A": ("A1", {}, {}),
+    "C": ("C1", {}, {}),
+    "F": ("F1", {}, {"template": "vicuna_v1"}),
+    "H": ("H1", {}, {"projector_lr": 0}),
+    "Q": ("Q1", {"top_k": 50}, {}),
+    "released": ("released1", {"preset": "released"}, RELEASED),
 }
-MEASURED = ("stage1", *STAGE2)  # captions and questions, direct and with DaR
-SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # Figure 7: pairs for stage 1 as a multiple of --images; captions only
+PAIRS = {  # name: flags of generate_pairs.py
+    "pairs-C": {"no_corruption": True},
+    "pairs-Q": {"top_k": 50},
+    "pairs-released": {"preset": "released"},
+}
+EVALUATION = {  # name: flags of evaluate.py
+    "F": {"template": "vicuna_v1"},
+    "released": {"preset": "released"},
+}
+ROUNDS = [f"round{number}-{reference}" for reference in ("theta0", "previous") for number in (2, 3)]
+# captions and questions, direct and with DaR
+MAIN = ("stage1", "stic", "positives")  # for the base model that trusts text
+MEASURED = ("stage1", "alpha0", "prompts", "corruptions", *STAGE2, *ROUNDS)
+
+# The following are for the first base model only, and captions only.
+BETAS = [factor * recipe.STAGE1["--beta"] for factor in (1 / 4, 1, 4)]
+RATES = [factor * recipe.STAGE1["--lr"] for factor in (1 / 3, 1, 3)]
+GRID = {
+    f"beta{beta:g}-lr{lr:g}": {"beta": beta, "lr": lr}
+    for beta in BETAS for lr in RATES if (beta, lr) != (BETAS[1], RATES[1])
+}  # fmt: skip
+SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # Figure 7: pairs for stage 1 as a multiple of --images
 SCALE_LR = recipe.STAGE1["--lr"] / 2
-BENCHMARKS = (("toycaptions", False), ("toyvqa", False), ("toyvqa", True))  # name, with DaR
-RUNS = len(STAGE1) + len(STAGE2) + len(SCALES)  # training runs per chain
-STEPS = RUNS + len(BENCHMARKS) * len(MEASURED) + len(SCALES)  # adapters and scores per chain
-
-
-def overview():
-    """What a study trains, for --help."""
-    lines = [f"  {name:<14}{label}" for name, label in tables.ROWS.items() if name != "base"]
-    scales = ", ".join(f"{scale:g}" for scale in SCALES)
-    return "\n".join([
-        f"For each base model and seed, trains and evaluates ({RUNS} training runs):",
-        *lines,
-        f"  {'scale...':<14}stage 1 on {scales} times --images pairs (Figure 7)",
-    ])  # fmt: skip
+# Stage 1 at a learning rate at which rounding to bf16 shows. No scores: the margins of training are compared.
+SMALL_LR = recipe.STAGE1["--lr"] / 30
+ROUNDING = ("fp32", "bf16-one-rounding", "bf16-two-roundings")
 
 
 def scale_name(scale):
@@ -63,6 +82,9 @@ def scale_name(scale):
 
 def scaled(scale, pairs):
     return max(1, round(scale * pairs))
+
+
+# ---------------------------------------------------------------- one chain
 
 
 def select_pairs(folder, kind, pairs):
@@ -76,138 +98,111 @@ def select_pairs(folder, kind, pairs):
     write_text(folder / f"{kind}.jsonl", "".join(json.dumps(record) + "\n" for record in selected))
 
 
-def run_chain(model, folder, data, seed, pairs):
-    """Everything for one base model and one seed."""
-    pictures = folder / "unlabeled"
-    instruct = folder / "instruct"
-    results = folder / "results"
+def measure(model, adapter, data, out, **flags):
+    """Captions and questions, direct and with DaR; the authors' preset describes without the picture."""
+    recipe.evaluate("toycaptions", model, adapter, data, out, **flags)
+    recipe.evaluate("toyvqa", model, adapter, data, out, **flags)
+    recipe.evaluate("toyvqa", model, adapter, data, out, "blind-dar" if "preset" in flags else "dar", **flags)
+
+
+def iterate(model, folder, data, seed, pairs):
+    """Iterated STIC: theta_1 generates the pairs of round 2, on other pictures, and theta_2 those of round 3.
+
+    The policy continues from the previous round; the reference stays theta_0, or is the previous round's
+    result (merged into the weights, on which LoRA then starts anew).
+    """
+    for reference in ("theta0", "previous"):
+        base, adapter = model, folder / "stage1"
+        for number in (2, 3):
+            name = f"round{number}-{reference}"
+            if reference == "previous":
+                merged = folder / f"{name}-reference"
+                if not merged.exists():
+                    merge(base, adapter, merged, torch.float32)
+                base, adapter = merged, None
+            file = folder / f"{name}.jsonl"
+            generator = {"adapter": adapter, "limit": pairs}
+            recipe.make_pairs(base, folder / "unlabeled", file, seed + 1000 * number, **generator)
+            recipe.stage1(base, file, folder / "unlabeled", folder / name, seed, adapter=adapter)
+            adapter = folder / name
+            measure(base, adapter, data, folder / "results")
+
+
+@contextmanager
+def two_roundings():
+    """Inside, LoRA's update is added to W x after both have been rounded, as other implementations do."""
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        if self.enabled:
+            z = F.linear(F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+            y = y + self.scale * z
+        return y
+
+    one_rounding = LoRALinear.forward
+    LoRALinear.forward = forward
+    try:
+        yield
+    finally:
+        LoRALinear.forward = one_rounding
+
+
+def run_first_base(model, folder, data, seed, pairs):
+    """What is trained with the first base model only."""
+    stage1 = lambda name, limit=pairs, **flags: recipe.stage1(
+        model, folder / "pairs.jsonl", folder / "unlabeled", folder / name, seed, limit, **flags
+    )
+    captions = lambda name: recipe.evaluate("toycaptions", model, folder / name, data, folder / "results")
+    for name, flags in GRID.items():
+        stage1(name, **flags)
+        captions(name)
+    for scale in SCALES:
+        stage1(scale_name(scale), scaled(scale, pairs), lr=SCALE_LR)
+        captions(scale_name(scale))
+    for name in ROUNDING:
+        with two_roundings() if name == "bf16-two-roundings" else nullcontext():
+            stage1(name, lr=SMALL_LR, dtype="float32" if name == "fp32" else "bfloat16")
+
+
+def num_steps(is_first, main_only):
+    """Adapters and scores of a chain."""
+    if main_only:
+        return sum(name in STAGE2 for name in MAIN) + 2 + 3 * len(MAIN)
+    extra = 2 * (len(GRID) + len(SCALES)) + len(ROUNDING) if is_first else 0
+    return len(STAGE1) + len(STAGE2) + len(ROUNDS) + 3 * len(MEASURED) + 1 + extra
+
+
+def run(model, folder, data, seed, pairs, is_first, main_only):
+    """Everything for one base model and one seed; with `main_only`, the variants of MAIN."""
+    pictures, instruct = folder / "unlabeled", folder / "instruct"
     # Each kind of dispreferred response makes up about half; with this margin, either alone fills `pairs`.
     files.write_unlabeled(pictures, 2 * pairs + max(200, int(6 * pairs**0.5)), seed)
     files.write_instructions(instruct, recipe.num_instructions(pairs), seed)
     recipe.make_pairs(model, pictures, folder / "pairs.jsonl", seed)
     for kind in ("prompts", "corruptions"):
         select_pairs(folder, kind, pairs)
-    for name, (overrides, kind) in STAGE1.items():
-        recipe.stage1(model, folder / f"{kind}.jsonl", pictures, folder / name, seed, pairs, **overrides)
-    for name, (start, plain) in STAGE2.items():
-        recipe.stage2(model, start and folder / start, instruct, folder / name, seed, plain)
-    for name in MEASURED:
-        for benchmark, dar in BENCHMARKS:
-            recipe.evaluate(benchmark, model, folder / name, data, results, dar)
-    for scale in SCALES:
-        adapter = folder / scale_name(scale)
-        limit = scaled(scale, pairs)
-        recipe.stage1(model, folder / "pairs.jsonl", pictures, adapter, seed, limit, lr=SCALE_LR)
-        recipe.evaluate("toycaptions", model, adapter, data, results)
+    measured = MAIN if main_only else MEASURED
+    starts = {STAGE2[name][0] for name in measured if name in STAGE2} | set(measured)
+    for name, (kind, flags) in STAGE1.items():
+        if name in starts:
+            if kind in PAIRS:
+                recipe.make_pairs(model, pictures, folder / f"{kind}.jsonl", seed, limit=pairs, **PAIRS[kind])
+            recipe.stage1(model, folder / f"{kind}.jsonl", pictures, folder / name, seed, pairs, **flags)
+    for name in measured:
+        if name in STAGE2:
+            start, describe_flags, flags = STAGE2[name]
+            start = start and folder / start
+            recipe.stage2(model, start, instruct, folder / name, seed, describe_flags, **flags)
+        if name not in ROUNDS:
+            measure(model, folder / name, data, folder / "results", **EVALUATION.get(name, {}))
+    if not main_only:
+        recipe.evaluate("toyvqa", model, folder / "stic", data, folder / "results", "blind-dar")  # row E
+        iterate(model, folder, data, seed, pairs)
+    if is_first:
+        run_first_base(model, folder, data, seed, pairs)
 
 
 def run_base(model, folder, data):
-    for benchmark, dar in BENCHMARKS:
-        recipe.evaluate(benchmark, model, None, data, folder / "results", dar)
-
-
-def run_logged(log, job, *arguments):
-    """The main function of a chain's process; the scripts' output goes to `log`."""
-    torch.set_num_threads(1)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a", buffering=1, encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        try:
-            job(*arguments)
-        except InputError as error:
-            print(f"error: {error}")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except Exception:
-            traceback.print_exc()
-            sys.exit(1)
-
-
-def count_finished(folders):
-    """Number of adapters and scores in the chains' folders."""
-    return sum(len([*f.glob("*/adapter_config.json"), *f.glob("results/*.scores.json")]) for f in folders)
-
-
-def run_jobs(jobs, total, processes):
-    """Runs all jobs, `processes` at a time. Returns the folders of failed jobs. Ctrl-C ends all of them."""
-    context = multiprocessing.get_context("spawn")
-    finished = count_finished(jobs)
-    progress = console.Progress("study, steps", total - finished)
-    waiting, running, failed = list(jobs), {}, []
-    try:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                folder = waiting.pop(0)
-                arguments = (folder / "log.txt", *jobs[folder])
-                running[folder] = context.Process(target=run_logged, args=arguments, daemon=True)
-                running[folder].start()
-            multiprocessing.connection.wait([process.sentinel for process in running.values()], timeout=2)
-            if (now := count_finished(jobs)) > finished:
-                progress.add(now - finished)
-                finished = now
-            for folder in [folder for folder, process in running.items() if not process.is_alive()]:
-                if running.pop(folder).exitcode:  # reported at once; the other chains continue
-                    failed.append(folder)
-                    console.warn(f"a chain of the study failed; see the end of {folder / 'log.txt'}")
-    finally:
-        for process in running.values():
-            process.terminate()
-    return failed
-
-
-def run(models, out, seeds, pairs, split, test_images, processes):
-    if len({m.resolve().name for m in models}) < len(models):
-        raise InputError("two --model folders have the same name")
-    settings = {"images": pairs, "split": split, "test_images": test_images}
-    for model in models:
-        recipe.claim(out / model.resolve().name, settings, model)
-    print(f"drawing {test_images} pictures of the {split} split")
-    data = out / split
-    files.write_benchmark(data, split, test_images)
-    jobs = {}  # folder: function and its arguments
-    for model in models:
-        folder = out / model.resolve().name / "base"
-        jobs[folder] = run_base, model, folder, data
-    for model in models:
-        for seed in seeds:
-            folder = out / model.resolve().name / f"seed{seed}"
-            jobs[folder] = run_chain, model, folder, data, seed, pairs
-    total = len(models) * (len(BENCHMARKS) + STEPS * len(seeds))
-    finished = count_finished(jobs)
-    print(f"{total} steps in {len(jobs)} chains, {finished} already done; see {out}/*/*/log.txt", flush=True)
-    failed = run_jobs(jobs, total, processes)
-    if failed:
-        raise InputError(f"{len(failed)} of {len(jobs)} chains failed; run the same command to retry them")
-    result = settings | {"seeds": list(seeds), "models": {}}
-    result["scales"] = {scale_name(scale): scaled(scale, pairs) for scale in SCALES}
-    for model in models:
-        folder = out / model.resolve().name
-        result["models"][folder.name] = collect(folder, seeds)
-    tables.write(out, result)
-
-
-# ---------------------------------------------------------------- results
-
-
-def numbers(results, name, questions=True):
-    """One model's results: caption scores, and accuracy direct and with DaR, overall and by question type."""
-    read = lambda benchmark, mode: read_json(results / f"{benchmark}-{name}-{mode}.scores.json")
-    captions = read("toycaptions", "direct")
-    values = {key: captions[key] for key in ("chair_i", "chair_s", "precision", "recall", "f1", "signature")}
-    for mode in ("direct", "dar") if questions else ():
-        scores = read("toyvqa", mode)
-        values[mode] = scores["accuracy"]
-        values |= {f"{mode} {kind}": part["accuracy"] for kind, part in scores["types"].items()}
-    if questions:
-        values["gain"] = round(values["dar"] - values["direct"], 2)
-    return values
-
-
-def collect(folder, seeds):
-    """{variant: [values per seed]} for one base model; the base's own values are the same for every seed."""
-    results = [folder / f"seed{seed}" / "results" for seed in seeds]
-    values = {"base": [numbers(folder / "base/results", "base")] * len(seeds)}
-    values |= {name: [numbers(r, name) for r in results] for name in MEASURED}
-    for name in map(scale_name, SCALES):
-        values[name] = [numbers(r, name, questions=False) for r in results]
-    return values
+    """The base model's own scores, in its own template and in Vicuna's."""
+    measure(model, None, data, folder / "results")
+    measure(model, None, data, folder / "results-vicuna", template="vicuna_v1")

@@ -13,7 +13,7 @@ HEADER = ["in %", "hallucinated objects (CHAIR_i)", "objects, F1", "questions, d
 def measure(model, adapter, data, results):
     captions = recipe.evaluate("toycaptions", model, adapter, data, results)
     direct = recipe.evaluate("toyvqa", model, adapter, data, results)
-    dar = recipe.evaluate("toyvqa", model, adapter, data, results, dar=True)
+    dar = recipe.evaluate("toyvqa", model, adapter, data, results, "dar")
     return [captions["chair_i"], captions["f1"], direct["accuracy"], dar["accuracy"]]
 
 
@@ -33,7 +33,7 @@ def run(model, out, seed, images, test_images):
     stage1, stic = out / "stage1", out / "stic"
     recipe.make_pairs(model, unlabeled, out / "pairs.jsonl", seed)
     recipe.stage1(model, out / "pairs.jsonl", unlabeled, stage1, seed)
-    recipe.stage2(model, stage1, instruct, stic, seed)
+    recipe.stage2(model, stage1, instruct, stic, seed, {})
     models = {"base": None, "stage 1": stage1, "STIC": stic}
     scores = {name: measure(model, adapter, data, results) for name, adapter in models.items()}
 

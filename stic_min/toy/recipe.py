@@ -41,7 +41,7 @@ def claim(out, settings, model):
     it would be the output of the old code.
     """
     code = sorted([*ROOT.glob("*.py"), *(ROOT / "stic_min").rglob("*.py")])
-    settings = settings | {"model": fingerprint(model), "code": fingerprint(*code)}
+    settings = settings | {"model": model and fingerprint(model), "code": fingerprint(*code)}
     file = out / "settings.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file, not a folder")
@@ -62,8 +62,13 @@ def short(path):
     return str(path) if relative.startswith("..") else relative
 
 
+def spelled(flags):
+    """Keyword arguments as on the command line: top_k -> --top-k."""
+    return {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
+
+
 def script(name, *words):
-    """Prints a command and runs it: one of the four scripts, in this process, through its own entry point.
+    """Prints a command and runs it: one of the scripts, in this process, through its own entry point.
 
     A dictionary among the words holds flags: None and False omit a flag, True gives it without a value. An
     error ends the process, as it would on the command line.
@@ -86,36 +91,41 @@ def script(name, *words):
 # ---------------------------------------------------------------- the steps; existing output is skipped
 
 
-def make_pairs(model, images, out, seed):
-    script("generate_pairs.py", {"--model": model, "--images": images, "--out": out, "--seed": seed} | PAIRS)
+def make_pairs(model, images, out, seed, **flags):
+    """`flags`, here and below, are further flags or replace those above: alpha=0, top_k=50."""
+    inputs = {"--model": model, "--images": images, "--out": out, "--seed": seed}
+    script("generate_pairs.py", inputs | PAIRS | spelled(flags))
 
 
-def stage1(model, pairs, images, out, seed, limit=None, **overrides):
-    """`overrides` replaces flags of STAGE1, such as alpha=0."""
+def stage1(model, pairs, images, out, seed, limit=None, **flags):
     if (out / "adapter_config.json").exists():
         return
     inputs = {"--model": model, "--pairs": pairs, "--images": images, "--out": out, "--seed": seed}
-    overrides = {f"--{name}": value for name, value in overrides.items()}
-    script("train_stage1.py", inputs | {"--limit": limit} | STAGE1 | overrides)
+    script("train_stage1.py", inputs | {"--limit": limit} | STAGE1 | spelled(flags))
 
 
-def stage2(model, adapter, instruct, out, seed, plain=False):
-    """Describes the pictures of the instructions, then trains on both; `plain` omits the descriptions."""
+def stage2(model, adapter, instruct, out, seed, describe_flags, **flags):
+    """Describes the pictures of the instructions, then trains on both."""
     if (out / "adapter_config.json").exists():
         return
     instructions = instruct / "instructions.json"
     descriptions = out.with_name(f"{out.name}-descriptions.jsonl")
     inputs = {"--model": model, "--adapter": adapter, "--images": instruct / "images", "--seed": seed}
-    script("generate_pairs.py", {"--describe": instructions} | inputs | {"--out": descriptions} | PAIRS)
-    inputs |= {"--instructions": instructions, "--descriptions": descriptions, "--out": out, "--plain": plain}
-    script("train_stage2.py", inputs | ({} if adapter else LORA) | STAGE2)
+    describing = {"--describe": instructions} | inputs | {"--out": descriptions}
+    script("generate_pairs.py", describing | PAIRS | spelled(describe_flags))
+    inputs |= {"--instructions": instructions, "--descriptions": descriptions, "--out": out}
+    script("train_stage2.py", inputs | ({} if adapter else LORA) | STAGE2 | spelled(flags))
 
 
-def evaluate(benchmark, model, adapter, data, out, dar=False):
-    """Scores of a benchmark, from the file that evaluate.py writes."""
-    mode = "dar" if dar else "direct"
-    file = out / f"{benchmark}-{adapter.name if adapter else 'base'}-{mode}.scores.json"
+def scores_file(benchmark, adapter, mode, out):
+    return out / f"{benchmark}-{adapter.name if adapter else 'base'}-{mode}.scores.json"
+
+
+def evaluate(benchmark, model, adapter, data, out, mode="direct", **flags):
+    """Scores of a benchmark, from the file that evaluate.py writes. mode: direct, dar or blind-dar."""
+    file = scores_file(benchmark, adapter, mode, out)
     if not file.exists():
-        inputs = {"--model": model, "--adapter": adapter, "--data": data, "--out": out, "--dar": dar}
-        script("evaluate.py", benchmark, inputs | SAMPLING)
+        inputs = {"--model": model, "--adapter": adapter, "--data": data, "--out": out}
+        modes = {"--dar": mode != "direct", "--blind": mode == "blind-dar"}
+        script("evaluate.py", benchmark, inputs | modes | SAMPLING | spelled(flags))
     return read_json(file)

@@ -16,13 +16,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from stic_min import InputError, images
 from stic_min.loader import load_llava
 from stic_min.runtime.files import read_records
 from stic_min.text import GOOD_PROMPT
 from stic_min.toy import __main__ as command
-from stic_min.toy import captions, pair_figure, pretrain, recipe, story, study, tables, world
+from stic_min.toy import captions, chain, pair_figure, pretrain, recipe, story, study, tables, world
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -431,10 +432,11 @@ def studied(tmp_path_factory):
 def test_study_measures_every_variant_on_every_seed(studied):
     result, out = studied
     variants = result["models"][recipe.BASE.name]
-    assert set(variants) == {"base", *study.MEASURED, *result["scales"]} == {*tables.ROWS, *result["scales"]}
+    others = {"baseF", *chain.GRID, *result["scales"], *chain.ROUNDING}
+    assert set(variants) == {"base", "E", *chain.MEASURED} | others == {*tables.LABELS} | others
     assert {len(values) for values in variants.values()} == {2}
     folders = [out / recipe.BASE.name / f"seed{seed}" for seed in range(2)]
-    assert study.count_finished(folders) == 2 * study.STEPS
+    assert study.count_finished(folders) == 2 * chain.num_steps(is_first=True, main_only=False)
     assert all(0 <= value <= 100 for name, value in variants["stic"][1].items() if name != "gain")
     responses = []
     for folder in folders:
@@ -449,16 +451,60 @@ def test_study_variants_have_their_flags_and_pairs(studied):
     folder = out / recipe.BASE.name / "seed1"
     run = lambda name: json.loads((folder / name / "run.json").read_text())
     assert run("positives1")["beta"] == 0 and run("positives1")["alpha"] == run("stage1")["alpha"] > 0
-    assert run("alpha0_1")["alpha"] == 0 and run("alpha0_1")["beta"] == run("stage1")["beta"] > 0
+    assert run("alpha0")["alpha"] == 0 and run("alpha0")["beta"] == run("stage1")["beta"] > 0
     assert run("plain")["plain"] and not run("stage2only")["plain"]
-    assert {run(name)["limit"] for name in study.STAGE1} == {16}
-    assert {run(name)["seed"] for name in (*study.STAGE1, *study.STAGE2)} == {1}
+    assert {run(name)["limit"] for name in chain.STAGE1} == {16}
+    assert {run(name)["seed"] for name in (*chain.STAGE1, *chain.STAGE2)} == {1}
+    for name, (beta, lr) in zip(chain.GRID, ((b, r) for b in (0.05, 0.2, 0.8) for r in (1e-4, 3e-4, 9e-4)
+                                             if (b, r) != (0.2, 3e-4))):  # fmt: skip
+        assert (run(name)["beta"], run(name)["lr"]) == pytest.approx((beta, lr))
     kinds = ("pairs", "prompts", "corruptions")
     pairs = {kind: [record for _, record in read_records(folder / f"{kind}.jsonl")] for kind in kinds}
     assert not any(pair["image_corruption"] for pair in pairs["prompts"])
     assert all(pair["image_corruption"] for pair in pairs["corruptions"])
     assert len(pairs["prompts"]) + len(pairs["corruptions"]) == len(pairs["pairs"]) == 2 * 16 + 200
     assert min(len(pairs["prompts"]), len(pairs["corruptions"])) >= 16
+
+
+def test_study_switches_the_rows_of_the_release(studied):
+    """Rows A, C, F, H and Q differ from STIC in one point each; all of them are --preset released."""
+    _, out = studied
+    folder = out / recipe.BASE.name / "seed1"
+    run = lambda name: json.loads((folder / name / "run.json").read_text())
+    first = lambda name: next(record for _, record in read_records(folder / f"{name}.jsonl"))
+    settings = {
+        name: {key: value for key, value in run(name).items() if key not in ("record", "step", "steps", "pairs")}
+        for name in ("stage1", "A1", "C1", "F1", "H1", "Q1", "released1")
+    }
+    differs = lambda name: {key: settings[name].get(key) for key in settings[name].keys() | settings["stage1"].keys()
+                            if settings[name].get(key) != settings["stage1"].get(key)}  # fmt: skip
+    assert differs("A1") == {"rejected_score": "argmax"}
+    assert differs("F1") == {"template": "vicuna_v1"}
+    assert differs("H1") == {"projector_lr": 0}
+    assert differs("C1") == differs("Q1") == {}
+    assert differs("released1") == {"preset": "released", **differs("A1"), **differs("F1"), **differs("H1")}
+    images = {name: {r["image"] for _, r in read_records(folder / f"{name}.jsonl")} for name in chain.PAIRS}
+    assert len(set(map(frozenset, images.values()))) == 1  # the same 16 pictures
+    corruptions = [r["corruption"] for _, r in read_records(folder / "pairs-C.jsonl")]
+    assert corruptions == [None] * 16
+    assert first("pairs-Q")["top_k"] == first("pairs-released")["top_k"] == 50 and "top_k" not in first("pairs")
+
+
+def test_study_iterates(studied):
+    """Rounds 2 and 3: which model generates the pairs, where training starts, and what the reference is."""
+    _, out = studied
+    folder = out / recipe.BASE.name / "seed0"
+    origin = lambda name: next((r["model"], r["adapter"]) for _, r in read_records(folder / f"{name}.jsonl"))
+    assert origin("round2-theta0") == (recipe.BASE.name, "stage1")
+    assert origin("round3-theta0") == (recipe.BASE.name, "round2-theta0")
+    assert origin("round2-previous") == ("round2-previous-reference", None)
+    assert origin("round3-previous") == ("round3-previous-reference", None)
+    B = lambda name: max(t.abs().max() for k, t in load_file(folder / name / "adapter_model.safetensors").items()
+                         if "lora_B" in k)  # fmt: skip
+    tensors = lambda name: load_file(folder / name / "adapter_model.safetensors")
+    change = lambda a, b: max((tensors(a)[key] - tensors(b)[key]).abs().max().item() for key in tensors(a))
+    assert 0 < change("round2-theta0", "stage1") < 2e-3  # continues: one step of Adam further
+    assert B("round2-previous") < 2 * recipe.STAGE1["--lr"]  # starts anew: one step from 0
 
 
 def test_study_resumes(studied):
@@ -476,26 +522,30 @@ def test_study_names_a_chain_that_fails(tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(recipe.BASE, broken)
     (broken / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(InputError, match="2 of 2 chains failed"):
+    with pytest.raises(InputError, match="2 of 2 parts failed"):
         short_study(tmp_path / "out", models=[broken], seeds=range(1))
     assert "log.txt" in capsys.readouterr().err
 
 
 def test_tables_by_hand():
-    """Means, sample standard deviations, and signs counted per seed."""
+    """Means, sample standard deviations, 95% intervals, and signs counted per seed."""
     assert tables.spread([1.0, 3.0]) == "2.0 ± 1.4"
     assert tables.spread([-2.0, -2.0], signed=True) == "-2.0"
+    # t = 4.303 for two degrees of freedom; the standard deviation is 1: 4.303 / sqrt(3) = 2.48
+    assert tables.paired([1.0, 2.0, 3.0]) == "+2.0 ± 2.5 (3/3)"
+    assert tables.paired([-1.0, -2.0, 3.0], sign=-1) == "+0.0 ± 6.6 (2/3)"
+    assert tables.paired([-1.5, -1.5]) == "-1.5 (2/2)"
     value = dict(chair_i=20.0, f1=80.0, direct=70.0, dar=60.0)
     better = value | dict(chair_i=10.0, dar=75.0)
     names = {name for _, _, (a, _), (b, _), _ in tables.CLAIMS for name in (a, b)}
     variants = {name: [value, value] for name in names} | {"stic": [better, better | dict(chair_i=30.0)]}
     rows = [line.split(" | ") for line in tables.claims_table({"m": variants}).splitlines()]
     for claim, cells in (
-        ("less than the base", ["+0.0 ± 14.1", "1 of 2 |"]),
-        ("Table 2", ["+5.0", "2 of 2 |"]),
-        ("DaR on the base", ["-10.0", "one base |"]),  # one measurement, for any number of seeds
+        ("less than the base", "+0.0 ± 127.1 (1/2) |"),  # 12.706 * 14.1 / sqrt(2)
+        ("Table 2", "+5.0 (2/2) |"),
+        ("DaR on the base", "-10.0 (one base) |"),  # one measurement, for any number of seeds
     ):
-        assert next(row for row in rows if claim in row[1])[3:] == cells
+        assert next(row for row in rows if claim in row[1])[3] == cells
 
 
 def test_committed_results_follow_from_the_committed_numbers(tmp_path, capsys):
