@@ -139,7 +139,7 @@ def parse_args():
     flags.add_limit_flag(parser)
     flags.add_sampling_flags(parser, temperature=0.2)
     add("--corruption", action=argparse.BooleanOptionalAction, default=True,
-        help="whether to corrupt the image of every second dispreferred response; the release does not")
+        help="sample half of the dispreferred responses from corrupted images; the release samples none")
     preset.add_flags(parser, corruption=False, template="mistral_instruct", top_k=50)
     args = preset.parse_args(parser)
     if args.describe and (args.names or not args.corruption):
