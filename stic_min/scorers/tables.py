@@ -346,6 +346,7 @@ def runs_table(rows: list[Row]) -> Table:
                     *settings, ", ".join(judges) or "–", known(result, "unread")]  # fmt: skip
             lines.append(list(map(str, line)))
     header = ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "image mode",
-              "dtype", "new tokens", "temperature", "suffix", "preset", "judge", "unread verdicts"]  # fmt: skip
+              "dtype", "new tokens", "temperature", "suffix", "preset", "judge",
+              "unread verdicts"]  # fmt: skip
     [table] = without_gaps(Table("Settings of each run", header, lines, len(lines)))
     return table
