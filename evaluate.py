@@ -14,7 +14,7 @@ one line per answer; descriptions go to .descriptions.jsonl, one line per image,
 To resume, run the same command again: existing output is skipped. MM-Vet and LLaVA-Bench need a judge model,
 and MathVista and MMBench benefit from one; --judge queries it over the network. --check validates a
 benchmark's files and images on any machine, and estimates memory and time, without running. --preset released
-reproduces the authors' scripts: Vicuna's template and, on MMBench, descriptions generated without seeing the
+reproduces the authors' scripts: Vicuna's template and, with --dar, descriptions generated without seeing the
 image. For more, see stic_min/scorers/README.md.
 """
 

@@ -134,7 +134,7 @@ def parse_args():
     add("--describe", metavar="FILE",
         help="file of LLaVA instruction data: describe its images instead of generating pairs")
     add("--out", required=True, metavar="FILE", help="output file, JSON Lines; existing records are kept")
-    flags.add_model_flags(parser)
+    flags.add_model_flags(parser)  # PAPER vs RELEASED (O): the release describes without --adapter by default
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
     flags.add_sampling_flags(parser, temperature=0.2)

@@ -116,7 +116,7 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
     add("--micro-batch", type=positive, metavar="N",
         help="number of samples per forward pass on each rank (default: what fits in the GPU's memory, up to "
              "8; 1 on a CPU)")  # fmt: skip
-    # PAPER vs RELEASED (J): 1,024 in Table 4; in the release 1,048 in stage 1 and 2,048 in stage 2.
+    # PAPER vs RELEASED (J): 1,024 in stage 1 (Table 4), 1,048 in the release, image tokens included.
     add("--max-length", type=positive, metavar="N",
         help="maximum sequence length in tokens, image tokens included; longer responses are truncated "
              f"(default: {max_length}; 4096 in anyres mode)")  # fmt: skip
