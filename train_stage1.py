@@ -65,10 +65,10 @@ def parse_args():
              "(default: 1/1024, as in the paper)")  # fmt: skip
     add("--rejected-score", choices=["text", "argmax"], default="text",
         help="what stands for log p(y_l): the rejected text's, or that of the model's own top tokens")
-    preset.add_flags(parser, rejected_score="argmax", template="vicuna_v1", projector_lr=0.0)
     flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
+    preset.add_flags(parser, rejected_score="argmax", template="vicuna_v1", projector_lr=0.0)
     return preset.parse_args(parser)
 
 

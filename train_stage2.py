@@ -34,10 +34,10 @@ def parse_args():
     add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
     add("--one-line", action="store_true", help="use the paper's one-line form for descriptions in prompts")
     add("--plain", action="store_true", help="train on the same records without descriptions (a control)")
-    preset.add_flags(parser, template="vicuna_v1", projector_lr=0.0)
     flags.add_model_flags(parser, image_mode="pad, as in Table 4")
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)  # Table 4
+    preset.add_flags(parser, template="vicuna_v1", projector_lr=0.0)
     args = preset.parse_args(parser)
     if args.plain and args.one_line:
         parser.error("--plain omits descriptions, so --one-line has no effect: use one of them")

@@ -28,15 +28,14 @@ def flag_text(name, value):
 
 
 def add_flags(parser, **released):
-    """Adds --preset and --mixed-presets. released: the flags that the preset switches in this command, and
-    their values."""
+    """Adds --preset and --mixed-presets. released: the values of the flags that the preset switches in this
+    command."""
     switches = ", ".join(flag_text(name, value) for name, value in released.items())
     add = parser.add_argument_group("the authors' code").add_argument
     add("--preset", choices=["released"],
         help="reproduce the authors' code where it departs from the paper (the rows of README.md's table): "
              f"{switches}; a flag that is given takes precedence")  # fmt: skip
-    add("--mixed-presets", action="store_true",
-        help="accept input from a run with another --preset")  # fmt: skip
+    add("--mixed-presets", action="store_true", help="accept input from a run with another --preset")
     parser.set_defaults(released=released)
 
 

@@ -18,7 +18,6 @@ def add_benchmark_flags(parser, benchmark):
         f"{DESCRIPTION_TOKENS} tokens, or --max-new-tokens if given")
     add("--blind", action=argparse.BooleanOptionalAction,
         help="with --dar: generate descriptions without the image, as in the release")
-    preset.add_flags(parser, blind=True, template="vicuna_v1", top_k=50)
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
@@ -27,6 +26,7 @@ def add_benchmark_flags(parser, benchmark):
         add("--suffix", default=benchmark.suffix, metavar="TEXT", help="last line of each prompt")
     if benchmark.judge:
         add_judge_flags(parser)
+    preset.add_flags(parser, blind=True, template="vicuna_v1", top_k=50)
 
 
 def add_score_flags(parser, benchmarks):
