@@ -14,7 +14,7 @@ one line per answer; descriptions go to .descriptions.jsonl, one line per image,
 To resume, run the same command again: existing output is skipped. MM-Vet and LLaVA-Bench need a judge model,
 and MathVista and MMBench benefit from one; --judge queries it over the network. --check validates a
 benchmark's files and images on any machine, and estimates memory and time, without running. --preset released
-reproduces the authors' scripts: Vicuna's template and, on MMBench, descriptions generated without seeing the
+reproduces the authors' scripts: Vicuna's template and, with --dar, descriptions generated without seeing the
 image. For more, see stic_min/scorers/README.md.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime import console, flags, process
+from stic_min.runtime import consistency, console, flags, preset, process
 from stic_min.runtime.files import check_place, write_text
 from stic_min.runtime.ranks import Ranks, place, start_device, start_ranks
 from stic_min.scorers import arguments, audit, grading, harness, plan
@@ -39,11 +39,11 @@ from stic_min.text import DESCRIBE_PROMPT, without_marks
 def run_benchmark(args):
     from stic_min.generate import open_model  # here, so that `score` and `table` start without torch
 
-    args = plan.apply_preset(args)
     benchmark = harness.get_benchmark(args.command)
     if args.blind and not args.dar:
         raise InputError("--blind changes how descriptions are generated: it needs --dar")
     arguments.check_flags(args, benchmark)
+    consistency.same_preset(args)
     label = Path(args.adapter).resolve().name if args.adapter else "base"
     stem = Path(args.out) / f"{benchmark.name}-{label}-{plan.get_mode(args)}"
     check_place(f"{stem}.jsonl")
@@ -231,7 +231,7 @@ def parse_args():
     summary = "plot CLIP features of image folders, with their overlaps"
     sub = command("tsne", summary, run_tsne, arguments.TSNE_HELP)
     arguments.add_tsne_flags(sub)
-    return parser.parse_args()
+    return preset.parse_args(parser, commands.choices)
 
 
 def main():

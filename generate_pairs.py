@@ -23,7 +23,7 @@ from stic_min.formats.image_folder import check_folder, foreign_images, image_pa
 from stic_min.formats.records import image_records, read_names, skipped_line
 from stic_min.generate import Job, Query, Sampling, open_model
 from stic_min.images import corrupt, open_image
-from stic_min.runtime import consistency, console, flags, process
+from stic_min.runtime import consistency, console, flags, preset, process
 from stic_min.runtime.files import brief
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import start_ranks
@@ -31,7 +31,7 @@ from stic_min.runtime.work import row_seed, subset
 from stic_min.text import CAPTION_PROMPTS, GOOD_PROMPT, HALLUCINATION_PROMPTS, with_image
 
 
-def pair_job(name, image, seed):
+def pair_job(name, image, seed, corrupts=True):
     """The loop body of Algorithm 1 for one unlabeled image v; `generate` samples the two responses.
 
     All random choices follow from (seed, name).
@@ -48,22 +48,24 @@ def pair_job(name, image, seed):
         dispreferred = Query(x_b, [image], dispreferred_seed)  # y_b ~ p(. | v, x_b)
     else:
         x_b = ""
-        corruption_seed = row_seed(seed, name, "corruption")
-        v_b, corruption = corrupt(image, corruption_seed)  # v_b = h(v)
-        corruption["seed"] = corruption_seed
+        v_b, corruption = image, None
+        if corrupts:  # PAPER vs RELEASED (C): the release sets the flag of corruption, but never corrupts
+            corruption_seed = row_seed(seed, name, "corruption")
+            v_b, corruption = corrupt(image, corruption_seed)  # v_b = h(v)
+            corruption["seed"] = corruption_seed
         dispreferred = Query(x, [v_b], dispreferred_seed)  # y_b ~ p(. | v_b, x)
     fields = {"x": x, "hallu_prompt": x_b, "corruption": corruption}
     return Job(name, [preferred, dispreferred], fields)
 
 
-def pair_record(job, responses):
+def pair_record(job, responses, marks=1):
     """One line of the output: (x, y_g, y_b), and how they came about."""
     preferred, dispreferred = job.queries
     y_g, y_b = responses
-    user = {"role": "user", "content": with_image(job.fields["x"])}  # training sees x, never x_g or x_b
+    user = {"role": "user", "content": with_image(job.fields["x"], marks)}  # x, never x_g or x_b
     return {
         "image": job.key,
-        "image_corruption": job.fields["corruption"] is not None,
+        "image_corruption": not job.fields["hallu_prompt"],
         "hallu_prompt": job.fields["hallu_prompt"],
         "chosen": [user, {"role": "assistant", "content": y_g.text}],
         "rejected": [user, {"role": "assistant", "content": y_b.text}],
@@ -132,13 +134,17 @@ def parse_args():
     add("--describe", metavar="FILE",
         help="file of LLaVA instruction data: describe its images instead of generating pairs")
     add("--out", required=True, metavar="FILE", help="output file, JSON Lines; existing records are kept")
-    flags.add_model_flags(parser)
+    flags.add_model_flags(parser)  # PAPER vs RELEASED (O): the release describes without --adapter by default
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
     flags.add_sampling_flags(parser, temperature=0.2)
-    args = parser.parse_args()
-    if args.describe and args.names:
-        parser.error("--names is for pairs; --describe takes its images from the instructions")
+    add("--corruption", action=argparse.BooleanOptionalAction, default=True,
+        help="sample half of the dispreferred responses from corrupted images; the release samples none")
+    preset.add_flags(parser, corruption=False, template="mistral_instruct", top_k=50)
+    args = preset.parse_args(parser)
+    if args.describe and (args.names or not args.corruption):
+        flag = "--names" if args.names else "--no-corruption"
+        parser.error(f"{flag} is for pairs; --describe takes its images from the instructions, as they are")
     return args
 
 
@@ -158,6 +164,7 @@ def main():
         requested = names_to_pair(args, ranks)
         image_of = {name: name for name in requested}
     consistency.limit(args, len(image_of), ranks)
+    consistency.same_preset(args, None, problems)
     keys = subset(list(image_of), args.limit, args.seed)
     if args.describe:  # report bad instructions now, not in stage 2
         problems.collect(lambda key: parse_instruction(*records[key]), keys)
@@ -178,12 +185,14 @@ def main():
         image = open_image(image_path(args.images, image_of[key]))
         if args.describe:
             return [description_job(key, image_of[key], image, args.seed)]
-        return [pair_job(key, image, args.seed)]
+        return [pair_job(key, image, args.seed, args.corruption)]
 
     if args.check:
         return dry_run(args, llava, keys, prepare, what, len(remaining), requested, problems, ranks)
 
-    record_of = description_record if args.describe else pair_record
+    # PAPER vs RELEASED (D): the release writes x without <image>, and so does --preset; training adds it.
+    pair = lambda job, responses: pair_record(job, responses, marks=0 if args.preset else 1)
+    record_of = description_record if args.describe else pair
     sampling = Sampling.from_args(args)
     groups = [[key] for key in remaining]  # keys that share an image; here, one each
     per_job = 1 if args.describe else 2

@@ -20,24 +20,27 @@ from stic_min.checkpoint import settings_of_run
 from stic_min.data import parse_pair
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
-from stic_min.loss import dpo_loss, stic_loss, token_logps
-from stic_min.runtime import consistency, flags, process
+from stic_min.loss import argmax_logps, dpo_loss, stic_loss, token_logps
+from stic_min.runtime import consistency, flags, preset, process
 from stic_min.runtime.files import sha256
 from stic_min.runtime.ranks import start_ranks
 from stic_min.samples import length_limit, load_tiles, pair_sample, prepare
 
 
-def pair_logps(llava, batch):
+def pair_logps(llava, batch, rejected_score="text"):
     """log p(y_w | v, x) and log p(y_l | v, x), each (B,). A pair has two rows: chosen, rejected."""
     logits = llava(batch)  # (2 B, R, V)
-    return token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
+    logp_w, logp_l = token_logps(logits, batch.labels).sum(-1).view(-1, 2).unbind(1)
+    if rejected_score == "argmax":  # PAPER vs RELEASED (A): not y_l, but the model's own top tokens
+        logp_l = argmax_logps(logits[1::2], batch.labels[1::2]).sum(-1)
+    return logp_w, logp_l
 
 
 @torch.no_grad()
-def reference_logps(llava, batch):
+def reference_logps(llava, batch, rejected_score="text"):
     """The same under theta_0."""
     with llava.as_reference():  # LoRA off, and the projector as it was
-        return pair_logps(llava, batch)
+        return pair_logps(llava, batch, rejected_score)
 
 
 @torch.no_grad()
@@ -55,15 +58,18 @@ def parse_args():
     add("--pairs", required=True, metavar="FILE", help="file of preference pairs, a JSON list or JSON Lines")
     add("--images", required=True, metavar="DIR", help="root folder of the pairs' images")
     add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
-    add("--beta", type=flags.not_negative, default=0.1,
+    add("--beta", type=flags.not_negative, default=0.1,  # PAPER vs RELEASED (M): the paper gives no value
         help="DPO temperature (the paper's lambda); larger values stay closer to the reference")
     add("--alpha", type=flags.not_negative, default=1 / 1024,
         help="weight of -log p(y_w), summed over its tokens; 0 gives plain DPO "
              "(default: 1/1024, as in the paper)")  # fmt: skip
+    add("--rejected-score", choices=["text", "argmax"], default="text",
+        help="what stands for log p(y_l): the rejected text's, or that of the model's own top tokens")
     flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
-    return parser.parse_args()
+    preset.add_flags(parser, rejected_score="argmax", template="vicuna_v1", projector_lr=0.0)
+    return preset.parse_args(parser)
 
 
 def main():
@@ -83,6 +89,7 @@ def main():
     )  # fmt: skip
     truncated = f"{sum(sample.cut for sample in samples)} truncated to {max_length} tokens"
     ranks.print(f"{len(samples)} pairs, {truncated}")
+    consistency.same_preset(args, args.pairs, problems)
     consistency.same_model(args, args.pairs, llava.config.template, ranks)
     consistency.preferences(pairs, samples, args.pairs, ranks, problems)
     check.verify_images(samples, ranks, problems)
@@ -104,8 +111,8 @@ def main():
         global_batch = run.batches[step]  # over all ranks
         differing = sum(pair.differs for pair in global_batch)  # pairs whose responses differ
         for batch in run.micro_batches():  # this rank's share
-            ref_logp_w, ref_logp_l = reference_logps(llava, batch)  # theta_0, (B,) each
-            logp_w, logp_l = pair_logps(llava, batch)  # theta
+            ref_logp_w, ref_logp_l = reference_logps(llava, batch, args.rejected_score)  # theta_0, (B,) each
+            logp_w, logp_l = pair_logps(llava, batch, args.rejected_score)  # theta
             losses = stic_loss(logp_w, logp_l, ref_logp_w, ref_logp_l, args.beta, args.alpha)  # Eq. 4.1, (B,)
             run.backward(losses.sum() / len(global_batch))  # summed over micro-batches and ranks: the mean
 

@@ -19,7 +19,7 @@ from stic_min.data import Infusion
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import sft_loss
-from stic_min.runtime import consistency, flags, process
+from stic_min.runtime import consistency, flags, preset, process
 from stic_min.runtime.files import sha256
 from stic_min.runtime.ranks import start_ranks
 from stic_min.samples import instruction_sample, length_limit, prepare
@@ -37,7 +37,8 @@ def parse_args():
     flags.add_model_flags(parser, image_mode="pad, as in Table 4")
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)  # Table 4
-    args = parser.parse_args()
+    preset.add_flags(parser, template="vicuna_v1", projector_lr=0.0)
+    args = preset.parse_args(parser)
     if args.plain and args.one_line:
         parser.error("--plain omits descriptions, so --one-line has no effect: use one of them")
     return args
@@ -61,6 +62,7 @@ def main():
     )  # fmt: skip
     truncated = f"{sum(sample.cut for sample in samples)} truncated to {max_length} tokens"
     ranks.print(f"{infusion.summary()}; {len(samples)} used for training, {truncated}")
+    consistency.same_preset(args, args.descriptions, problems)
     consistency.stage2_adapter(args.adapter, ranks)
     if not args.plain:
         consistency.same_model(args, args.descriptions, llava.config.template, ranks)

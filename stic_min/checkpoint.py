@@ -21,7 +21,7 @@ from stic_min.formats.adapters import PROJECTOR_FILE, read_written, write_adapte
 from stic_min.formats.tensors import read_tensors, write_tensors
 from stic_min.loader import own_rows
 from stic_min.report import write_page
-from stic_min.runtime import provenance
+from stic_min.runtime import preset, provenance
 from stic_min.runtime.files import fingerprint, printable, read_json, sync, write_text
 from stic_min.runtime.ranks import place
 
@@ -36,7 +36,7 @@ def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     and files.
     """
     names = ("lr", "projector_lr", "batch_size", "limit", "seed", "lora_dropout")
-    values = {name: getattr(args, name) for name in names} | stage_settings
+    values = {name: getattr(args, name) for name in names} | stage_settings | preset.recorded(args)
     values |= {"lora_r": adapter.r, "lora_alpha": adapter.alpha, "max_length": max_length}
     values |= {"template": llava.config.template, "image_mode": llava.config.image_mode}
     values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}

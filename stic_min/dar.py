@@ -58,10 +58,8 @@ def user_text(llava, text, description, images, sampling):
 
 def answer_one(llava, text, images, sampling, *seed_parts):
     """The response to one user text about its images."""
-    [sample] = sampler.sample(
-        llava, [llava.chat_prompt(text, len(images))], [images], [row_seed(sampling.seed, *seed_parts)],
-        max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-    )  # fmt: skip
+    prompt, seed = llava.chat_prompt(text, len(images)), row_seed(sampling.seed, *seed_parts)
+    [sample] = sampler.sample(llava, [prompt], [images], [seed], **sampling.options())
     return llava.tokenizer.decode(sample.ids)
 
 
@@ -72,9 +70,9 @@ def describe_images(llava, question_of, read, output, sampling, what):
     """Writes one description per image to `output` -> {image: description} of all in the file, on every rank.
 
     question_of: {image: question}; read(question) -> its images. An unreadable image is left to
-    `answer_questions` to report. PAPER vs RELEASED (4, see README.md): the release leaves <image> out, so its
-    model describes without seeing the image; so does this function for a question without images.
+    `answer_questions` to report. A question without images is described without seeing any.
     """
+    # PAPER vs RELEASED (E): the release leaves <image> out, so its model describes without seeing the image.
     ranks = output.ranks
     remaining = [image for image in question_of if image not in output.done]
     existing = len(question_of) - len(remaining)

@@ -37,11 +37,8 @@ class Pair:
 
 
 def image_first(text, where):
-    """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing.
-
-    PAPER vs RELEASED (3, see README.md): the release has no <image> in its pairs, and so trains without the
-    images.
-    """
+    """A user turn with its <image> moved to the front, as LLaVA trains it, or added if it is missing."""
+    # PAPER vs RELEASED (D): the release has no <image> in its pairs, and so trains without the images.
     if text.count(IMAGE_MARK) > 1:
         raise InputError(f"{where}: {text.count(IMAGE_MARK)} <image> in the text but 1 image")
     return with_image(without_marks(text))

@@ -26,11 +26,15 @@ class Sampling:
     top_p: float | None
     seed: int
     batch_size: int = 1  # responses sampled in parallel
+    top_k: int | None = None
 
     @classmethod
     def from_args(cls, args):
         batch_size = getattr(args, "batch_size", 1)
-        return cls(args.max_new_tokens, args.temperature, args.top_p, args.seed, batch_size)
+        return cls(args.max_new_tokens, args.temperature, args.top_p, args.seed, batch_size, args.top_k)
+
+    def options(self):
+        return {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k")}
 
 
 @dataclass
@@ -142,10 +146,7 @@ def generate(
             yield from group_requests
 
     slots = min(sampling.batch_size, count * queries_per_job)
-    options = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    for (key, i), sample in sampler.stream(
-        llava, requests(), slots=slots, max_new_tokens=sampling.max_new_tokens, **options
-    ):
+    for (key, i), sample in sampler.stream(llava, requests(), slots=slots, **sampling.options()):
         job, samples = started[key]
         samples[i] = sample
         if None not in samples:

@@ -224,6 +224,7 @@ class LLaVA(nn.Module):
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
         top_p: float | None = None,
+        top_k: int | None = None,
         seed: int = 0,
     ) -> list[str]:
         """Responses as stripped text. images[i] are the images of prompts[i]; temperature 0 is greedy.
@@ -239,6 +240,7 @@ class LLaVA(nn.Module):
             check_images(prompt_images)
         seeds = [row_seed(seed, p, prompts[:i].count(p)) for i, p in enumerate(prompts)]
         samples = sampler.sample(
-            self, prompts, images, seeds, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-        )
+            self, prompts, images, seeds, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_p=top_p, top_k=top_k,
+        )  # fmt: skip
         return [self.tokenizer.decode(sample.ids) for sample in samples]

@@ -24,6 +24,17 @@ def token_logps(logits: Tensor, labels: Tensor) -> Tensor:
     return F.pad(-nll.view_as(targets), (1, 0))  # (B, T)
 
 
+def argmax_logps(logits: Tensor, labels: Tensor) -> Tensor:
+    """log p of the model's most probable token at each scored position, or of its second most probable one
+    where the first is the label. Shapes, shift and zeros as in `token_logps`.
+    """
+    # PAPER vs RELEASED (A): the release sums these instead of log p(y_l), whose text is then only context.
+    first, second = logits[:, :-1].topk(2).indices.unbind(-1)  # (B, T - 1) each
+    targets = labels[:, 1:]
+    scored = second.where(first == targets, first).masked_fill(targets == IGNORE, IGNORE)
+    return token_logps(logits, F.pad(scored, (1, 0), value=IGNORE))
+
+
 def dpo_loss(
     logp_w: Tensor, logp_l: Tensor, ref_logp_w: Tensor, ref_logp_l: Tensor, beta: float
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sampling responses from p_theta: temperature, then top-p; no top-k. `sample_naively` is the definition.
+"""Sampling responses from p_theta: temperature, top-k, then top-p. `sample_naively` is the definition.
 
 `stream` computes the same, fast, in the fixed number of slots of a KV cache (see slots.py). Consecutive
 requests with the same images share one prefill of everything that precedes their texts. Then all slots
@@ -29,12 +29,18 @@ class Sample:
 # ---------------------------------------------------------------- one token
 
 
-def filtered_probs(logits: Tensor, temperature: float, top_p: float | None = None) -> Tensor:
-    """logits (B, V) -> probabilities (B, V) after temperature, then nucleus filtering.
+def filtered_probs(
+    logits: Tensor, temperature: float, top_p: float | None = None, top_k: int | None = None
+) -> Tensor:
+    """logits (B, V) -> probabilities (B, V) after temperature, then top-k, then nucleus filtering.
 
-    top_p keeps the fewest most probable tokens whose probabilities sum to at least top_p, and always one.
+    top_k keeps the k most probable tokens and any that tie with the k-th, as transformers does. top_p keeps
+    the fewest most probable tokens whose probabilities sum to at least top_p, and always one.
     """
-    probs = (logits / temperature).softmax(dim=-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:  # PAPER vs RELEASED (Q): no top-k; the release has 50
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(dim=-1)
     if top_p is not None and top_p < 1:
         values, order = probs.sort(dim=-1, descending=True)
         before = values.cumsum(dim=-1) - values  # the total probability of the more probable tokens
@@ -44,19 +50,21 @@ def filtered_probs(logits: Tensor, temperature: float, top_p: float | None = Non
     return probs
 
 
-def pick(logits: Tensor, temperature: float, top_p: float | None, uniform: Tensor) -> Tensor:
+def pick(logits: Tensor, temperature: float, top_p: float | None, uniform: Tensor, top_k=None) -> Tensor:
     """logits (B, V) and random numbers in [0, 1) (B,) -> ids (B,), by inverting the cumulative
     distribution."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    cumulative = filtered_probs(logits, temperature, top_p).double().cumsum(dim=-1)  # (B, V)
+    cumulative = filtered_probs(logits, temperature, top_p, top_k).double().cumsum(dim=-1)  # (B, V)
     target = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
     ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     return ids.clamp_max(logits.shape[-1] - 1)  # rounding, or NaN, may lead one past the last
 
 
 @torch.no_grad()
-def sample_naively(llava, prompt, images, seed, *, max_new_tokens, temperature=0.0, top_p=None) -> Sample:
+def sample_naively(
+    llava, prompt, images, seed, *, max_new_tokens, temperature=0.0, top_p=None, top_k=None
+) -> Sample:
     """One response without a cache, recomputing the whole sequence for each token; the tests' reference."""
     prompt_ids = llava.prompt_ids(prompt, images)
     tiles = [llava.tiles(image) for image in images]
@@ -65,7 +73,7 @@ def sample_naively(llava, prompt, images, seed, *, max_new_tokens, temperature=0
         batch = llava.single_batch(prompt_ids + sample.ids, [], tiles)
         batch.scored = torch.tensor([[len(batch.ids) - 1]], device=llava.device)
         logits = llava(batch)[0]  # (1, V)
-        token = pick(logits, temperature, top_p, uniform).item()
+        token = pick(logits, temperature, top_p, uniform, top_k).item()
         sample.ids.append(token)
         sample.logps.append(logits.log_softmax(dim=-1)[0, token].item())
         if token == llava.tokenizer.eos:
@@ -141,6 +149,7 @@ def stream(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float | None = None,
+    top_k: int | None = None,
 ) -> Iterator[tuple[object, Sample]]:
     """Samples a response to each request, `slots` at a time; yields (key, Sample) as each one ends.
 
@@ -148,7 +157,7 @@ def stream(
     (finish "stop"), or after max_new_tokens or at the model's last position (finish "length").
     """
     max_positions = llava.config.decoder.max_positions
-    choose = lambda logits, uniform: pick(logits, temperature, top_p, uniform)
+    choose = lambda logits, uniform: pick(logits, temperature, top_p, uniform, top_k)
     decoder = SlotDecoder(llava, slots, min(max_new_tokens, max_positions), choose)
     active: list[ActiveRequest | None] = [None] * slots  # the one in each slot
     # A group is admitted only when every member has a free slot. Groups are kept small so that slots do not
@@ -201,6 +210,7 @@ def sample(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float | None = None,
+    top_k: int | None = None,
 ) -> list[Sample]:
     """Samples one response to each prompt, all at the same time; images[i] are the PIL images of prompts[i].
 
@@ -215,5 +225,5 @@ def sample(
     for i, (prompt, row, seed) in enumerate(zip(prompts, images, seeds)):
         requests.append(Request(i, llava.prompt_ids(prompt, row), [tiles[id(image)] for image in row], seed))
     samples = dict(stream(llava, requests, slots=len(prompts), max_new_tokens=max_new_tokens,
-                          temperature=temperature, top_p=top_p))  # fmt: skip
+                          temperature=temperature, top_p=top_p, top_k=top_k))  # fmt: skip
     return [samples[i] for i in range(len(prompts))]

@@ -61,8 +61,7 @@ GOOD_PROMPT = (
 
 DESCRIBE_PROMPT = CAPTION_PROMPTS[4]  # what DaR asks first, at test time
 
-# PAPER vs RELEASED (8, see README.md): the paper prints one line; the release, which produced the published
-# numbers, has three.
+# PAPER vs RELEASED (L): the paper prints one line; the release, which produced the published numbers, three.
 INFUSED = "Image description:\n{description}\n\n{instruction}"
 INFUSED_ONE_LINE = "Image description: {description}\n{instruction}"
 

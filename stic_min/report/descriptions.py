@@ -25,7 +25,7 @@ SIDE = 160  # pixels of a thumbnail
 EXAMPLES = 3  # descriptions inside a prompt
 TURNS = 2  # of their conversations
 SETTINGS = ("benchmark", "mode", "model", "adapter", "fingerprint", "template", "image_mode", "dtype",
-            "temperature", "top_p", "max_new_tokens", "seed", "images")  # fmt: skip
+            "temperature", "top_k", "top_p", "max_new_tokens", "seed", "images", "preset")  # fmt: skip
 
 STYLE = """
 pre u { color: var(--right); }

@@ -23,6 +23,7 @@ KINDS = {  # how the dispreferred response came about
     "color_jitter": "color jitter",
     "corrupted": "other corruption",
     "unknown": "unknown",
+    "clean": "captioning prompt alone",
 }
 
 STYLE = """
@@ -66,13 +67,15 @@ class Entry:
     def kind(self) -> str:
         """The key of KINDS."""
         if self.corruption or self.record.get("image_corruption"):
+            if not self.corruption and self.record.get("no_corruption"):
+                return "clean"  # recorded as corrupted, as in the release, but generated from the clean image
             kind = self.corruption.get("kind")
             return kind if kind in ("low_resolution", "color_jitter") else "corrupted"
         return "prompt" if self.text("hallu_prompt") else "unknown"
 
     @property
     def corrupted(self) -> bool:
-        return self.kind not in ("prompt", "unknown")
+        return self.kind not in ("prompt", "clean", "unknown")
 
     @property
     def seed(self) -> int | None:
@@ -231,6 +234,10 @@ def article(position: int, entry: Entry, view: View) -> str:
         image_l = image_html("v", pair.image, view.clean, ", the same image")
         x_b = entry.text("rejected_prompt") or entry.text("hallu_prompt")
         prompt_l = prompt_html(f"misleading prompt {math('x_b')}", x_b)
+    elif entry.kind == "clean":
+        distributions = "p( · | v, x_g)", "p( · | v, x)"
+        image_l = image_html("v", pair.image, view.clean, ", the same image, not corrupted")
+        prompt_l = prompt_html(f"captioning prompt {math('x')}", entry.text("rejected_prompt"))
     else:
         distributions = "", ""
         image_l = prompt_l = ""

@@ -21,8 +21,8 @@ from stic_min.report.pair_cards import KINDS, Entry, count_words
 from stic_min.runtime.files import write_text
 
 LIMIT = 10_000  # pairs in one gallery, about 15 KB each
-SETTINGS = ("model", "adapter", "fingerprint", "template", "image_mode", "dtype", "temperature", "top_p",
-            "max_new_tokens", "seed", "images")  # fmt: skip
+SETTINGS = ("model", "adapter", "fingerprint", "template", "image_mode", "dtype", "temperature", "top_k",
+            "top_p", "max_new_tokens", "seed", "images", "preset", "no_corruption")  # fmt: skip
 LETTERS = {
     "v": "the image as the model sees it",
     "h(v)": "a corrupted copy",

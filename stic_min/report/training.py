@@ -191,7 +191,7 @@ SETTINGS = {
     "dtype": "precision of the weights", "fingerprint": "fingerprint of model and adapter",
     "pairs": "SHA-256 of the pairs", "instructions": "SHA-256 of the instructions",
     "descriptions": "SHA-256 of the descriptions", "plain": "without descriptions (--plain)",
-    "one_line": "one-line descriptions",
+    "one_line": "one-line descriptions", "rejected_score": "what stands for log p(y_l)",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from stic_min.runtime import preset
 from stic_min.runtime.console import one_line
 from stic_min.runtime.files import fingerprint
 from stic_min.text import TEMPLATES
@@ -59,6 +60,7 @@ def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
                        help="CLIP folder, needed only if the checkpoint has no vision tower and its "
                             "config.json does not point to one")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.model file (default: the checkpoint's)")
+    # PAPER vs RELEASED (F): the release generates in [INST], but trains and evaluates in Vicuna's template.
     group.add_argument("--template", choices=sorted(TEMPLATES),
                        help="chat template (default: the checkpoint's)")
     group.add_argument("--image-mode", choices=["pad", "anyres"],
@@ -87,6 +89,8 @@ def add_sampling_flags(parser, temperature, parallel=True, max_new_tokens=1024):
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=not_negative, default=temperature, metavar="T",
                        help="sampling temperature; 0 is greedy")
+    group.add_argument("--top-k", type=positive, metavar="K",
+                       help="number of most probable tokens to sample from, before --top-p (default: all)")
     group.add_argument("--top-p", type=top_p_value, metavar="P",
                        help="total probability of the most probable tokens to sample from (default: 1)")
     group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
@@ -102,13 +106,17 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
     add_check_flag(parser)
     add = parser.add_argument_group("training").add_argument
     add("--lr", type=not_negative, default=lr, help="peak learning rate for LoRA")
+    # PAPER vs RELEASED (H): the release freezes the projector by wrapping the model a second time.
     add("--projector-lr", type=not_negative, default=2e-5, metavar="LR",
         help="peak learning rate for the projector; 0 freezes it")
+    # PAPER vs RELEASED (I): in stage 1 (4 in Table 4), the release's script has 4 GPUs x 1 x 2 = 8.
+    # PAPER vs RELEASED (K): in stage 2 (64), 2 GPUs x 16 = 32.
     add("--batch-size", type=positive, default=batch_size, metavar="N",
         help="number of samples per optimizer step, over all ranks")
     add("--micro-batch", type=positive, metavar="N",
         help="number of samples per forward pass on each rank (default: what fits in the GPU's memory, up to "
              "8; 1 on a CPU)")  # fmt: skip
+    # PAPER vs RELEASED (J): 1,024 in stage 1 (Table 4), 1,048 in the release, image tokens included.
     add("--max-length", type=positive, metavar="N",
         help="maximum sequence length in tokens, image tokens included; longer responses are truncated "
              f"(default: {max_length}; 4096 in anyres mode)")  # fmt: skip
@@ -162,4 +170,5 @@ def run_settings(args, llava):
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
+        **preset.recorded(args),
     }

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from stic_min import InputError
-from stic_min.runtime import provenance
+from stic_min.runtime import preset, provenance
 from stic_min.runtime.files import append_line, check_place, read_json, read_own_lines, wait_until, write_text
 
 
@@ -92,13 +92,13 @@ class Output:
         """The records of one file; a last line cut off by a kill is dropped."""
 
         def check(record):
-            settings = {name: record.get(name) for name in self.settings}
             hash(record[self.key])
             json.dumps(record, ensure_ascii=False).encode()
-            for name, value in self.settings.items():
-                if settings[name] != value:
-                    raise InputError(f"{path} was written with {name} {settings[name]!r}, but this run has "
-                                     f"{value!r}; choose another --out, or delete the file")  # fmt: skip
+            for name in [*self.settings, *preset.RECORDED]:
+                if record.get(name) != self.settings.get(name):
+                    raise InputError(f"{path} was written with {name} {record.get(name)!r}, but this run has "
+                                     f"{self.settings.get(name)!r}; choose another --out, or delete the "
+                                     "file")  # fmt: skip
             return record
 
         return read_own_lines(path, check)

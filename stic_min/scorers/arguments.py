@@ -1,9 +1,10 @@
 """The flags of evaluate.py, and whether they fit the benchmark and each other."""
 
+import argparse
 import os
 
 from stic_min import InputError
-from stic_min.runtime import flags
+from stic_min.runtime import flags, preset
 from stic_min.scorers import audit, harness
 from stic_min.scorers.plan import DESCRIPTION_TOKENS
 
@@ -15,10 +16,8 @@ def add_benchmark_flags(parser, benchmark):
     add("--dar", action="store_true",
         help="describe the image first, then answer (section 4); a description has up to "
         f"{DESCRIPTION_TOKENS} tokens, or --max-new-tokens if given")
-    add("--blind", action="store_true",
+    add("--blind", action=argparse.BooleanOptionalAction,
         help="with --dar: generate descriptions without the image, as in the release")
-    add("--preset", choices=["released"],
-        help="settings of the authors' scripts: --template vicuna_v1 and, on MMBench with --dar, --blind")
     flags.add_model_flags(parser)
     flags.add_check_flag(parser)
     flags.add_limit_flag(parser)
@@ -27,6 +26,7 @@ def add_benchmark_flags(parser, benchmark):
         add("--suffix", default=benchmark.suffix, metavar="TEXT", help="last line of each prompt")
     if benchmark.judge:
         add_judge_flags(parser)
+    preset.add_flags(parser, blind=True, template="vicuna_v1", top_k=50)
 
 
 def add_score_flags(parser, benchmarks):

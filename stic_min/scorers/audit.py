@@ -12,7 +12,8 @@ from stic_min.runtime.files import printable, read_records
 # points.
 UNREAD = 0.02
 # The settings in which an answers file, its descriptions and its scores must agree.
-SAME_RUN = ("benchmark", "mode", "model", "adapter", "fingerprint", "template", "image_mode", "dtype")
+SAME_RUN = ("benchmark", "mode", "model", "adapter", "fingerprint", "template", "image_mode", "dtype",
+            "preset")  # fmt: skip
 
 
 def check_unread(scores, allowed, asked):

@@ -11,14 +11,6 @@ from stic_min.scorers import harness
 DESCRIPTION_TOKENS = 1024  # default length limit of DaR's descriptions
 
 
-def apply_preset(args):
-    """Replaces --preset by its flags. The release's only script with DaR is MMBench's, and it is blind."""
-    if args.preset != "released":
-        return args
-    blind = args.blind or (args.dar and args.command == "mmbench")
-    return argparse.Namespace(**vars(args) | {"template": args.template or "vicuna_v1", "blind": blind})
-
-
 def get_mode(args):
     return ("blind-dar" if args.blind else "dar") if args.dar else "direct"
 

@@ -341,11 +341,12 @@ def runs_table(rows: list[Row]) -> Table:
             items = f"{result['n']}" + (f" (--limit {run['limit']})" if run["limit"] else "")
             endings = [known(result.get("answers", {}), key) for key in ("empty", "cut")]
             keys = ("template", "image_mode", "dtype", "max_new_tokens", "temperature")
-            settings = [run[key] for key in keys] + [run.get("suffix", "–")]
+            settings = [run[key] for key in keys] + [run.get(key, "–") for key in ("suffix", "preset")]
             line = [row.label, TITLES[name], items, result.get("missing", 0), *endings,
                     *settings, ", ".join(judges) or "–", known(result, "unread")]  # fmt: skip
             lines.append(list(map(str, line)))
     header = ["", "benchmark", "items", "without answer", "empty", "cut off", "template", "image mode",
-              "dtype", "new tokens", "temperature", "suffix", "judge", "unread verdicts"]  # fmt: skip
+              "dtype", "new tokens", "temperature", "suffix", "preset", "judge",
+              "unread verdicts"]  # fmt: skip
     [table] = without_gaps(Table("Settings of each run", header, lines, len(lines)))
     return table

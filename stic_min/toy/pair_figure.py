@@ -105,10 +105,12 @@ def cards(pair, image, present):
     """
     labels = {"chosen": ("unlabeled image v", "step-by-step prompt x_g", "y_w ~ p( · | v, x_g)")}
     seen = {"chosen": image, "rejected": image}
-    if pair["image_corruption"]:
+    if pair["corruption"]:
         seen["rejected"], _ = corrupt(image, pair["corruption"]["seed"])
         kind = pair["corruption"]["kind"].replace("_", " ")
         labels["rejected"] = f"corrupted image h(v): {kind}", "captioning prompt x", "y_l ~ p( · | h(v), x)"
+    elif pair["image_corruption"]:  # --no-corruption
+        labels["rejected"] = "the same image v", "captioning prompt x", "y_l ~ p( · | v, x)"
     else:
         labels["rejected"] = "the same image v", "misleading prompt x_b", "y_l ~ p( · | v, x_b)"
     lines = dict(zip(TITLES, map(response_lines, responses(pair))))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stic_min.loss import dpo_loss, sft_loss, stic_loss, token_logps
+from stic_min.loss import argmax_logps, dpo_loss, sft_loss, stic_loss, token_logps
 
 LN2 = math.log(2)
 
@@ -57,6 +57,37 @@ def test_token_logps_gradient_by_hand():
     logits = torch.tensor([[[0.0, math.log(3)], [5.0, 5.0]]], requires_grad=True)
     token_logps(logits, torch.tensor([[0, 1]])).sum().backward()
     torch.testing.assert_close(logits.grad, torch.tensor([[[-0.25, 0.25], [0.0, 0.0]]]))
+
+
+# ---------------------------------------------------------------- argmax_logps, the release's rejected score
+
+
+def test_argmax_logps_by_hand():
+    # Three tokens. Logits (ln 2, ln 5, ln 1) are probabilities (2/8, 5/8, 1/8); (ln 6, ln 3, ln 1) are (6/10, 3/10,
+    # 1/10). Label 2 after the first: the top token is 1, not the label, so log 5/8. Label 0 after the second: the top
+    # token is the label, so the second best counts, log 3/10. The third label is ignored, the first predicted by none.
+    rows = [[2.0, 5.0, 1.0], [6.0, 3.0, 1.0], [1.0, 1.0, 9.0], [1.0, 2.0, 3.0]]
+    logits = torch.tensor([rows]).log().requires_grad_()
+    logps = argmax_logps(logits, torch.tensor([[0, 2, 0, -100]]))
+    torch.testing.assert_close(logps, torch.tensor([[0.0, math.log(5 / 8), math.log(3 / 10), 0.0]]))
+    # d log p / d logits = one-hot of the token that counts - probabilities.
+    logps.sum().backward()
+    expected = [[-2 / 8, 3 / 8, -1 / 8], [-6 / 10, 7 / 10, -1 / 10], [0.0] * 3, [0.0] * 3]
+    torch.testing.assert_close(logits.grad, torch.tensor([expected]))
+
+
+def test_argmax_logps_does_not_score_the_text():
+    # The slow version. Labels matter only where they are the most probable token.
+    logits, labels = torch.randn(3, 7, 11), torch.randint(11, (3, 7))
+    labels[0, 2] = labels[2, 5:] = -100
+    labels[1, 4] = logits[1, 3].argmax()
+    actual = argmax_logps(logits, labels)
+    for b in range(3):
+        for j in range(7):
+            best = logits[b, j - 1].log_softmax(-1).sort(descending=True)
+            counted = j > 0 and labels[b, j] != -100
+            expected = best.values[int(best.indices[0] == labels[b, j])].item() if counted else 0.0
+            assert actual[b, j].item() == pytest.approx(expected, abs=1e-6)
 
 
 # ---------------------------------------------------------------- dpo_loss, Eq. 3.3

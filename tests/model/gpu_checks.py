@@ -38,7 +38,7 @@ def graphs(device, folder):
     prompts = [f"[INST] <image>\nWhat is this, number {i}? [/INST]" for i in range(len(images))]
     for name in ("llava-v1.5-tiny", "llava-v1.6-tiny"):
         llava = load_llava(folder / name, device=device)
-        for how in ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}):
+        for how in ({"temperature": 0.0}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9}):
             rows = prompts, [[image] for image in images], list(range(len(images)))
             replayed = sampler.sample(llava, *rows, max_new_tokens=80, **how)
             with mock.patch.object(slots, "GRAPHED", set()):

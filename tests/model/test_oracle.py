@@ -19,6 +19,7 @@ import torch
 from official import SHARED
 from safetensors.torch import load_file, save_file
 
+import train_stage1
 from stic_min import InputError
 from stic_min.batch import Example, collate
 from stic_min.formats import adapters
@@ -422,9 +423,7 @@ def test_stop(load, monkeypatch, case):
 def test_warpers(load, case):
     forward = BY_ID[case["case"]]
     logits = load(forward["checkpoint"]).logits(forward["conv_prompt"], case_images(forward))[-1:]
-    if top_k := case["top_k_effective"]:  # stic_min has no top-k: the official default of 50 is applied here
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-    probs = filtered_probs(logits, case["temperature"], case["top_p"])[0]
+    probs = filtered_probs(logits, case["temperature"], case["top_p"], case["top_k_effective"] or None)[0]
     kept = probs.nonzero()[:, 0].tolist()
     assert len(kept) == case["n_kept"] and case["kept_ids_sorted"] in (None, kept)
     values, ids = probs.topk(len(case["top_ids"]))
@@ -521,8 +520,28 @@ def check_loss(policy, reference, expected):
         close(actual[key][0], value, actual[key][1])
 
 
-# Left out here and below: `official_noisy`, the release's scoring of the rejected answer, which differs from
-# the paper.
+# PAPER vs RELEASED (A): how train_stage1.py scores the rejected answer for each of the fixtures' blocks.
+SCORES = {"paper": ("text", "rejected"), "official_noisy": ("argmax", "rejected_official_noisy")}
+blocks = pytest.mark.parametrize("block", SCORES)
+
+
+@blocks
+@cases(BATCHES)
+@torch.no_grad()
+def test_dpo_as_stage_1_computes_it(load, case, block):
+    """Log-prob sums and loss of both blocks, through train_stage1.py's own functions."""
+    (rejected_score, side), logps = SCORES[block], {}
+    for variant, expected in case["logps"].items():
+        llava = load(case["combo"]["checkpoint"], "pad", variant)
+        logps[variant] = torch.stack(train_stage1.pair_logps(llava, pairs(llava, case), rejected_score))
+        close(logps[variant], [expected["chosen"], expected[side]], LOGP_SUMS)
+    losses = {key: value for key, value in case.items() if key.startswith("loss_policy_")}
+    for key, expected in losses.items():
+        policy, reference = key.removeprefix("loss_policy_").split("_vs_ref_")
+        check_loss(logps[policy], logps[reference], expected[block])
+    assert (len(logps), len(losses)) == (4, 3)
+
+
 @cases(BATCHES)
 @torch.no_grad()
 def test_dpo(load, case):
@@ -551,22 +570,23 @@ def test_dpo(load, case):
         llava.reference_projector = None
 
 
+@blocks
 @cases([case for case in BATCHES if "grad" in case])
-def test_gradients(load, case):
+def test_gradients(load, case, block):
     """Policy lora, reference base, as in the official trainer: one network, its adapter on and off."""
-    llava, expected = load(case["combo"]["checkpoint"], "pad", "lora"), case["grad"]["paper"]
+    llava, expected = load(case["combo"]["checkpoint"], "pad", "lora"), case["grad"][block]
+    rejected_score, _ = SCORES[block]
     parameters = {name: p.requires_grad_() for name, p in llava.named_parameters() if ".lora_" in name}
     batch = pairs(llava, case)
-    with torch.no_grad(), llava.as_reference():
-        reference = sums(llava, batch)
-    loss = stic_loss(*sums(llava, batch), *reference, BETA, ALPHA).mean()
+    reference = train_stage1.reference_logps(llava, batch, rejected_score)
+    loss = stic_loss(*train_stage1.pair_logps(llava, batch, rejected_score), *reference, BETA, ALPHA).mean()
     gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters.values())))
     llava.requires_grad_(False)
     close(loss.detach(), expected["loss_mean"], LOSSES)
     assert sum(bool(g.any()) for g in gradients.values()) == expected["tensors_with_nonzero_grad"] == 28
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     close(norm / expected["global_l2_norm"], 1, GRADIENTS)
-    stored = arrays_of("dpo", f"{case['id']}/grad_paper")  # of the batch of three only
+    stored = arrays_of("dpo", f"{case['id']}/grad_{block}")  # of the batch of three only
     assert len(stored) == (28 if len(case["examples"]) == 3 else 0)
     for key, value in stored.items():
         gradient = gradients[key.removeprefix(adapters.PREFIX).removesuffix(".weight")]

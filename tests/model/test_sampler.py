@@ -21,6 +21,7 @@ from stic_min.runtime.work import row_seed
 from stic_min.sampler import Request, filtered_probs, pick, sample, sample_naively, stream
 
 GREEDY, SAMPLED = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
+TOP_K = {"temperature": 1.5, "top_k": 5, "top_p": 0.9}
 # text and the numbers of its images: prompts of many lengths, images of many shapes; none, two, one in
 # mid-text
 ROWS = [
@@ -75,7 +76,7 @@ def test_generate_then_rescore(llava, rows, how):
         assert s.logps == pytest.approx(rescored(llava, prompt, images, s.ids), abs=1e-4)
 
 
-@pytest.mark.parametrize("how", [GREEDY, SAMPLED], ids=["greedy", "nucleus"])
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED, TOP_K], ids=["greedy", "nucleus", "top-k"])
 def test_against_sampling_without_a_cache(llava, rows, how, monkeypatch):
     compare = lambda: same(sample(llava, *rows, max_new_tokens=8, **how),
                            [sample_naively(llava, *row, max_new_tokens=8, **how) for row in zip(*rows)])
@@ -397,6 +398,48 @@ def test_filtered_probs(temperature, top_p, expected):
     assert [p > 0 for p in probs[0].tolist()] == [e > 0 for e in expected]
 
 
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, expected",
+    [
+        (1.0, 2, None, [0, 0.625, 0, 0.375]),  # 0.5 and 0.3 stay: 0.5 / 0.8 and 0.3 / 0.8
+        (1.0, 1, None, [0, 1, 0, 0]),
+        (1.0, 4, None, PROBS),
+        (1.0, 50, None, PROBS),  # more than there are
+        # temperature 2 takes roots, as above; 0.7071 and 0.5477 stay
+        (2.0, 2, None, [0, 0.7071 / 1.2548, 0, 0.5477 / 1.2548]),
+        # before top-p: 0.5 alone does not reach 0.6, but 0.625 does
+        (1.0, 4, 0.6, [0, 0.625, 0, 0.375]),
+        (1.0, 2, 0.6, [0, 1, 0, 0]),
+    ],
+)
+def test_top_k_by_hand(temperature, top_k, top_p, expected):
+    rows = torch.cat([LOGITS, LOGITS.flip(-1)])
+    probs = filtered_probs(rows, temperature, top_p, top_k)
+    torch.testing.assert_close(probs, torch.tensor([expected, expected[::-1]]).float(), rtol=0, atol=1e-4)
+    assert [p > 0 for p in probs[0].tolist()] == [e > 0 for e in expected]
+
+
+def test_all_that_tie_with_the_kth_stay():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0]])
+    assert (filtered_probs(logits, 1.0, top_k=2) > 0).tolist() == [[False, True, True, True, True]]
+    assert (filtered_probs(logits, 1.0, top_k=1) > 0).tolist() == [[False, True, False, False, False]]
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 50, 300])
+@pytest.mark.parametrize("top_p", [None, 0.8])
+def test_filters_are_those_of_transformers(top_k, top_p):
+    process = pytest.importorskip("transformers.generation.logits_process")
+    logits = torch.randn(20, 200, generator=torch.Generator().manual_seed(0)).mul(3).round()  # with ties
+    filters = [process.TemperatureLogitsWarper(0.7), process.TopKLogitsWarper(top_k)]
+    expected = logits
+    for filter_logits in filters:
+        expected = filter_logits(None, expected)
+    if top_p:  # ties at its edge fall either way, so only without them
+        logits = torch.randn(20, 200, generator=torch.Generator().manual_seed(0)).mul(3)
+        expected = process.TopPLogitsWarper(top_p)(None, filters[1](None, filters[0](None, logits)))
+    torch.testing.assert_close(filtered_probs(logits, 0.7, top_p, top_k), expected.softmax(-1))
+
+
 def test_top_p_keeps_the_fewest_that_reach_it():
     # four of 1/4, exact in floating point: two reach 1/2, three reach any more
     for top_p, kept in ((0.5, 2), (0.51, 3), (0.75, 3), (0.25, 1)):
@@ -417,6 +460,8 @@ def test_pick_follows_the_distribution():
     for top_p, expected in ((None, PROBS), (0.7, [0, 0.625, 0, 0.375])):
         counts = pick(LOGITS.expand(n, -1), 1.0, top_p, uniforms).bincount(minlength=4)
         assert counts.tolist() == pytest.approx([n * p for p in expected], abs=1)
+    counts = pick(LOGITS.expand(n, -1), 1.0, None, uniforms, top_k=2).bincount(minlength=4)
+    assert counts.tolist() == pytest.approx([0, 0.625 * n, 0, 0.375 * n], abs=1)
     # each row has its own logits and number; the cumulative distribution of the first row is 0.15, 0.65, 0.7,
     # 1
     uniforms = torch.tensor([0.0, 0.14, 0.16, 0.64, 0.66, 0.69, 0.71, 1 - 2**-53], dtype=torch.float64)

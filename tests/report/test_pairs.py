@@ -127,6 +127,18 @@ def test_settings_of_the_run(render):
     assert shown == {"model": "llava", "image mode": "pad", "temperature": "0.2", "seed": "0, 1"}
 
 
+def test_pairs_that_are_recorded_as_corrupted_but_were_not(render):
+    """--no-corruption: the page shows what the model saw."""
+    page = Elements(render([misled(), corrupted(corruption=None, no_corruption=True, preset="released", top_k=50)]))
+    assert page.texts("th") == ["kind of pair", "misleading prompt", "captioning prompt alone", "all"]
+    _, article = page.texts("article")
+    assert "Dispreferred: yl ~ p( · | v, x)" in article and f"captioning prompt x: “{X}”" in article
+    assert page.texts("figcaption")[-1] == "v, the same image, not corrupted" and "h(v)" not in article
+    assert "can't be shown" not in "".join(page.texts("p"))
+    shown = dict(zip(page.texts("dt"), page.texts("dd")))
+    assert (shown["preset"], shown["top k"], shown["no corruption"]) == ("released", "50", "True")
+
+
 def test_published_pairs_have_no_prompts_or_seeds(render):
     rlaif = {"image_path": A, "question": X, "chosen": "A red house.", "rejected": "A blue boat."}
     stic = record(B, hallu_prompt=X_B, image_corruption=False), record(B, hallu_prompt="", image_corruption=True)

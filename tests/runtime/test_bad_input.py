@@ -201,6 +201,8 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no anyres": ("pairs", None, "--image-mode anyres", r"{w}/model can't do anyres"),
     "no such device": ("pairs", None, "--device nonsense", r"--device nonsense: "),
     # adapters
+    "mixed presets": ("stage2", None, "--preset released",
+                      r"{w}/stage1 was made with no --preset, but this run has --preset released: use one in"),
     "no adapter": ("stage2", None, "--adapter {w}/images", r"no adapter in {w}/images"),
     "another model's": ("ask", None, MODEL16, rf"{ADAPTER}: \S+ is \(.*this model needs"),
     "all zero": ("ask", weights(ADAPTER, zero), "", rf"{ADAPTER}: the adapter changes nothing"),
@@ -599,6 +601,7 @@ def test_cut_responses_are_counted(w, capsys, length, cuts):
     ("stage1", "--batch-size 0"), ("stage1", "--micro-batch -1"), ("stage1", "--max-length 0"),
     ("stage1", "--save-every 0"), ("stage1", "--lora-dropout -0.5"), ("stage2", "--lora-dropout 2"),
     ("stage2", "--limit 0"), ("stage2", "--shard some"), ("pairs", "--temperature -1"),
+    ("stage1", "--rejected-score top"), ("stage2", "--preset paper"), ("pairs", "--top-k 0"),
     ("pairs", "--top-p 0"), ("pairs", "--top-p 1.5"), ("pairs", "--max-new-tokens 0"),
     ("pairs", "--seed one"), ("pairs", "--template chatml"), ("ask", "--dtype int8"),
     ("ask", "--image-mode crop")])
@@ -624,7 +627,7 @@ def stopped(w, name, *flags):
     ("lr", "stage1", None, "--lr 0.002"), ("projector_lr", "stage1", None, "--projector-lr 0.1"),
     ("batch_size", "stage1", None, "--batch-size 2"), ("limit", "stage1", None, "--limit 1"),
     ("seed", "stage1", None, "--seed 1"), ("beta", "stage1", None, "--beta 1"),
-    ("alpha", "stage1", None, "--alpha 0"),
+    ("alpha", "stage1", None, "--alpha 0"), ("rejected_score", "stage1", None, "--rejected-score argmax"),
     ("lora_r", "stage1", None, "--lora-r 4"), ("lora_alpha", "stage1", None, "--lora-alpha 3"),
     ("max_length", "stage1", None, "--max-length 1000"), ("dtype", "stage1", None, "--dtype bfloat16"),
     ("template", "stage1", None, "--template mistral_instruct"),

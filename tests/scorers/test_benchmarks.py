@@ -347,10 +347,16 @@ def test_the_release_describes_mmbench_without_looking(world, tmp_path):
 @pytest.mark.parametrize("name, mode", [("mmbench", "direct"), ("textvqa", "dar"), ("scienceqa", "direct")])
 def test_what_else_the_release_does(world, tmp_path, name, mode):
     call(*command(world, name, mode, tmp_path), "--preset", "released")
-    assert {r["template"] for r in lines(tmp_path / f"{name}-base-{mode}.jsonl")} == {"vicuna_v1"}
+    mode_of_release = "blind-dar" if mode == "dar" else mode  # the release's only DaR script is MMBench's, and blind
+    answers = lines(tmp_path / f"{name}-base-{mode_of_release}.jsonl")
+    assert {(r["template"], r["preset"]) for r in answers} == {("vicuna_v1", "released")}
     if mode == "dar":
+        assert len(lines(tmp_path / f"{name}-base-blind-dar.descriptions.jsonl")) == 1
+        call(*command(world, name, mode, tmp_path), "--preset", "released", "--no-blind")
         assert len(lines(tmp_path / f"{name}-base-dar.descriptions.jsonl")) == 2
-    call(*command(world, name, mode, tmp_path / "2"), "--preset", "released", "--template", "mistral_instruct")
+        mode = "blind-dar"
+    flags = ["--preset", "released", "--template", "mistral_instruct"]
+    call(*command(world, name, mode.removeprefix("blind-"), tmp_path / "2"), *flags)
     assert {r["template"] for r in lines(tmp_path / "2" / f"{name}-base-{mode}.jsonl")} == {"mistral_instruct"}
 
 
