@@ -5,8 +5,8 @@ with LoRA.
   torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, sharded by FSDP
 
 Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
-weights with LoRA off and the original projector. To resume a run that was stopped, run the same command
-again.
+weights with LoRA off and the original projector. (A second round continues with --adapter, and can have
+the first one as --reference.) To resume a run that was stopped, run the same command again.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import argmax_logps, dpo_loss, stic_loss, token_logps
 from stic_min.runtime import consistency, flags, preset, process
-from stic_min.runtime.files import sha256
+from stic_min.runtime.files import fingerprint, sha256
 from stic_min.runtime.ranks import start_ranks
 from stic_min.samples import length_limit, load_tiles, pair_sample, prepare
 
@@ -45,7 +45,8 @@ def reference_logps(llava, batch, rejected_score="text"):
 
 @torch.no_grad()
 def check_reference(llava, sample, beta):
-    """With LoRA's B = 0, theta equals theta_0, so the DPO term must be ln 2 before step 1."""
+    """With LoRA's B = 0, theta equals theta_0 (as --adapter does --reference), so the DPO term must be ln 2
+    before step 1."""
     batch = collate([sample], [load_tiles(sample, llava)], llava.config, llava.device)
     term = dpo_loss(*pair_logps(llava, batch), *reference_logps(llava, batch), beta).mean().item()
     if not abs(term - math.log(2)) <= 1e-6:  # in bf16 as well; also true for NaN
@@ -65,7 +66,9 @@ def parse_args():
              "(default: 1/1024, as in the paper)")  # fmt: skip
     add("--rejected-score", choices=["text", "argmax"], default="text",
         help="what stands for log p(y_l): the rejected text's, or that of the model's own top tokens")
-    flags.add_model_flags(parser, image_mode="pad, as in Table 4", adapter=False)
+    add("--reference", metavar="DIR",
+        help="adapter folder of the reference, as in iterated methods (default: none, theta_0)")
+    flags.add_model_flags(parser, image_mode="pad, as in Table 4")
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
     preset.add_flags(parser, rejected_score="argmax", template="vicuna_v1", projector_lr=0.0)
@@ -94,6 +97,8 @@ def main():
     consistency.preferences(pairs, samples, args.pairs, ranks, problems)
     check.verify_images(samples, ranks, problems)
     stage_settings = {"beta": args.beta, "alpha": args.alpha, "pairs": sha256(args.pairs)}
+    if args.reference:
+        stage_settings["reference"] = fingerprint(args.reference)
     cost.fit_training(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)
     if args.check:
@@ -104,7 +109,8 @@ def main():
     training.shard(llava, args, ranks)  # FSDP: every decoder block, then the rest
     training.load(llava, weights, args, ranks)  # each rank reads its own rows
     check.image_matters(llava, samples[0])
-    check_reference(llava, samples[0], args.beta)
+    if args.adapter == args.reference:
+        check_reference(llava, samples[0], args.beta)
 
     run = training.Run(args, llava, adapter, samples, ranks, settings)  # order of the data, log, checkpoints
     for step in run.steps():

@@ -48,14 +48,12 @@ seed_value = number(int, lambda n: 0 <= n < 2**63, "a whole number in [0, 2^63)"
 # ---------------------------------------------------------------- groups of flags
 
 
-def add_model_flags(parser, image_mode="the checkpoint's", adapter=True):
+def add_model_flags(parser, image_mode="the checkpoint's"):
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="DIR", help="LLaVA checkpoint folder, as published")
-    if adapter:
-        group.add_argument("--adapter", metavar="DIR",
-                           help="LoRA adapter folder, ours or any in PEFT's format")
-        group.add_argument("--other-base", action="store_true",
-                           help="accept an --adapter that was trained on other base weights")
+    group.add_argument("--adapter", metavar="DIR", help="LoRA adapter folder, ours or any in PEFT's format")
+    group.add_argument("--other-base", action="store_true",
+                       help="accept an --adapter that was trained on other base weights")
     group.add_argument("--vision", metavar="DIR",
                        help="CLIP folder, needed only if the checkpoint has no vision tower and its "
                             "config.json does not point to one")

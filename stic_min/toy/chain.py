@@ -8,12 +8,10 @@ world were fixed on the dev split before the test split was used.
 import json
 from contextlib import contextmanager, nullcontext
 
-import torch
 from torch.nn import functional as F
 
 from stic_min import InputError
 from stic_min.lora import LoRALinear
-from stic_min.merge import merge
 from stic_min.runtime.files import read_records, write_text
 from stic_min.toy import files, recipe
 
@@ -109,23 +107,20 @@ def iterate(model, folder, data, seed, pairs):
     """Iterated STIC: theta_1 generates the pairs of round 2, on other pictures, and theta_2 those of round 3.
 
     The policy continues from the previous round; the reference stays theta_0, or is the previous round's
-    result (merged into the weights, on which LoRA then starts anew).
+    result.
     """
     for reference in ("theta0", "previous"):
-        base, adapter = model, folder / "stage1"
+        adapter = folder / "stage1"
         for number in (2, 3):
             name = f"round{number}-{reference}"
+            file, pictures = folder / f"{name}.jsonl", folder / "unlabeled"
+            recipe.make_pairs(model, pictures, file, seed + 1000 * number, adapter=adapter, limit=pairs)
+            lora = {"adapter": adapter, "lora_r": None, "lora_alpha": None}  # the adapter's own
             if reference == "previous":
-                merged = folder / f"{name}-reference"
-                if not merged.exists():
-                    merge(base, adapter, merged, torch.float32)
-                base, adapter = merged, None
-            file = folder / f"{name}.jsonl"
-            generator = {"adapter": adapter, "limit": pairs}
-            recipe.make_pairs(base, folder / "unlabeled", file, seed + 1000 * number, **generator)
-            recipe.stage1(base, file, folder / "unlabeled", folder / name, seed, adapter=adapter)
+                lora["reference"] = adapter
+            recipe.stage1(model, file, pictures, folder / name, seed, **lora)
             adapter = folder / name
-            measure(base, adapter, data, folder / "results")
+            measure(model, adapter, data, folder / "results")
 
 
 @contextmanager

@@ -497,14 +497,15 @@ def test_study_iterates(studied):
     origin = lambda name: next((r["model"], r["adapter"]) for _, r in read_records(folder / f"{name}.jsonl"))
     assert origin("round2-theta0") == (recipe.BASE.name, "stage1")
     assert origin("round3-theta0") == (recipe.BASE.name, "round2-theta0")
-    assert origin("round2-previous") == ("round2-previous-reference", None)
-    assert origin("round3-previous") == ("round3-previous-reference", None)
-    B = lambda name: max(t.abs().max() for k, t in load_file(folder / name / "adapter_model.safetensors").items()
-                         if "lora_B" in k)  # fmt: skip
+    assert origin("round2-previous") == (recipe.BASE.name, "stage1")
+    assert origin("round3-previous") == (recipe.BASE.name, "round2-previous")
     tensors = lambda name: load_file(folder / name / "adapter_model.safetensors")
     change = lambda a, b: max((tensors(a)[key] - tensors(b)[key]).abs().max().item() for key in tensors(a))
-    assert 0 < change("round2-theta0", "stage1") < 2e-3  # continues: one step of Adam further
-    assert B("round2-previous") < 2 * recipe.STAGE1["--lr"]  # starts anew: one step from 0
+    first_margin = lambda name: next(read_records(folder / name / "log.jsonl"))[1]["margin"]
+    for reference in ("theta0", "previous"):
+        for name, start in ((f"round2-{reference}", "stage1"), (f"round3-{reference}", f"round2-{reference}")):
+            assert 0 < change(name, start) < 1.5 * recipe.STAGE1["--lr"]  # one step of Adam further
+            assert (first_margin(name) == 0) == (reference == "previous")  # before it, theta is the reference
 
 
 def test_study_resumes(studied):
