@@ -193,7 +193,7 @@ def numbers(folder, name, dar="dar", questions=True):
 def final_margin(folder):
     """Mean margin between the responses' rewards over the last quarter of a training run."""
     margins = [line["margin"] for _, line in read_records(folder / "log.jsonl") if "margin" in line]
-    return {"margin": mean(margins[-(-3 * len(margins) // 4) :])}
+    return {"margin": mean(margins[3 * len(margins) // 4 :])}
 
 
 def collect(folder, seeds, is_first, main_only):

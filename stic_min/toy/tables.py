@@ -159,8 +159,8 @@ def rounding_table(variants, names):
     rows = []
     for name in names:
         margins = [v["margin"] for v in variants[name]]
-        shares = [100 * a / b for a, b in zip(margins, reference)]
-        rows.append([name, spread(margins, digits=4), spread(shares)])
+        shares = [100 * a / b for a, b in zip(margins, reference) if b]
+        rows.append([name, spread(margins, digits=4), spread(shares) if shares else ""])
     return markdown(["stage 1 at lr/30", "margin at the end of training", "% of fp32"], rows)
 
 
