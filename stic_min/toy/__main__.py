@@ -33,7 +33,7 @@ def main():
     parser.add_argument("--images", type=flags.positive, default=1000, metavar="N",
                         help="number of pairs for stage 1, one per picture; stage 2 gets half as many")
     parser.add_argument("--test-images", type=flags.positive, metavar="N",
-                        help="number of pictures for evaluation (default: 300; for a study 1000)")
+                        help="number of pictures for evaluation (default: 300; for a study 500)")
     parser.add_argument("--out", metavar="DIR", type=Path,
                         help="output folder (default: toy-run; for a study toy-study)")
     group = parser.add_argument_group("study", study.overview())
@@ -61,7 +61,7 @@ def main():
         out = args.out or Path("toy-study")
         seeds = range(args.seed, args.seed + (args.seeds or 5))
         split = args.split or "test"
-        test_images = args.test_images or 1000
+        test_images = args.test_images or 500
         models = args.model or args.bases or 3
         study.run(models, out, seeds, args.images, split, test_images, args.processes or os.cpu_count())
 

@@ -55,12 +55,14 @@ EVALUATION = {  # name: flags of evaluate.py
     "F": {"template": "vicuna_v1"},
     "released": {"preset": "released"},
 }
-ROUNDS = [f"round{number}-{reference}" for reference in ("theta0", "previous") for number in (2, 3)]
 # captions and questions, direct and with DaR
 MAIN = ("stage1", "stic", "positives")  # for the base model that trusts text
-MEASURED = ("stage1", "alpha0", "prompts", "corruptions", *STAGE2, *ROUNDS)
+MEASURED = ("stage1", "alpha0", "prompts", "corruptions", *STAGE2)
 
-# The following are for the first base model only, and captions only.
+# ---------------------------------------------------------------- the first base model only
+
+ROUNDS = [f"round{number}-{reference}" for reference in ("theta0", "previous") for number in (2, 3)]
+# captions only
 BETAS = [factor * recipe.STAGE1["--beta"] for factor in (1 / 4, 1, 4)]
 RATES = [factor * recipe.STAGE1["--lr"] for factor in (1 / 3, 1, 3)]
 GRID = {
@@ -69,8 +71,9 @@ GRID = {
 }  # fmt: skip
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # Figure 7: pairs for stage 1 as a multiple of --images
 SCALE_LR = recipe.STAGE1["--lr"] / 2
-# Stage 1 at a learning rate at which rounding to bf16 shows. No scores: the margins of training are compared.
-SMALL_LR = recipe.STAGE1["--lr"] / 30
+# Stage 1 of LoRA alone, at a learning rate at which rounding to bf16 shows. No scores: the margins of training
+# are compared.
+SMALL_LR = recipe.STAGE1["--lr"] / 100
 ROUNDING = ("fp32", "bf16-one-rounding", "bf16-two-roundings")
 
 
@@ -156,15 +159,16 @@ def run_first_base(model, folder, data, seed, pairs):
         captions(scale_name(scale))
     for name in ROUNDING:
         with two_roundings() if name == "bf16-two-roundings" else nullcontext():
-            stage1(name, lr=SMALL_LR, dtype="float32" if name == "fp32" else "bfloat16")
+            dtype = "float32" if name == "fp32" else "bfloat16"
+            stage1(name, lr=SMALL_LR, projector_lr=0, dtype=dtype)
 
 
 def num_steps(is_first, main_only):
     """Adapters and scores of a chain."""
     if main_only:
         return sum(name in STAGE2 for name in MAIN) + 2 + 3 * len(MAIN)
-    extra = 2 * (len(GRID) + len(SCALES)) + len(ROUNDING) if is_first else 0
-    return len(STAGE1) + len(STAGE2) + len(ROUNDS) + 3 * len(MEASURED) + 1 + extra
+    extra = 4 * len(ROUNDS) + 2 * (len(GRID) + len(SCALES)) + len(ROUNDING) if is_first else 0
+    return len(STAGE1) + len(STAGE2) + 3 * len(MEASURED) + 1 + extra
 
 
 def run(model, folder, data, seed, pairs, is_first, main_only):
@@ -188,12 +192,11 @@ def run(model, folder, data, seed, pairs, is_first, main_only):
             start, describe_flags, flags = STAGE2[name]
             start = start and folder / start
             recipe.stage2(model, start, instruct, folder / name, seed, describe_flags, **flags)
-        if name not in ROUNDS:
-            measure(model, folder / name, data, folder / "results", **EVALUATION.get(name, {}))
+        measure(model, folder / name, data, folder / "results", **EVALUATION.get(name, {}))
     if not main_only:
         recipe.evaluate("toyvqa", model, folder / "stic", data, folder / "results", "blind-dar")  # row E
-        iterate(model, folder, data, seed, pairs)
     if is_first:
+        iterate(model, folder, data, seed, pairs)
         run_first_base(model, folder, data, seed, pairs)
 
 

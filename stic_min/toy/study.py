@@ -207,6 +207,7 @@ def collect(folder, seeds, is_first, main_only):
     if not main_only:
         values["E"] = [numbers(c / "results", "stic", "blind-dar") for c in chains]
     if is_first:
+        values |= {name: [numbers(c / "results", name) for c in chains] for name in chain.ROUNDS}
         for name in (*chain.GRID, *map(chain.scale_name, chain.SCALES)):
             values[name] = [numbers(c / "results", name, questions=False) for c in chains]
         for name in chain.ROUNDING:

@@ -104,7 +104,7 @@ def differences_table(variants, names, reference):
     cells = lambda name: [
         paired([a[key] - b[key] for a, b in zip(variants[name], variants[reference])]) for key in COMPARED
     ]
-    rows = [[LABELS[name], *cells(name)] for name in names]
+    rows = [[LABELS[name], *cells(name)] for name in names if name in variants]
     return markdown([f"minus {LABELS[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
 
 
@@ -161,7 +161,7 @@ def rounding_table(variants, names):
         margins = [v["margin"] for v in variants[name]]
         shares = [100 * a / b for a, b in zip(margins, reference) if b]
         rows.append([name, spread(margins, digits=4), spread(shares) if shares else ""])
-    return markdown(["stage 1 at lr/30", "margin at the end of training", "% of fp32"], rows)
+    return markdown(["stage 1 of LoRA alone, at a hundredth of the learning rate", "margin at the end of training", "% of fp32"], rows)
 
 
 def scale_table(scales, variants):

@@ -432,7 +432,7 @@ def studied(tmp_path_factory):
 def test_study_measures_every_variant_on_every_seed(studied):
     result, out = studied
     variants = result["models"][recipe.BASE.name]
-    others = {"baseF", *chain.GRID, *result["scales"], *chain.ROUNDING}
+    others = {"baseF", *chain.ROUNDS, *chain.GRID, *result["scales"], *chain.ROUNDING}
     assert set(variants) == {"base", "E", *chain.MEASURED} | others == {*tables.LABELS} | others
     assert {len(values) for values in variants.values()} == {2}
     folders = [out / recipe.BASE.name / f"seed{seed}" for seed in range(2)]
