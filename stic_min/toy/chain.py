@@ -71,8 +71,8 @@ GRID = {
 }  # fmt: skip
 SCALES = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # Figure 7: pairs for stage 1 as a multiple of --images
 SCALE_LR = recipe.STAGE1["--lr"] / 2
-# Stage 1 of LoRA alone, at a learning rate at which rounding to bf16 shows. No scores: the margins of training
-# are compared.
+# Stage 1 of LoRA alone, at a learning rate at which rounding to bf16 shows. It has no scores: the margins of
+# training are compared.
 SMALL_LR = recipe.STAGE1["--lr"] / 100
 ROUNDING = ("fp32", "bf16-one-rounding", "bf16-two-roundings")
 

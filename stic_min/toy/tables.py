@@ -161,7 +161,7 @@ def rounding_table(variants, names):
         margins = [v["margin"] for v in variants[name]]
         shares = [100 * a / b for a, b in zip(margins, reference) if b]
         rows.append([name, spread(margins, digits=4), spread(shares) if shares else ""])
-    return markdown(["stage 1 of LoRA alone, at a hundredth of the learning rate", "margin at the end of training", "% of fp32"], rows)
+    return markdown(["LoRA alone, at lr/100", "margin at the end of training", "% of fp32"], rows)
 
 
 def scale_table(scales, variants):

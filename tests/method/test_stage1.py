@@ -11,9 +11,10 @@ from commands import call, lines
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from stic_min import data, lora
+from stic_min import InputError, data, lora
 from stic_min.formats.adapters import PREFIX
 from stic_min.loader import load_llava
+from stic_min.runtime.files import fingerprint
 from stic_min.samples import global_batches, pair_sample
 
 
@@ -82,6 +83,46 @@ def test_stage1_starts_at_theta_0(runs):
     assert [r["lr"] for r in records] == pytest.approx([1e-3, 1e-3, 0.5e-3])  # warm-up, then a cosine
     printed = runs.printed["stage1"]
     assert "8 pairs, 0 truncated to 1024 tokens" in printed and f"step {STEPS}/{STEPS}" in printed
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_second_round(runs, tmp_path, reference):
+    """Continues theta_1; the reference is theta_0, or theta_1 with its own projector. By hand: the first step's
+    rewards from separately loaded models."""
+    theta_1 = runs.out / "stage1"
+    flags = ["--adapter", theta_1, "--lora-r", 4, "--lora-alpha", 8, "--beta", 2.0, "--batch-size", 8]
+    flags += ["--reference", theta_1] if reference else []
+    call(*runs.commands["stage1"], *flags, "--out", tmp_path / "out")
+    policy = load_llava(runs.model, image_mode="pad", adapter=theta_1)
+    other = load_llava(runs.model, image_mode="pad", adapter=theta_1 if reference else None)
+    pairs = data.read_pairs(runs.out / "pairs.jsonl")
+    samples = [pair_sample(pair, policy, runs.tiny / "images", 1024) for pair in pairs]
+    rewards = []
+    for sample in samples:
+        rewards.append((2 * (logps_by_hand(policy, sample) - logps_by_hand(other, sample))).tolist())
+    [record] = log(tmp_path / "out")
+    chosen, rejected = (sum(column) / len(samples) for column in zip(*rewards))
+    assert record["reward_chosen"] == pytest.approx(chosen, abs=1e-4)
+    assert record["reward_rejected"] == pytest.approx(rejected, abs=1e-4)
+    if reference:  # theta starts at the reference, bit for bit
+        assert record["dpo"] == pytest.approx(math.log(2), abs=1e-7) and record["margin"] == 0
+    else:
+        assert abs(chosen) > 1e-3
+    before, after = tensors(theta_1), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()  # the reference's LoRA is not saved
+    assert all(0 < (after[name] - before[name]).abs().max() < 1.1e-3 for name in after)  # one step of Adam
+
+
+def test_a_reference_must_fit(runs, tmp_path):
+    """Its own log p is the reference's also where policy and reference differ, and its form must match."""
+    with pytest.raises(InputError, match="--reference: its LoRA has another scale"):
+        flags = ["--reference", runs.out / "stage1", "--lora-r", 4, "--lora-alpha", 4]
+        call(*runs.commands["stage1"], *flags, "--out", tmp_path / "a")
+    call(*runs.commands["stage1"], "--reference", runs.out / "stage1", "--batch-size", 8, "--out", tmp_path / "b")
+    [record] = log(tmp_path / "b")
+    assert abs(record["reward_chosen"]) > 1e-4  # theta_0 against theta_1
+    run_json = json.loads((tmp_path / "b/run.json").read_text())
+    assert run_json["reference"] == fingerprint(runs.out / "stage1")
 
 
 def test_there_is_no_weight_decay(runs, tmp_path):

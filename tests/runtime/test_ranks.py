@@ -39,10 +39,13 @@ def test_sharding_changes_nothing(runs, tmp_path):
         for number, flags in enumerate(variants):
             outs[tmp_path / f"{stage}{number}"] = stage, flags.split()
     odd = [*runs.commands["stage1"], "--lora-r", 3, "--out"]  # rows that two ranks can't halve
+    second = [*runs.commands["stage1"], "--adapter", runs.out / "stage1", "--reference", runs.out / "stage1", "--out"]
     call(*odd, tmp_path / "one")
-    call_two_ranks([*odd, tmp_path / "two"],
+    call(*second, tmp_path / "second")
+    call_two_ranks([*odd, tmp_path / "two"], [*second, tmp_path / "second-two"],
                    *([*runs.commands[stage], *extra, "--out", out] for out, (stage, extra) in outs.items()))
     assert_same_training(tmp_path / "one", tmp_path / "two")
+    assert_same_training(tmp_path / "second", tmp_path / "second-two")
     for out, (stage, _) in outs.items():
         assert_same_training(runs.out / stage, out)
 
