@@ -140,7 +140,7 @@ def parse_args():
     flags.add_sampling_flags(parser, temperature=0.2)
     add("--corruption", action=argparse.BooleanOptionalAction, default=True,
         help="sample half of the dispreferred responses from corrupted images; the release samples none")
-    preset.add_flags(parser, corruption=False, template="mistral_instruct", top_k=50)
+    preset.add_flags(parser, corruption=False, top_k=50)  # F: in its own template
     args = preset.parse_args(parser)
     if args.describe and (args.names or not args.corruption):
         flag = "--names" if args.names else "--no-corruption"

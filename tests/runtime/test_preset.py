@@ -54,9 +54,9 @@ def without_preset(command):
 
 def test_what_it_switched_is_printed(released):
     switched = {
-        "pairs": "--no-corruption (C), --template mistral_instruct (F), --top-k 50 (Q)",
+        "pairs": "--no-corruption (C), --top-k 50 (Q)",
         "stage1": "--rejected-score argmax (A), --template vicuna_v1 (F), --projector-lr 0 (H)",
-        "describe": "--template mistral_instruct (F), --top-k 50 (Q)",
+        "describe": "--top-k 50 (Q)",
         "stage2": "--template vicuna_v1 (F), --projector-lr 0 (H)",
         "direct": "--template vicuna_v1 (F)",
         "dar": "--blind (E), --template vicuna_v1 (F)",
@@ -155,8 +155,8 @@ def test_stage_1_scores_the_models_own_tokens(released, plain):
 
 
 @pytest.mark.parametrize("step, flags, line", [
-    ("pairs", "--corruption --top-k 5", "--template mistral_instruct (F)"),
-    ("pairs", "--temperature 0", "--no-corruption (C), --template mistral_instruct (F)"),
+    ("pairs", "--corruption --top-k 5", "every flag of it is overridden"),
+    ("pairs", "--temperature 0", "--no-corruption (C)"),
     ("stage1", "--rejected-score text --projector-lr 1e-4", "--template vicuna_v1 (F)"),
     ("stage2", "--template mistral_instruct", "--projector-lr 0 (H)"),
     ("dar", "--no-blind", "--template vicuna_v1 (F)"),
@@ -264,7 +264,7 @@ def test_generation_resumes_with_the_same_preset_only(released, tmp_path, step, 
     status, last = ended(*refused)
     assert status == 1 and f"{tmp_path / file} was written with " in last
     # every other setting given as a flag: the preset itself makes the difference
-    flags = ["--template", "mistral_instruct", "--top-k", 50] + ["--no-corruption"] * (step == "pairs")
+    flags = ["--top-k", 50] + ["--no-corruption"] * (step == "pairs")
     status, last = ended(*refused, *flags)
     assert status == 1 and "was written with preset 'released', but this run has None; choose another --out" in last
     assert "3 of them already in" in call(*command)
@@ -332,7 +332,7 @@ def test_readme_and_comments_have_the_same_rows():
 def test_help_names_what_the_preset_switches(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "1000")
     helps = {}
-    switched = {"generate_pairs": "CFQ", "train_stage1": "AFH", "train_stage2": "FH", "evaluate scienceqa": "EFQ"}
+    switched = {"generate_pairs": "CQ", "train_stage1": "AFH", "train_stage2": "FH", "evaluate scienceqa": "EFQ"}
     for command, letters in switched.items():
         script = command.split()[0]
         with pytest.raises(SystemExit):
