@@ -36,8 +36,9 @@ LABELS = {
 }
 MAIN = ("base", "stage1", "stic", "positives", "stage2only", "plain")
 OF_RELEASE = ("A", "C", "E", "F", "H", "Q", "released")  # compared with STIC
-OF_STAGE1 = ("prompts", "corruptions", "alpha0", "round2-theta0", "round3-theta0", "round2-previous",
-             "round3-previous")  # compared with stage 1  # fmt: skip
+OF_CONTROLS = ("prompts", "corruptions", "alpha0")  # compared with stage 1, as are the rounds
+OF_STAGE1 = (*OF_CONTROLS, "round2-theta0", "round3-theta0", "round2-previous",
+             "round3-previous")  # fmt: skip
 COLUMNS = {
     "chair_i": "CHAIR_i ↓",
     "chair_s": "CHAIR_s ↓",
@@ -105,6 +106,25 @@ def differences_table(variants, names, reference):
         paired([a[key] - b[key] for a, b in zip(variants[name], variants[reference])]) for key in COMPARED
     ]
     rows = [[LABELS[name], *cells(name)] for name in names if name in variants]
+    return markdown([f"minus {LABELS[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
+
+
+def summary_table(models, names, reference):
+    """Each variant minus the reference over all base models that have it: the mean of their means, the lowest
+    and the highest of these, and the pairs of base and seed with the sign of that mean."""
+    rows = []
+    for name in names:
+        cells = []
+        for key in COMPARED:
+            by_base = [
+                [a[key] - b[key] for a, b in zip(variants[name], variants[reference])]
+                for variants in models.values() if name in variants
+            ]  # fmt: skip
+            means = [mean(differences) for differences in by_base]
+            center, every = mean(means), sum(by_base, [])
+            agree = sum(d * center > 0 for d in every)
+            cells.append(f"{center:+.1f} [{min(means):+.1f}, {max(means):+.1f}] ({agree}/{len(every)})")
+        rows.append([LABELS[name], *cells])
     return markdown([f"minus {LABELS[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
 
 
@@ -240,7 +260,10 @@ def write(out, result):
     name, variants = next(iter(result["models"].items()))
     parts += [f"**{name}, stage 1**", grid_table(variants, result["betas"], result["rates"])]
     parts += [scale_table(result["scales"], variants), rounding_table(variants, result["rounding"])]
-    parts += ["**Paired differences**", claims_table(result["models"])]
+    parts += ["**All base models**: mean of their means [lowest, highest] (seeds that agree)"]
+    compared = {name: variants for name, variants in result["models"].items() if "A" in variants}
+    parts += [summary_table(compared, OF_RELEASE, "stic"), summary_table(compared, OF_CONTROLS, "stage1")]
+    parts += ["**The paper's claims**", claims_table(result["models"])]
     report = "\n\n".join(parts) + "\n"
     write_json(out / "study.json", result)
     write_text(out / "study.md", report)

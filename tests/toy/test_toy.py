@@ -547,6 +547,15 @@ def test_tables_by_hand():
         ("DaR on the base", "-10.0 (one base) |"),  # one measurement, for any number of seeds
     ):
         assert next(row for row in rows if claim in row[1])[3] == cells
+    value |= dict(recall=50.0)
+    models = {
+        "m": {"stic": [value, value], "A": [value | dict(f1=81.0), value | dict(f1=83.0)]},
+        "n": {"stic": [value, value], "A": [value | dict(f1=79.0)] * 2},
+    }
+    *_, row = tables.summary_table(models, ("A",), "stic").splitlines()
+    assert row.split(" | ")[1:4] == ["+0.0 [+0.0, +0.0] (0/4)"] * 2 + ["+0.5 [-1.0, +2.0] (2/4)"]
+    *_, row = tables.differences_table(models["m"], ("A", "no such"), "stic").splitlines()
+    assert row.split(" | ")[3] == "+2.0 ± 12.7 (2/2)"  # 12.706 * 1.414 / sqrt(2)
 
 
 def test_committed_results_follow_from_the_committed_numbers(tmp_path, capsys):
