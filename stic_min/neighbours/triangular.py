@@ -87,7 +87,7 @@ def parse_form(text: str) -> tuple[str, str] | None:
 
 
 def instruction_record(triplet: Triplet, mixture: list[float], seed: int) -> dict:
-    """A record of LLaVA's instruction data. Its task is sampled with the weights `mixture`; it depends on
+    """A record of LLaVA's instruction data. Its task is sampled with the weights `mixture` and depends on
     (seed, key) only."""
     [task] = random.Random(row_seed(seed, triplet.key, "task")).choices(TASKS, mixture)
     user, response = triplet.turn(task)
@@ -111,8 +111,7 @@ def write_instructions(args, records, source):
 
 
 def run_tasks(args):
-    """Every turn of every conversation is one triplet. (Later turns may refer to earlier ones, which it then
-    lacks.)"""
+    """Every turn of every conversation is one triplet, also a later one that refers to earlier ones."""
     skipped = {}
     entries, total = image_records(args.instructions, skipped)
     triplets, unfit = [], 0
@@ -205,7 +204,7 @@ def read_triplets(path) -> dict[str, tuple[Triplet, dict]]:
     for where, record in read_records(path):
         if not {"id", "image", "question", "answer"} <= record.keys():
             raise InputError(f"{where}: not a triplet; expected: id, image, question and answer")
-        if record["question"] is record["answer"] is None:
+        if record["question"] is None and record["answer"] is None:
             continue
         names = "id", "image", "question", "answer"
         key, image, question, answer = (text_field(record, name, where) for name in names)
@@ -261,16 +260,17 @@ def run_score(args):
     def prepare(triplet):
         try:
             tiles = llava.tiles(open_image(image_path(args.images, triplet.image)))
-            return triplet, pack(llava, triplet, tiles)
+            return triplet, pack(llava, triplet, tiles), None
         except InputError as error:
-            console.warn(f"skipped: {error}")
-            return triplet, None
+            return triplet, None, error
 
     share = remaining[ranks.rank :: ranks.world]
     progress = console.Progress("triplets", len(share), ranks)
     lengths = []  # of the packed sequences
-    for triplet, batch in prefetch(prepare, share):
-        if batch:
+    for triplet, batch, error in prefetch(prepare, share):
+        if error:
+            console.warn(f"skipped: {error}")
+        else:
             lengths.append(len(batch.ids))
             if not args.check:
                 output.append(score_record(llava, triplet, batch))
@@ -317,8 +317,9 @@ def consistency_scores(logps: list[tuple[float, float]]) -> list[float]:
     """min(z_A, z_Q) of each triplet, where z_A and z_Q are log p(A | I, Q) and log p(Q | I, A) per token,
     each standardized over the data set.
 
-    The score is ours. Without standardizing, the minimum would nearly always be that of the same direction,
-    because the two differ in scale; the minimum itself demands that both corners can be reconstructed.
+    The score is ours. The minimum demands that both corners can be reconstructed. Without standardizing, it
+    would nearly always be that of the same direction, because the two differ in scale. It favors generic
+    triplets, which are likely whatever the image shows.
     """
     return [min(pair) for pair in zip(*map(standardize, zip(*logps)))]
 
@@ -355,7 +356,7 @@ def run_select(args):
 
 
 def run_train(rest):
-    """train_stage2.py --plain on all records. Its other defaults stay: the paper's are not public."""
+    """train_stage2.py --plain, on all records, with its other defaults: the paper's are not public."""
     sys.argv = ["train_stage2.py", "--plain", *rest]
     train_stage2.main()
 
