@@ -7,15 +7,16 @@ theta_hat.
 
 Trains on every answer in the described records. Continues from stage 1's LoRA and projector or, without
 --adapter, starts from the base model (a control that skips stage 1). --plain is ordinary fine-tuning on the
-same records (a control that skips the descriptions). runs/stage2 is self-contained apart from the base
-model. To resume a run that was stopped, run the same command again.
+same records (a control that skips the descriptions) or, without --descriptions, on all records with an image.
+runs/stage2 is self-contained apart from the base model. To resume a run that was stopped, run the same
+command again.
 """
 
 import argparse
 
 from stic_min import check, cost, training
 from stic_min.checkpoint import settings_of_run
-from stic_min.data import Infusion
+from stic_min.data import Infusion, parse_instruction
 from stic_min.formats.image_folder import check_folder
 from stic_min.formats.records import read_kind
 from stic_min.loss import sft_loss
@@ -29,7 +30,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=flags.HelpFormatter)
     add = parser.add_argument
     add("--instructions", required=True, metavar="FILE", help="file of LLaVA instruction data, a JSON list")
-    add("--descriptions", required=True, metavar="FILE", help="output of generate_pairs.py --describe")
+    add("--descriptions", metavar="FILE",
+        help="output of generate_pairs.py --describe; required, except with --plain")
     add("--images", required=True, metavar="DIR", help="root folder of the instructions' images")
     add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
     add("--one-line", action="store_true", help="use the paper's one-line form for descriptions in prompts")
@@ -39,6 +41,8 @@ def parse_args():
     flags.add_training_flags(parser, lr=2e-5, batch_size=64, dropout=0.05, max_length=2048)  # Table 4
     preset.add_flags(parser, template="vicuna_v1", projector_lr=0.0)
     args = preset.parse_args(parser)
+    if not args.plain and not args.descriptions:
+        parser.error("the following arguments are required: --descriptions")
     if args.plain and args.one_line:
         parser.error("--plain omits descriptions, so --one-line has no effect: use one of them")
     return args
@@ -56,8 +60,11 @@ def main():
     max_length = length_limit(args, llava, pad_default=2048)
     problems = check.Problems(args.check)
     infusion = Infusion(args.instructions, args.one_line, args.plain)  # parses descriptions
+    records, parse = infusion.records, parse_instruction  # --plain without descriptions: all with an image
+    if args.descriptions:
+        records, parse = read_kind(args.descriptions, "descriptions"), infusion
     instructions, samples = prepare(
-        args, ranks, problems, read_kind(args.descriptions, "descriptions"), infusion,
+        args, ranks, problems, records, parse,
         lambda instruction: instruction_sample(instruction, llava, args.images, max_length),
     )  # fmt: skip
     truncated = f"{sum(sample.cut for sample in samples)} truncated to {max_length} tokens"
@@ -68,7 +75,8 @@ def main():
         consistency.same_model(args, args.descriptions, llava.config.template, ranks)
         consistency.one_text([entry.description for entry in instructions], "descriptions", ranks)
     check.verify_images(samples, ranks, problems)
-    stage_settings = {name: sha256(getattr(args, name)) for name in ("instructions", "descriptions")}
+    files = {"instructions": args.instructions, "descriptions": args.descriptions}
+    stage_settings = {name: sha256(path) for name, path in files.items() if path}
     stage_settings |= {"plain": args.plain, "one_line": args.one_line}
     cost.fit_training(args, llava, adapter, samples, ranks)  # --micro-batch and --shard, unless given
     settings = settings_of_run(args, llava, adapter, max_length, **stage_settings)

@@ -154,9 +154,8 @@ def model_options(args, ranks):
     }
 
 
-def run_settings(args, llava):
-    """The settings that `output.Output` stores with each record. Folders are identified by name and contents,
-    not by path."""
+def model_settings(args, llava):
+    """The part of `run_settings` that identifies the model."""
     return {
         "model": Path(args.model).resolve().name,
         "adapter": args.adapter and Path(args.adapter).resolve().name,
@@ -164,6 +163,14 @@ def run_settings(args, llava):
         "template": llava.config.template,
         "image_mode": llava.config.image_mode,
         "dtype": str(llava.lm_head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def run_settings(args, llava):
+    """The settings that `output.Output` stores with each record. Folders are identified by name and contents,
+    not by path."""
+    return {
+        **model_settings(args, llava),
         "temperature": args.temperature,
         "top_p": args.top_p,
         "max_new_tokens": args.max_new_tokens,

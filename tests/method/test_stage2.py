@@ -59,3 +59,22 @@ def test_stage2_continues_from_stage1(runs, tmp_path):
     call(script, *args[:at], *args[at + 2 :], "--lora-r", 4, "--out", tmp_path / "control")
     assert log(tmp_path / "control")[0]["loss"] != pytest.approx(first, rel=1e-4)
     assert distance(tmp_path / "control", runs.out / "stage2") > 1e-4
+
+
+def test_plain_without_descriptions_trains_on_all_records_with_an_image(runs, tmp_path):
+    """All eight are described here, so the records and their order are the same."""
+    script, *args = [*runs.commands["stage2"], "--plain"]
+    at = args.index("--descriptions")
+    call(script, *args, "--out", tmp_path / "described")
+    printed = call(script, *args[:at], *args[at + 2 :], "--out", tmp_path / "all")
+    assert "8 records with an image, 10 in all; 8 used for training" in printed
+    assert log(tmp_path / "all") == log(tmp_path / "described")
+    assert distance(tmp_path / "all", tmp_path / "described") == 0
+
+
+def test_descriptions_are_required_without_plain(runs, capsys):
+    script, *args = runs.commands["stage2"]
+    at = args.index("--descriptions")
+    with pytest.raises(SystemExit):
+        call(script, *args[:at], *args[at + 2 :])
+    assert "the following arguments are required: --descriptions" in capsys.readouterr().err

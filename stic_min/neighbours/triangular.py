@@ -1,0 +1,442 @@
+"""Self-refinement by triangular consistency, in the spirit of SRF-LLaVA-1.5 (arXiv 2510.10487).
+
+  T="python -m stic_min.neighbours.triangular"       torchrun --nproc_per_node=4 -m ... works as well
+  $T tasks --instructions instructions.json --out tasks.json
+  $T train --model M --instructions tasks.json --images DIR --out runs/tuned
+  $T triplets --model M --adapter runs/tuned --images UNLABELED --out triplets.jsonl
+  $T score --model M --adapter runs/tuned --triplets triplets.jsonl --images UNLABELED --out scores.jsonl
+  $T select --scores scores.jsonl --out update.json              --random: the control
+  $T train --model M --adapter runs/tuned --instructions update.json --images UNLABELED --out runs/refined
+
+The principle is the authors': of image I, question Q and answer A, each should follow from the other two. So
+are the steps: tune the model on IQ -> A, IA -> Q and I -> QA, let it write triplets (I, Q, A) about unlabeled
+images, keep the consistent ones, and train on them. Their similarity, threshold, prompts, mixture of tasks
+and training settings are not public. All of these are ours, so this is not a reproduction, and its results
+are not comparable with the paper's.
+
+For another round, repeat the last four commands with --adapter runs/refined and other outputs. Its model must
+still write questions: select with --mixture 1 1 1 in all rounds but the last.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import train_stage2
+from generate_pairs import dry_run
+from stic_min import InputError, check, cost, generate
+from stic_min.batch import Example, collate
+from stic_min.data import parse_instruction
+from stic_min.formats.image_folder import check_folder, image_path, list_images
+from stic_min.formats.records import image_records, read_names, skipped_line
+from stic_min.generate import Job, Query, Sampling, open_model
+from stic_min.images import open_image
+from stic_min.loss import IGNORE, token_logps
+from stic_min.runtime import consistency, console, flags, process, provenance
+from stic_min.runtime.files import brief, read_records, read_text, sha256, text_field, write_text
+from stic_min.runtime.output import Output
+from stic_min.runtime.ranks import Ranks, place, start_ranks
+from stic_min.runtime.work import prefetch, row_seed, subset
+from stic_min.sampler import not_finite
+from stic_min.text import IMAGE, with_image, without_marks
+
+TASKS = "answer", "question", "both"  # IQ -> A, IA -> Q, I -> QA
+# The prompts are ours. The one of "answer" is the question itself, as in LLaVA.
+QUESTION_PROMPT = "Which question about this image has the following answer?\n{answer}"
+BOTH_PROMPT = "Ask a question about this image and answer it, in this form:\nQuestion: ...\nAnswer: ..."
+FORM = "Question: {question}\nAnswer: {answer}"
+
+# ---------------------------------------------------------------- the three tasks
+
+
+@dataclass(frozen=True)
+class Triplet:
+    """(I, Q, A), the texts without <image>."""
+
+    key: str
+    image: str  # name in the image folder
+    question: str
+    answer: str
+
+    def turn(self, task: str) -> tuple[str, str]:
+        """A task as (user text, response)."""
+        if task == "answer":
+            return self.question, self.answer
+        if task == "question":
+            return QUESTION_PROMPT.format(answer=self.answer), self.question
+        return BOTH_PROMPT, FORM.format(question=self.question, answer=self.answer)
+
+
+def parse_form(text: str) -> tuple[str, str] | None:
+    """(question, answer) of a response in FORM; None if it is malformed. Both may have several lines, but no
+    other line may start like one of FORM's."""
+    before, *parts = re.split(r"^(Question|Answer): ", text, flags=re.MULTILINE)
+    if before or parts[::2] != ["Question", "Answer"]:
+        return None
+    question, answer = map(without_marks, parts[1::2])
+    return (question, answer) if question and answer else None
+
+
+def instruction_record(triplet: Triplet, mixture: list[float], seed: int) -> dict:
+    """A record of LLaVA's instruction data. Its task is sampled with the weights `mixture` and depends on
+    (seed, key) only."""
+    [task] = random.Random(row_seed(seed, triplet.key, "task")).choices(TASKS, mixture)
+    user, response = triplet.turn(task)
+    turns = [{"from": "human", "value": with_image(user)}, {"from": "gpt", "value": response}]
+    return {"id": triplet.key, "image": triplet.image, "conversations": turns, "task": task}
+
+
+def write_instructions(args, records, source):
+    """Writes a JSON list to --out, and its provenance next to it."""
+    out = Path(args.out)
+    text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
+    if out.is_file() and read_text(out) != text:
+        raise InputError(f"{out} already exists, with other content; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
+    record = provenance.start_record(None, Ranks(0, 1, torch.device("cpu")))
+    run_json = {"record": record | {"source": sha256(source)}}
+    write_text(provenance.record_file(out), json.dumps(run_json, indent=2) + "\n")
+    count = Counter(record["task"] for record in records)
+    print(f"{len(records)} records in {out}: " + ", ".join(f"{count[task]} {task}" for task in TASKS))
+
+
+def run_tasks(args):
+    """Every turn of every conversation is one triplet, also a later one that refers to earlier ones."""
+    skipped = {}
+    entries, total = image_records(args.instructions, skipped)
+    triplets, unfit = [], 0
+    for where, key, record in entries:
+        instruction = parse_instruction(where, key, record)
+        for number, (user, answer) in enumerate(instruction.turns, 1):
+            texts = without_marks(user), without_marks(answer)
+            triplet = Triplet(f"{key}-{number}", instruction.image, *texts)
+            if parse_form(triplet.turn("both")[1]) == texts:
+                triplets.append(triplet)
+            else:
+                unfit += 1
+    if not triplets:
+        raise InputError(f"{args.instructions}: no turn fits the form of a triplet")
+    print(f"{len(triplets)} turns of {len(entries)} records with an image, {total} in all; "
+          f"{unfit} turns do not fit the form of a triplet")  # fmt: skip
+    if skipped:
+        print(skipped_line(skipped))
+    triplets = subset(triplets, args.limit, args.seed)
+    records = [instruction_record(triplet, args.mixture, args.seed) for triplet in triplets]
+    write_instructions(args, records, args.instructions)
+
+
+# ---------------------------------------------------------------- I -> QA, on unlabeled images
+
+
+def open_output(args, settings, ranks):
+    if args.check and not args.dtype:
+        del settings["dtype"]  # the default on a GPU may differ from this machine's
+    output = Output(args.out, "id", settings, ranks)
+    return output if args.check else output.start()
+
+
+def triplet_record(job, response):
+    """A malformed response stays in the file, without question and answer, so that a restart does not sample
+    it again. One that was cut off is malformed."""
+    texts = parse_form(response.text) if response.finish == "stop" else None
+    question, answer = texts or (None, None)
+    return {"id": job.key, "image": job.fields["image"], "question": question, "answer": answer,
+            "response": response.text, "finish": response.finish}  # fmt: skip
+
+
+def run_triplets(args):
+    check.out_file(args.out)
+    check_folder(args.images)
+    ranks = start_ranks("cpu" if args.check else args.device)
+    names = list(dict.fromkeys(read_names(args.names))) if args.names else list_images(args.images)
+    consistency.limit(args, len(names), ranks)
+    names = subset(names, args.limit, args.seed)
+    keys_of = {name: [f"{name}#{number}" for number in range(1, args.per_image + 1)] for name in names}
+    llava = open_model(args, ranks)
+    settings = {"images": Path(args.images).resolve().name, **flags.run_settings(args, llava)}
+    output = open_output(args, settings, ranks)
+    keys = [key for name in names for key in keys_of[name]]
+    groups = [[key for key in keys_of[name] if key not in output.done] for name in names]
+    groups = [group for group in groups if group]  # keys about one image
+    existing = len(keys) - sum(map(len, groups))
+    ranks.print(f"{len(keys)} triplets to generate, {existing} of them already in {args.out}")
+
+    def prepare(group):
+        name = group[0].rpartition("#")[0]
+        image = open_image(image_path(args.images, name))
+        query = lambda key: Query(BOTH_PROMPT, [image], row_seed(args.seed, key, "triplet"))
+        return [Job(key, [query(key)], {"image": name}) for key in group]
+
+    if args.check:
+        problems = check.Problems(True)
+        return dry_run(args, llava, names, lambda group: prepare(keys_of[group[0]]), "images", len(groups),
+                       names, problems, ranks)  # fmt: skip
+    sampling = Sampling.from_args(args)
+    for job, [response] in generate.generate(llava, groups, prepare, sampling, ranks, "triplets"):
+        output.append(triplet_record(job, response))
+    records = output.finish(keys)
+    if ranks.first:
+        good = [record for record in records if record["question"] is not None]
+        print(f"{len(good)} triplets in {args.out}; {len(records) - len(good)} responses are malformed, "
+              f"{len(keys) - len(records)} were skipped")  # fmt: skip
+        consistency.one_text([record["question"] for record in good], "questions", ranks)
+        if not good:
+            raise InputError("no triplets: tune the model on the output of tasks first, or raise "
+                             "--max-new-tokens")  # fmt: skip
+
+
+# ---------------------------------------------------------------- log p(A | I, Q) and log p(Q | I, A)
+
+
+def read_triplets(path) -> dict[str, tuple[Triplet, dict]]:
+    """{key: (triplet, its record)} of a file; malformed ones are left out."""
+    triplets = {}
+    for where, record in read_records(path):
+        if not {"id", "image", "question", "answer"} <= record.keys():
+            raise InputError(f"{where}: not a triplet; expected: id, image, question and answer")
+        if record["question"] is None and record["answer"] is None:
+            continue
+        names = "id", "image", "question", "answer"
+        key, image, question, answer = (text_field(record, name, where) for name in names)
+        if key in triplets:
+            raise InputError(f"{where}: {brief(key)} appears twice")
+        triplets[key] = Triplet(key, image, without_marks(question), without_marks(answer)), record
+    if not triplets:
+        raise InputError(f"{path}: every response is malformed")
+    return triplets
+
+
+def pack(llava, triplet: Triplet, tiles):
+    """Both directions as one Batch. The trunk ends with the image. Two branches follow, IQ -> A and IA -> Q:
+    each is the rest of the prompt, whose labels are removed here, and the response."""
+    branches, prompt_lengths = [], []
+    for task in ("answer", "question"):
+        user, response = triplet.turn(task)
+        ids = llava.tokenizer.encode_prompt(llava.chat_prompt(user))
+        start = ids.index(IMAGE) + 1
+        trunk, prompt = ids[:start], ids[start:]
+        branches.append(prompt + llava.tokenizer.encode_response(response))
+        prompt_lengths.append(len(prompt))
+    length = len(trunk) - 1 + llava.config.image_tokens(tiles.size) + max(map(len, branches))
+    limit = llava.config.max_length
+    if length > limit:
+        raise InputError(f"{brief(triplet.key)} takes {length} tokens, but the model's limit is {limit}")
+    example = Example(triplet.key, [(trunk, False)], branches)
+    batch = collate([example], [[tiles]], llava.config, llava.device)
+    for labels, prompt_length in zip(batch.labels, prompt_lengths):
+        labels[: 1 + prompt_length] = IGNORE
+    return batch
+
+
+@torch.no_grad()
+def mean_logps(llava, batch) -> list[float]:
+    """[log p(A | I, Q), log p(Q | I, A)] per token, end token included."""
+    sums = token_logps(llava(batch), batch.labels).sum(-1)  # (2,)
+    return (sums / (batch.labels != IGNORE).sum(-1)).tolist()
+
+
+def run_score(args):
+    check.out_file(args.out)
+    check_folder(args.images)
+    ranks = start_ranks("cpu" if args.check else args.device)
+    triplets = [triplet for triplet, _ in read_triplets(args.triplets).values()]
+    llava = open_model(args, ranks)
+    settings = {"triplets": sha256(args.triplets), **flags.model_settings(args, llava)}
+    output = open_output(args, settings, ranks)
+    remaining = [triplet for triplet in triplets if triplet.key not in output.done]
+    existing = len(triplets) - len(remaining)
+    ranks.print(f"{len(triplets)} triplets to score, {existing} of them already in {args.out}")
+
+    def prepare(triplet):
+        try:
+            tiles = llava.tiles(open_image(image_path(args.images, triplet.image)))
+            return triplet, pack(llava, triplet, tiles), None
+        except InputError as error:
+            return triplet, None, error
+
+    share = remaining[ranks.rank :: ranks.world]
+    progress = console.Progress("triplets", len(share), ranks)
+    lengths = []  # of the packed sequences
+    for triplet, batch, error in prefetch(prepare, share):
+        if error:
+            console.warn(f"skipped: {error}")
+        else:
+            lengths.append(len(batch.ids))
+            if not args.check:
+                output.append(score_record(llava, triplet, batch))
+        progress.add()
+    if args.check:
+        return check_score(llava, sum(ranks.gather(lengths), []), len(remaining), ranks)
+    records = output.finish([triplet.key for triplet in triplets])
+    ranks.print(f"{len(records)} triplets scored in {args.out}, {len(triplets) - len(records)} skipped")
+    if ranks.first and not records:
+        raise InputError("no scores: every triplet was skipped")
+
+
+def score_record(llava, triplet, batch):
+    logps = mean_logps(llava, batch)
+    if not all(map(math.isfinite, logps)):
+        raise InputError(not_finite(triplet.key, llava.lm_head.weight.dtype))
+    return {"id": triplet.key, "image": triplet.image, "question": triplet.question, "answer": triplet.answer,
+            "logp_answer": round(logps[0], 6), "logp_question": round(logps[1], 6)}  # fmt: skip
+
+
+def check_score(llava, lengths, remaining, ranks):
+    """The report of --check, which has opened every image and tokenized every triplet."""
+    if not ranks.first:
+        return
+    lines = [("triplets", f"{remaining} to score, {remaining - len(lengths)} skipped with a warning")]
+    if lengths:
+        seconds = cost.prefill_seconds(llava, sum(lengths))
+        lines += [("tokens", f"per triplet, image included: {check.percentiles(lengths)}"),
+                  ("time", f"about {console.clock(seconds)} on one H200")]  # fmt: skip
+    problems = ["no scores: every triplet would be skipped"] if remaining and not lengths else []
+    check.print_report(lines, problems)
+
+
+# ---------------------------------------------------------------- the consistent ones
+
+
+def standardize(values: list[float]) -> list[float]:
+    """To mean 0 and standard deviation 1; equal values become 0."""
+    mean, deviation = statistics.fmean(values), statistics.pstdev(values)
+    return [(value - mean) / deviation if deviation else 0.0 for value in values]
+
+
+def consistency_scores(logps: list[tuple[float, float]]) -> list[float]:
+    """min(z_A, z_Q) of each triplet, where z_A and z_Q are log p(A | I, Q) and log p(Q | I, A) per token,
+    each standardized over the data set.
+
+    The score is ours. The minimum demands that both corners can be reconstructed. Without standardizing, it
+    would nearly always be that of the same direction, because the two differ in scale. It favors generic
+    triplets, which are likely whatever the image shows.
+    """
+    return [min(pair) for pair in zip(*map(standardize, zip(*logps)))]
+
+
+def select(scores: list[float], count: int, seed: int, at_random: bool = False) -> list[int]:
+    """Indices of the `count` best (of equal ones, the first), or of as many sampled at random, in order."""
+    indices = list(range(len(scores)))
+    if at_random:
+        return subset(indices, count, seed)
+    return sorted(sorted(indices, key=lambda i: -scores[i])[:count])
+
+
+def run_select(args):
+    entries = read_triplets(args.scores)
+    distinct = {}  # a triplet that was sampled twice counts once
+    for triplet, record in entries.values():
+        values = record.get("logp_answer"), record.get("logp_question")
+        if not all(isinstance(value, float) and math.isfinite(value) for value in values):
+            raise InputError(f"{args.scores}: {brief(triplet.key)} has no scores; first run the step score")
+        distinct.setdefault((triplet.image, triplet.question, triplet.answer), (triplet, values))
+    triplets, logps = zip(*distinct.values())
+    scores = consistency_scores(logps)
+    chosen = select(scores, max(1, round(args.keep * len(triplets))), args.seed, args.random)
+    how, repeats = "sampled at random" if args.random else "the best", len(entries) - len(triplets)
+    print(f"{len(chosen)} of {len(triplets)} triplets, {how}; {repeats} repeat an earlier one")
+    for name, values in zip(("A | I, Q", "Q | I, A"), zip(*logps)):
+        kept = statistics.fmean(values[i] for i in chosen)
+        print(f"log p({name}) per token: {kept:.4f} on average, {statistics.fmean(values):.4f} over all")
+    record = lambda i: instruction_record(triplets[i], args.mixture, args.seed)
+    write_instructions(args, [record(i) | {"consistency": round(scores[i], 6)} for i in chosen], args.scores)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run_train(rest):
+    """train_stage2.py --plain, on all records, with its other defaults: the paper's are not public."""
+    sys.argv = ["train_stage2.py", "--plain", *rest]
+    train_stage2.main()
+
+
+def add_list_flags(sub, mixture, hint=""):
+    """The flags of the steps that write instruction data."""
+    sub.add_argument("--out", required=True, metavar="FILE",
+                     help="output file of instruction data, a JSON list")  # fmt: skip
+    sub.add_argument("--mixture", nargs=3, type=flags.not_negative, default=mixture,
+                     metavar=("IQ_A", "IA_Q", "I_QA"),
+                     help=f"weights with which each triplet's task is sampled{hint}")  # fmt: skip
+    sub.add_argument("--seed", type=flags.seed_value, default=0, help="random seed")
+
+
+def add_output_flags(sub):
+    """The flags of the steps that use the model."""
+    sub.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
+    sub.add_argument("--out", required=True, metavar="FILE",
+                     help="output file, JSON Lines; existing records are kept")  # fmt: skip
+    flags.add_model_flags(sub)
+    flags.add_check_flag(sub)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(prog="python -m stic_min.neighbours.triangular", description=__doc__,
+                                     formatter_class=flags.HelpFormatter)  # fmt: skip
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def step(name, summary, run):
+        sub = steps.add_parser(name, help=summary, description=summary, formatter_class=flags.HelpFormatter)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = step("tasks", "turn LLaVA's instruction data into the three tasks", run_tasks)
+    sub.add_argument("--instructions", required=True, metavar="FILE",
+                     help="file of LLaVA instruction data, a JSON list")  # fmt: skip
+    add_list_flags(sub, [1.0, 1.0, 1.0])
+    flags.add_limit_flag(sub)
+
+    steps.add_parser("train", help="train on the output of tasks or select: train_stage2.py --plain")
+
+    sub = step("triplets", "sample questions with answers about unlabeled images", run_triplets)
+    sub.add_argument("--names", metavar="FILE",
+                     help="file of image names to use, one per line or a JSON list")  # fmt: skip
+    sub.add_argument("--per-image", type=flags.positive, default=1, metavar="N",
+                     help="number of triplets per image")  # fmt: skip
+    add_output_flags(sub)
+    flags.add_limit_flag(sub)
+    flags.add_sampling_flags(sub, temperature=0.7, max_new_tokens=512)
+
+    sub = step("score", "compute log p(A | I, Q) and log p(Q | I, A) per token of each triplet", run_score)
+    sub.add_argument("--triplets", required=True, metavar="FILE", help="output of the step triplets")
+    add_output_flags(sub)
+
+    sub = step("select", "keep the most consistent triplets, as instruction data for the update", run_select)
+    sub.add_argument("--scores", required=True, metavar="FILE", help="output of the step score")
+    sub.add_argument("--keep", type=flags.top_p_value, default=0.5, metavar="SHARE",
+                     help="share of the triplets to keep")  # fmt: skip
+    sub.add_argument("--random", action="store_true",
+                     help="keep as many, sampled at random with --seed (a control)")  # fmt: skip
+    add_list_flags(sub, [1.0, 0.0, 0.0], "; 1 1 1 if another round follows")
+
+    args = parser.parse_args()
+    if not sum(getattr(args, "mixture", [1])):
+        parser.error("--mixture: at least one weight must be positive")
+    if getattr(args, "per_image", 1) > 1 and args.temperature == 0:
+        parser.error("--per-image needs a --temperature above 0: greedy triplets of an image are all equal")
+    return args
+
+
+def main():
+    if sys.argv[1:2] == ["train"]:
+        return run_train(sys.argv[2:])
+    args = parse_args()
+    if args.run in (run_tasks, run_select):
+        check.out_file(args.out)
+        if place()[0]:
+            return  # there is no work for other ranks
+    args.run(args)
+
+
+if __name__ == "__main__":
+    process.run(main)
