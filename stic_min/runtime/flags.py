@@ -83,14 +83,15 @@ def add_limit_flag(parser):
                         help="size of a random subset to use, sampled with --seed (default: all)")
 
 
-def add_sampling_flags(parser, temperature, parallel=True, max_new_tokens=1024):
+def add_sampling_flags(parser, temperature, parallel=True, max_new_tokens=1024, top_p=None):
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=not_negative, default=temperature, metavar="T",
                        help="sampling temperature; 0 is greedy")
     group.add_argument("--top-k", type=positive, metavar="K",
                        help="number of most probable tokens to sample from, before --top-p (default: all)")
-    group.add_argument("--top-p", type=top_p_value, metavar="P",
-                       help="total probability of the most probable tokens to sample from (default: 1)")
+    group.add_argument("--top-p", type=top_p_value, default=top_p, metavar="P",
+                       help="total probability of the most probable tokens to sample from "
+                            f"(default: {top_p or 1})")  # fmt: skip
     group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
                        help="maximum length of a response in tokens")
     if parallel:
