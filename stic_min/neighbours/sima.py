@@ -14,8 +14,8 @@ step, run the same command again.
 SIMA needs labels where STIC needs none: the critic reads the reference answer. It also always reads the
 sampled answer first, so that favoring a position looks like favoring a kind of answer. Three options are
 therefore ours: critique --label-free judges against the image alone; critique --both-orders asks a second
-time, with the answers swapped, and reports the position bias; pairs --agreeing keeps only verdicts that survive
-the swap. Identical answers are not judged (ours): the authors' code makes pairs of them.
+time, with the answers swapped, and reports the position bias; pairs --agreeing keeps only verdicts that
+survive the swap. Identical answers are not judged (ours): the authors' code makes pairs of them.
 """
 
 import argparse
@@ -43,7 +43,7 @@ ANSWER_FIELDS = (
 )  # fmt: skip
 CRITIQUE_FIELDS = *ANSWER_FIELDS, "critiques", "unjudged"
 # The authors' settings; what is not here (batch size, LoRA rank 128 and alpha 256, projector) is stage 1's.
-# Their trainer scores the model's own top tokens instead of the rejected text: that is --rejected-score argmax.
+# Their trainer scores the model's own top tokens, not the rejected text: that is --rejected-score argmax.
 TRAINING = ["--alpha", "0", "--beta", "0.1", "--lr", "1e-7", "--epochs", "3", "--max-length", "2048"]
 
 
