@@ -108,6 +108,8 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
     # PAPER vs RELEASED (H): the release freezes the projector by wrapping the model a second time.
     add("--projector-lr", type=not_negative, default=2e-5, metavar="LR",
         help="peak learning rate for the projector; 0 freezes it")
+    add("--epochs", type=positive, default=1, metavar="N",
+        help="number of passes over the samples, each in its own order")
     # PAPER vs RELEASED (I): in stage 1 (4 in Table 4), the release's script has 4 GPUs x 1 x 2 = 8.
     # PAPER vs RELEASED (K): in stage 2 (64), 2 GPUs x 16 = 32.
     add("--batch-size", type=positive, default=batch_size, metavar="N",
