@@ -32,7 +32,7 @@ from stic_min.generate import Job, Query, Sampling, open_model
 from stic_min.images import open_image
 from stic_min.neighbours.sima_critic import ORDERS, critic_prompt, decide, preferences, report_lines
 from stic_min.runtime import consistency, console, flags, process
-from stic_min.runtime.files import brief, read_records, text_field
+from stic_min.runtime.files import brief, read_records, sha256, text_field
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import row_seed, subset
@@ -150,6 +150,7 @@ def run_answers(args):
     questions = {record["id"]: record for record in parsed}
     llava = open_model(args, ranks)
     settings = {"images": Path(args.images).resolve().name, **model_settings(args, llava)}
+    settings["instructions"] = sha256(args.instructions)[:12]
     output = Output(args.out, "id", settings, ranks)
 
     def prepare(group):

@@ -8,6 +8,7 @@ import json
 import re
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -265,8 +266,8 @@ def test_pairs_from_verdicts(critiques, tmp_path):
     with pytest.raises(InputError, match="written with agreeing False, but this run has True; choose another --out"):
         call(*command, tmp_path / "pairs.jsonl", "--agreeing")
 
-    page = call("stic_min.report.__main__", tmp_path / "pairs.jsonl").strip()
-    assert "A blue" in open(page, encoding="utf-8").read()
+    page = Path(call("stic_min.report.__main__", tmp_path / "pairs.jsonl").strip()).read_text(encoding="utf-8")
+    assert page.count("<article class=pair>") == 3 and "<mark>blue boat</mark>" in page
 
 
 def test_pairs_on_two_ranks_and_resumed(critiques, tmp_path):
