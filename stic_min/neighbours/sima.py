@@ -19,6 +19,7 @@ survive the swap. Identical answers are not judged (ours): the authors' code mak
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from stic_min.generate import Job, Query, Sampling, open_model
 from stic_min.images import open_image
 from stic_min.neighbours.sima_critic import ORDERS, critic_prompt, decide, preferences, report_lines
 from stic_min.runtime import consistency, console, flags, process
-from stic_min.runtime.files import brief, read_records, sha256, text_field
+from stic_min.runtime.files import brief, check_text, read_records, sha256, text_field
 from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import row_seed, subset
@@ -90,6 +91,7 @@ def read_questions(args, ranks) -> dict[str, tuple[str, dict]]:
     if "text" in records[0][1]:
         for where, record in records:
             name = key = str(record.get("id") or image_name(record, where))
+            check_text(name, f"{where}: id")
             repeats = 1
             while key in entries:  # several questions about an image
                 repeats += 1
@@ -100,7 +102,7 @@ def read_questions(args, ranks) -> dict[str, tuple[str, dict]]:
         entries = {key: (where, record) for where, key, record in with_images}
     if skipped:
         ranks.print(skipped_line(skipped))
-    exists = lambda where, record: (Path(args.images) / image_name(record, where)).is_file()
+    exists = lambda where, record: os.path.isfile(os.path.join(args.images, image_name(record, where)))
     available = {key: entry for key, entry in entries.items() if exists(*entry)}
     if missing := len(entries) - len(available):
         ranks.print(f"{missing} of {len(entries)} records have no image in {args.images}: skipped")
@@ -117,8 +119,9 @@ def parse_question(key: str, where: str, record: dict) -> dict:
             text_field(record, "ground_truth", where)
     else:
         question, reference = parse_instruction(where, key, record).turns[0]
-    image, question = image_name(record, where), without_marks(question)
-    return {"id": key, "image": image, "question": question, "ground_truth": reference}
+    fields = {"id": key, "image": image_name(record, where), "question": without_marks(question)}
+    text_field(fields, "question", where)  # more than <image>
+    return fields | {"ground_truth": reference}
 
 
 def answer_job(record, image, seed):

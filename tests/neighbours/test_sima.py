@@ -482,7 +482,7 @@ def test_flags_of_train_take_precedence(monkeypatch):
 # ---------------------------------------------------------------- input
 
 
-def questions_of(steps, path, *flags):
+def questions_of(steps, path):
     args = SimpleNamespace(instructions=path, images=steps.tiny / "images")
     available = sima.read_questions(args, SimpleNamespace(print=print))
     return [sima.parse_question(key, *entry) for key, entry in available.items()]
@@ -532,18 +532,20 @@ def test_another_critic_is_a_warning(steps, tmp_path, capsys):
     assert "warning: the critic is not the model that generated" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: (w / "instructions.json").write_text("[]"), "error: .*instructions.json: empty"),
-    (lambda w: (w / "instructions.json").write_text('{"image": "scene_01.jpg", "text": ""}'), "line 1: no text"),
-    (lambda w: (w / "instructions.json").write_text('{"image": "a.png", "text": "What?"}'),
-     "none of the images of .*instructions.json is in .*images"),
-    (lambda w: (w / "instructions.json").write_text('{"image": "scene_01.jpg", "text": "A", "ground_truth": 1}'),
-     "line 1: no ground_truth"),
-    (lambda w: (w / "instructions.json").write_text('{"image": "scene_01.jpg", "conversations": []}'),
+@pytest.mark.parametrize("text, message", [
+    ("[]", "instructions.json: empty"),
+    ('{"image": "scene_01.jpg", "text": ""}', "line 1: no text"),
+    ('{"image": "scene_01.jpg", "text": "<image> "}', "line 1: no question"),
+    ('{"image": "scene_01.jpg", "text": "A", "ground_truth": 1}', "line 1: no ground_truth"),
+    (r'{"image": "scene_01.jpg", "text": "A", "id": "\ud800"}', r"line 1: id '\\ud800' is not valid Unicode"),
+    ('{"text": "What?"}', "line 1: no image"),
+    ('{"image": "a.png", "text": "What?"}', "none of the images of .*instructions.json is in .*images"),
+    ('{"image": "%s", "text": "What?"}' % ("a" * 999), "none of the images of .*instructions.json is in .*images"),
+    ('{"image": "scene_01.jpg", "conversations": []}',
      r"\(scene_01.jpg\): turns are \[\], but human and gpt must alternate"),
 ])  # fmt: skip
-def test_bad_questions_are_one_line(steps, tmp_path, change, message):
-    change(tmp_path)
+def test_bad_questions_are_one_line(steps, tmp_path, text, message):
+    (tmp_path / "instructions.json").write_text(text)
     status, line = ended(*steps.answers, tmp_path / "out.jsonl", "--instructions", tmp_path / "instructions.json")
     assert status == 1 and re.search(message, line) and line.startswith("error: ")
 
