@@ -42,6 +42,8 @@ def settings_of_run(args, llava, adapter, max_length, **stage_settings):
     values |= {"dtype": str(llava.lm_head.weight.dtype).removeprefix("torch.")}
     folders = args.model, getattr(args, "adapter", None), args.vision, args.tokenizer
     values |= {"fingerprint": fingerprint(*folders)}
+    if args.epochs != 1:  # not in the run.json of runs from before this flag
+        values |= {"epochs": args.epochs}
     if args.lora_dropout:  # its masks depend on the micro-batches; nothing else does
         values |= {"micro_batch": args.micro_batch, "ranks": place()[1]}
     return values

@@ -159,8 +159,9 @@ def training_cost(args, llava, adapter, samples, reference):
         trunk = sample.length - sum(branches)  # image tokens included
         spans = [(trunk, 0), *((branch, trunk) for branch in branches)]
         flops += decoder_flops(llava.config.decoder, spans, sample.scored, adapter.r, reference)
+    flops *= args.epochs
     seconds = flops / TRAINING_FLOPS * (4 / 3 if args.checkpoint_activations else 1)
-    steps = -(-len(samples) // args.batch_size)
+    steps = args.epochs * -(-len(samples) // args.batch_size)
     return [
         ("memory", f"about {sum(memory.values()) / 1e9:.3g} GB per GPU with --micro-batch {args.micro_batch} "
                    f"--shard none: {in_gb(memory)}; --shard full splits the first two over the GPUs"),

@@ -43,7 +43,7 @@ class Query:
 
     prompt: str  # user text, without <image>
     images: list[Image.Image] | None  # None once they have been cut into tiles
-    seed: int
+    seed: int | None  # None: greedy, whatever the temperature
 
 
 @dataclass

@@ -51,14 +51,17 @@ def filtered_probs(
 
 
 def pick(logits: Tensor, temperature: float, top_p: float | None, uniform: Tensor, top_k=None) -> Tensor:
-    """logits (B, V) and random numbers in [0, 1) (B,) -> ids (B,), by inverting the cumulative
-    distribution."""
+    """logits (B, V) and random numbers in [0, 1) (B,) -> ids (B,), by inverting the cumulative distribution.
+
+    Rows whose number is negative are greedy, as all are if the temperature is 0.
+    """
     if temperature == 0:
         return logits.argmax(dim=-1)
     cumulative = filtered_probs(logits, temperature, top_p, top_k).double().cumsum(dim=-1)  # (B, V)
     target = uniform[:, None] * cumulative[:, -1:]  # the last is not exactly 1
     ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return ids.clamp_max(logits.shape[-1] - 1)  # rounding, or NaN, may lead one past the last
+    ids = ids.clamp_max(logits.shape[-1] - 1)  # rounding, or NaN, may lead one past the last
+    return torch.where(uniform < 0, logits.argmax(dim=-1), ids)
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ class Request:
     key: object  # the caller's own
     ids: list[int]  # of the prompt, with one IMAGE per image
     tiles: list  # images.Tiles of these images
-    seed: int
+    seed: int | None  # None: greedy, whatever the temperature
 
     def shared_length(self) -> int:
         """Number of leading ids that other prompts may share: up to the last image, if text follows it."""

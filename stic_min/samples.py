@@ -1,4 +1,4 @@
-"""Training data: the tokens of a sample, the order of an epoch, and each rank's micro-batches."""
+"""Training data: the tokens of a sample, the order of the epochs, and each rank's micro-batches."""
 
 import math
 import random
@@ -11,7 +11,7 @@ from stic_min.data import Instruction, Pair
 from stic_min.formats.image_folder import image_path
 from stic_min.images import image_size, open_image
 from stic_min.runtime import consistency
-from stic_min.runtime.work import subset
+from stic_min.runtime.work import row_seed, subset
 from stic_min.text import IMAGE, TEMPLATES
 
 
@@ -106,19 +106,22 @@ def counts(samples):
     return {"samples": len(samples), "truncated": truncated, "equal": equal}
 
 
-# ---------------------------------------------------------------- batches of an epoch
+# ---------------------------------------------------------------- batches
 
 
-def global_batches(lengths, size, seed):
-    """One epoch: indices in random order, `size` at a time; the last batch may be shorter.
+def global_batches(lengths, size, seed, epochs=1):
+    """Indices in random order, `size` at a time, in another order in each epoch; an epoch's last batch may be
+    shorter.
 
     Each batch is sorted, longest first, so that ranks that take every n-th sample get similar lengths. That
     is what LLaVA's group_by_modality_length (Table 4) amounts to: it shuffles, then sorts within each global
     batch.
     """
-    order = list(range(len(lengths)))
-    random.Random(seed).shuffle(order)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    batches = []
+    for epoch in range(epochs):
+        order = list(range(len(lengths)))
+        random.Random(row_seed(seed, "epoch", epoch) if epoch else seed).shuffle(order)
+        batches += [order[i : i + size] for i in range(0, len(order), size)]
     return [sorted(batch, key=lambda i: -lengths[i]) for batch in batches]
 
 

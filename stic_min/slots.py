@@ -19,8 +19,11 @@ PREFILLED = {"cpu": 1}
 GRAPHED = {"cuda"}
 
 
-def random_numbers(seed: int, count: int) -> Tensor:
-    """`count` numbers in [0, 1): one per token, so that a sample depends on its own seed alone."""
+def random_numbers(seed: int | None, count: int) -> Tensor:
+    """`count` numbers in [0, 1): one per token, so that a sample depends on its own seed alone. Without a
+    seed they are -1, for which sampler.pick is greedy."""
+    if seed is None:
+        return torch.full((count,), -1.0, dtype=torch.float64)
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 

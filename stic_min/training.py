@@ -113,7 +113,7 @@ def rate(step, steps):
 
 
 class Run:
-    """The data order, optimizer, log and checkpoints of one epoch, for the loop in the scripts.
+    """The data order, optimizer, log and checkpoints of all epochs, for the loop in the scripts.
 
     A run that was killed resumes from its last checkpoint when the same command is run again, with the same
     result; SIGTERM and Ctrl-C save a checkpoint first. The result replaces the checkpoints.
@@ -124,7 +124,7 @@ class Run:
         self.out = Path(args.out)
         if isinstance(llava, FSDPModule):
             llava.reshard()  # a forward has gathered the root's parameters; the optimizer must see the shards
-        order = global_batches([sample.length for sample in samples], args.batch_size, args.seed)
+        order = global_batches([sample.length for sample in samples], args.batch_size, args.seed, args.epochs)
         self.batches = [[samples[i] for i in indices] for indices in order]
         trainable = {name: p for name, p in llava.named_parameters() if p.requires_grad}
         lora_parameters = {name: p for name, p in trainable.items() if ".lora_" in name}
@@ -144,7 +144,7 @@ class Run:
         llava.train()
 
     def steps(self):
-        """The remaining steps of the epoch, while holding the folder's lock; in the end, saves the result."""
+        """The remaining steps, while holding the folder's lock; in the end, saves the result."""
         self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if self.ranks.first:

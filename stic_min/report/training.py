@@ -41,7 +41,7 @@ class Training:
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole epoch."""
+        """Steps of the whole run."""
         if self.finished and self.log:
             return self.log[-1]["step"]
         return records.number(self.record, "steps")

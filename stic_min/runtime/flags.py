@@ -83,14 +83,15 @@ def add_limit_flag(parser):
                         help="size of a random subset to use, sampled with --seed (default: all)")
 
 
-def add_sampling_flags(parser, temperature, parallel=True, max_new_tokens=1024):
+def add_sampling_flags(parser, temperature, parallel=True, max_new_tokens=1024, top_p=None):
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=not_negative, default=temperature, metavar="T",
                        help="sampling temperature; 0 is greedy")
     group.add_argument("--top-k", type=positive, metavar="K",
                        help="number of most probable tokens to sample from, before --top-p (default: all)")
-    group.add_argument("--top-p", type=top_p_value, metavar="P",
-                       help="total probability of the most probable tokens to sample from (default: 1)")
+    group.add_argument("--top-p", type=top_p_value, default=top_p, metavar="P",
+                       help="total probability of the most probable tokens to sample from "
+                            f"(default: {top_p or 1})")  # fmt: skip
     group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, metavar="N",
                        help="maximum length of a response in tokens")
     if parallel:
@@ -107,6 +108,8 @@ def add_training_flags(parser, *, lr, batch_size, dropout, max_length):
     # PAPER vs RELEASED (H): the release freezes the projector by wrapping the model a second time.
     add("--projector-lr", type=not_negative, default=2e-5, metavar="LR",
         help="peak learning rate for the projector; 0 freezes it")
+    add("--epochs", type=positive, default=1, metavar="N",
+        help="number of passes over the samples, each in its own order")
     # PAPER vs RELEASED (I): in stage 1 (4 in Table 4), the release's script has 4 GPUs x 1 x 2 = 8.
     # PAPER vs RELEASED (K): in stage 2 (64), 2 GPUs x 16 = 32.
     add("--batch-size", type=positive, default=batch_size, metavar="N",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from stic_min.batch import collate
 from stic_min.formats.records import read_kind
 from stic_min.loader import load_llava
 from stic_min.runtime.ranks import Ranks
+from stic_min.runtime.work import row_seed
 from stic_min.samples import global_batches, instruction_sample, load_tiles, pair_sample, split_batch
 from stic_min.text import IMAGE
 from stic_min.training import rate
@@ -199,6 +201,18 @@ def test_global_batches_are_shuffled_and_sorted_within():
     assert all(batch == sorted(batch, key=lambda i: -lengths[i]) for batch in batches)  # no two of a length here
     assert global_batches(lengths, 8, seed=3) == batches != global_batches(lengths, 8, seed=4)
     assert set(batches[0]) != set(range(8)) and global_batches([1], 4, 0) == [[0]]
+
+
+def test_every_epoch_has_all_samples_in_its_own_order():
+    lengths = [(37 * i) % 101 for i in range(7)]
+    one, three = (global_batches(lengths, 3, 5, epochs) for epochs in (1, 3))
+    assert [len(b) for b in three] == [3, 3, 1] * 3 and three[:3] == one  # the first epoch is as without the flag
+    epochs = [three[:3], three[3:6], three[6:]]
+    assert all(sorted(sum(epoch, [])) == list(range(7)) for epoch in epochs)
+    assert len({str(epoch) for epoch in epochs}) == 3
+    order = list(range(7))
+    random.Random(row_seed(5, "epoch", 1)).shuffle(order)  # by hand
+    assert [sorted(batch) for batch in epochs[1]] == [sorted(order[:3]), sorted(order[3:6]), order[6:]]
 
 
 def test_split_batch_gives_every_rank_as_many_micro_batches():

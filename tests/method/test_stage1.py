@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from stic_min import InputError, data, lora
 from stic_min.formats.adapters import PREFIX
 from stic_min.loader import load_llava
 from stic_min.runtime.files import fingerprint
+from stic_min.runtime.work import row_seed
 from stic_min.samples import global_batches, pair_sample
 
 
@@ -160,6 +162,27 @@ def test_a_batch_of_equal_pairs_has_no_margin(runs, tmp_path):
     records = log(tmp_path / "out")
     assert sum(r["equal"] for r in records) == 2
     assert all(("margin" in r, "accuracy" in r) == (not r["equal"],) * 2 for r in records)
+
+
+def test_the_steps_of_two_epochs_by_hand(runs, tmp_path):
+    """Without learning, a step's mean log p(y_w) shows which pairs it had."""
+    still = ["--lr", 0, "--projector-lr", 0, "--epochs", 2]
+    call(*runs.commands["stage1"], *still, "--out", tmp_path)
+    llava = load_llava(runs.model, image_mode="pad")
+    pairs = data.read_pairs(runs.out / "pairs.jsonl")
+    samples = [pair_sample(pair, llava, runs.tiny / "images", 1024) for pair in pairs]
+    with torch.no_grad():
+        logps = [logps_by_hand(llava, sample)[0].item() for sample in samples]
+    expected = []
+    for seed in (0, row_seed(0, "epoch", 1)):
+        order = list(range(8))
+        random.Random(seed).shuffle(order)
+        expected += [sum(logps[i] for i in batch) / len(batch) for batch in (order[:3], order[3:6], order[6:])]
+    records = log(tmp_path)
+    assert [record["logp_chosen"] for record in records] == pytest.approx(expected, abs=1e-4)
+    assert len({round(value, 3) for value in expected}) == 2 * STEPS
+    run_json = json.loads((tmp_path / "run.json").read_text())
+    assert (run_json["record"]["steps"], run_json["record"]["samples"]) == (2 * STEPS, 8)
 
 
 def test_stage1_learns_a_repeated_pair(runs, tmp_path):

@@ -459,10 +459,13 @@ def test_the_estimates_of_check():
     lora.attach(llava, adapter := lora.Adapter(128, 256, 0.0, modules, {}))
     llava.mm_projector.requires_grad_(True)
     sample = TrainingSample("", [([1] * 630, False)], [[1] * 250] * 2, Path("x"), 1130, False)
-    args = SimpleNamespace(dtype=None, micro_batch=1, batch_size=4, checkpoint_activations=False)
+    args = SimpleNamespace(dtype=None, micro_batch=1, batch_size=4, checkpoint_activations=False, epochs=1)
     (_, memory), (_, time) = training_cost(args, llava, adapter, [sample] * 6000, reference=True)
     assert memory.startswith("about 28.4 GB per GPU with --micro-batch 1 --shard none: weights 15.1, LoRA")
     assert time.startswith("1500 steps, 307 PFLOP: about 13:0")
+    args.epochs = 3  # of 6001 samples: the last batch of each has one
+    (_, again), (_, time) = training_cost(args, llava, adapter, [sample] * 6001, reference=True)
+    assert again == memory and time.startswith("4503 steps, 922 PFLOP: about 39:2")
 
 
 # ---------------------------------------------------------------- what is skipped, what is counted

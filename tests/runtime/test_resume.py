@@ -1,6 +1,7 @@
 """Commands that were killed resume from what is on disk, and end with what an undisturbed run gives."""
 
 import json
+import math
 import signal
 
 import pytest
@@ -36,6 +37,24 @@ def test_stage1_on_two_ranks_survives_a_kill(runs, tmp_path):
     _, printed = call_two_ranks([*command, "--out", killed], [*command, "--out", whole])
     assert "resuming after step 4" in printed and len(log(whole)) == 8
     assert identical(killed, whole) and not list(killed.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("runs", ["llava-v1.5-tiny"], indirect=True)
+def test_a_run_resumes_in_its_second_epoch(runs, tmp_path):
+    command = [*runs.commands["stage1"], "--epochs", 2, "--save-every", 1]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert "6 steps" in call(*command, "--check", "--out", whole)
+    call(*command, "--out", whole)
+    with stop_after(4), pytest.raises(SystemExit):
+        call(*command, "--out", stopped)
+    with pytest.raises(InputError, match="belongs to a run with epochs 2, but this run has None"):
+        call(*runs.commands["stage1"], "--out", stopped)
+    assert "resuming after step 4" in call(*command, "--out", stopped)
+    assert identical(stopped, whole) and len(log(whole)) == 2 * STEPS
+    rates = [1, *(0.5 * (1 + math.cos(math.pi * i / 5)) for i in range(5))]  # one schedule over all steps
+    assert [record["lr"] for record in log(whole)] == pytest.approx([1e-3 * rate for rate in rates])
+    recorded = [json.loads((folder / "run.json").read_text()) for folder in (whole, runs.out / "stage1")]
+    assert recorded[0]["epochs"] == 2 and "epochs" not in recorded[1]  # as in runs from before the flag
 
 
 @pytest.mark.parametrize("runs", ["llava-v1.6-tiny"], indirect=True)
