@@ -28,8 +28,8 @@ def decoder_flops(config, spans, scored, r, reference):
     twice.
 
     spans: [(tokens, tokens of the prefix they attend to)]; scored: tokens with logits; r: the LoRA rank.
-    Forward and backward of theta, whose base weights need no gradient; with `reference`, also a forward of
-    theta_0.
+    Forward and backward of theta, whose base weights need no gradient; and as many forwards without gradient
+    as `reference` says, 1 (or True) for that of theta_0.
     """
     C, F, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     q_width = config.num_attention_heads * config.head_dim
@@ -44,7 +44,7 @@ def decoder_flops(config, spans, scored, r, reference):
     forward = base + attention + lora_flops
     # Backward: one more product per linear for its input's gradient, two per LoRA matrix, four for attention.
     backward = base + 2 * attention + 2 * lora_flops
-    return forward + backward + (base + attention if reference else 0)
+    return forward + backward + reference * (base + attention)
 
 
 def activation_bytes(config, r, size, dropout=0.0):
