@@ -37,7 +37,7 @@ from stic_min.batch import Batch
 from stic_min.checkpoint import settings_of_run
 from stic_min.data import parse_pair
 from stic_min.formats.image_folder import check_folder
-from stic_min.formats.records import read_kind, skipped_line
+from stic_min.formats.records import read_kind, skipped_line, unique_key
 from stic_min.images import open_image
 from stic_min.loss import IGNORE, dpo_loss, token_logps
 from stic_min.runtime import consistency, flags, process
@@ -57,19 +57,14 @@ def run_pairs(args):
     """POVID's JSON -> our pairs. What is not a single-turn pair about one image is skipped and counted."""
     check.out_file(args.out)
     ranks = start_ranks("cpu")
-    pairs, skipped = {}, {}
+    pairs, skipped, taken = {}, {}, {}
     for where, record in read_kind(args.data, "pairs"):
         try:
             pair = parse_pair(where, record)
         except InputError as error:
             skipped[where] = str(error)
             continue
-        key = name = str(record.get("id") or pair.image)
-        repeats = 1
-        while key in pairs:
-            repeats += 1
-            key = f"{name}#{repeats}"
-        pairs[key] = pair
+        pairs[unique_key(record, pair.image, where, taken)] = pair
     if skipped:
         ranks.print(skipped_line(skipped))
     if not pairs:
@@ -86,8 +81,9 @@ def pair_record(key, pair):
     turns = lambda response: [
         {"role": "user", "content": pair.prompt}, {"role": "assistant", "content": response}
     ]  # fmt: skip
+    finish = lambda stopped: "stop" if stopped else "length"
     return {"id": key, "image": pair.image, "chosen": turns(pair.chosen), "rejected": turns(pair.rejected),
-            "chosen_finish": "stop", "rejected_finish": "stop"}  # fmt: skip
+            "chosen_finish": finish(pair.chosen_stopped), "rejected_finish": finish(pair.rejected_stopped)}
 
 
 # ---------------------------------------------------------------- noise
