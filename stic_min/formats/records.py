@@ -135,10 +135,8 @@ def pair_sides(record: dict) -> dict[str, list]:
 
 
 def unique_key(record: dict, image: str, where: str, taken: dict[str, int]) -> str:
-    """The id of a record or, without one, its image; `id#2` for the second record with an id.
-
-    taken: {key: how many records have it as their id}, which this updates.
-    """
+    """The id of a record or, without one, its image; `id#2` for the second record with an id. `taken` is
+    updated: {key: how many records have it as their id}."""
     name = key = image if record.get("id") in (None, "") else str(record["id"])
     check_text(name, f"{where}: id")
     while key in taken:
