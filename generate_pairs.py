@@ -105,21 +105,26 @@ def names_to_pair(args, ranks):
     return names
 
 
-def records_to_describe(args, ranks):
-    """{key: (where, key, record)} of the instructions whose image exists; the others are counted and skipped.
+def records_to_describe(path, images, ranks):
+    """{key: (where, key, record)} of the instructions whose image exists."""
+    skipped = {}
+    records = {entry[1]: entry for entry in image_records(path, skipped)[0]}
+    if skipped:
+        ranks.print(skipped_line(skipped))
+    return with_existing_image(records, path, images, ranks)
+
+
+def with_existing_image(records, path, images, ranks):
+    """The records of `path` whose image is in the folder `images`; the others are counted and skipped.
 
     LLaVA's own data spans five image collections, so --limit samples from those that are here.
     """
-    skipped = {}
-    records = {entry[1]: entry for entry in image_records(args.describe, skipped)[0]}
-    if skipped:
-        ranks.print(skipped_line(skipped))
-    exists = lambda record: os.path.isfile(os.path.join(args.images, record["image"]))
+    exists = lambda record: os.path.isfile(os.path.join(images, record["image"]))
     available = {key: entry for key, entry in records.items() if exists(entry[2])}
     if missing := len(records) - len(available):
-        ranks.print(f"{missing} of {len(records)} records have no image in {args.images}: skipped")
+        ranks.print(f"{missing} of {len(records)} records have no image in {images}: skipped")
     if not available:
-        raise InputError(f"none of the images of {args.describe} is in {args.images}")
+        raise InputError(f"none of the images of {path} is in {images}")
     return available
 
 
@@ -158,7 +163,7 @@ def main():
     # {key: image name}; the key of a pair is its image, the key of a description its instruction's id
     problems = check.Problems(args.check)
     if args.describe:
-        records = records_to_describe(args, ranks)
+        records = records_to_describe(args.describe, args.images, ranks)
         requested = image_of = {key: record["image"] for key, (_, _, record) in records.items()}
     else:
         requested = names_to_pair(args, ranks)

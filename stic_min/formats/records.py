@@ -134,18 +134,28 @@ def pair_sides(record: dict) -> dict[str, list]:
 # ---------------------------------------------------------------- instructions
 
 
+def unique_key(record: dict, image: str, where: str, taken: dict[str, int]) -> str:
+    """The id of a record or, without one, its image; `id#2` for the second record with an id. `taken` is
+    updated: {key: how many records have it as their id}."""
+    name = key = image if record.get("id") in (None, "") else str(record["id"])
+    check_text(name, f"{where}: id")
+    while key in taken:
+        taken[name] += 1
+        key = f"{name}#{taken[name]}"
+    taken[key] = 1
+    return key
+
+
 def image_records(path, skipped: dict | None = None) -> tuple[list, int]:
     """LLaVA's instruction list -> [(where, key, record)] of the records with one image, and the number of all
     records.
 
-    Keys are the ids, made unique (`id#2` for the second record with an id), because LLaVA's own data repeats
-    some. A record without an id has its image's name as key. With a dict `skipped`, records with several
+    Keys are unique, although LLaVA's own data repeats some ids. With a dict `skipped`, records with several
     images are stored there as {key: reason}; otherwise they are errors.
     """
     records = read_kind(path, "instructions")
     with_images = []
-    taken = set()  # keys
-    repeats = {}
+    taken = {}
     for where, record in records:
         if not any(record.get(key) for key in IMAGE_KEYS):
             continue
@@ -156,12 +166,7 @@ def image_records(path, skipped: dict | None = None) -> tuple[list, int]:
             if skipped is None:
                 raise
             image, problem = where, error
-        name = key = image if record.get("id") in (None, "") else str(record["id"])
-        check_text(name, f"{where}: id")
-        while key in taken:
-            repeats[name] = repeats.get(name, 1) + 1
-            key = f"{name}#{repeats[name]}"
-        taken.add(key)
+        key = unique_key(record, image, where, taken)
         if problem:
             skipped[key] = str(problem)
         else:

@@ -17,12 +17,13 @@ noise is added before the image is padded and resized; policy and reference each
 argmax-noisy, anew at every step, so that the two may score different tokens.
 
 Ours: noisy values outside [0, 1] are clamped, while the authors' conversion to 8 bits wraps them around. The
-batch size is 4, since the authors' number of GPUs is not known. Stage 2 continues stage 1's LoRA; the authors
-merge it and train a new one (stic_min.merge, then stage2 without --adapter). Their scripts set a learning
-rate for the projector, but their code freezes it (--projector-lr 0), like STIC's release.
+batch size is 4, since the authors' number of GPUs is not known. LoRA has no dropout (--lora-dropout 0.05).
+Stage 2 continues stage 1's LoRA; the authors merge it and train a new one (stic_min.merge, then stage2
+without --adapter). Their scripts set a learning rate for the projector, but their code freezes it
+(--projector-lr 0), like STIC's release. A line break in their scripts is missing its backslash, so that their
+maximum length is 1,048, not the 1,024 that they intend and that is used here.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 
@@ -37,15 +38,17 @@ from stic_min.batch import Batch
 from stic_min.checkpoint import settings_of_run
 from stic_min.data import parse_pair
 from stic_min.formats.image_folder import check_folder
-from stic_min.formats.records import read_kind, skipped_line
+from stic_min.formats.records import read_kind, skipped_line, unique_key
+from stic_min.generate import Response
 from stic_min.images import open_image
 from stic_min.loss import IGNORE, dpo_loss, token_logps
+from stic_min.neighbours import common
 from stic_min.runtime import consistency, flags, process
 from stic_min.runtime.files import fingerprint, sha256
-from stic_min.runtime.output import Output
 from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import row_seed
 from stic_min.samples import TrainingSample, length_limit, pair_sample, prepare
+from stic_min.text import without_marks
 
 TRAINING = "--alpha 0 --beta 0.1 --lr 1e-7 --epochs 3".split()  # of stage 1
 NOISE_STEP = 500  # t, of 1,000
@@ -57,37 +60,24 @@ def run_pairs(args):
     """POVID's JSON -> our pairs. What is not a single-turn pair about one image is skipped and counted."""
     check.out_file(args.out)
     ranks = start_ranks("cpu")
-    pairs, skipped = {}, {}
+    pairs, skipped, taken = {}, {}, {}
+    response = lambda text, stopped: Response(text, "stop" if stopped else "length")
     for where, record in read_kind(args.data, "pairs"):
         try:
             pair = parse_pair(where, record)
         except InputError as error:
             skipped[where] = str(error)
             continue
-        key = name = str(record.get("id") or pair.image)
-        repeats = 1
-        while key in pairs:
-            repeats += 1
-            key = f"{name}#{repeats}"
-        pairs[key] = pair
+        key = unique_key(record, pair.image, where, taken)
+        chosen = response(pair.chosen, pair.chosen_stopped)
+        rejected = response(pair.rejected, pair.rejected_stopped)
+        pairs[key] = common.pair_record(key, pair.image, without_marks(pair.prompt), chosen, rejected)
     if skipped:
         ranks.print(skipped_line(skipped))
     if not pairs:
         raise InputError(f"{args.data}: no pairs")
-    output = Output(args.out, "id", {"data": sha256(args.data)[:12]}, ranks).start()
-    for key, pair in pairs.items() if ranks.first else []:
-        if key not in output.done:
-            output.append(pair_record(key, pair))
-    output.finish(list(pairs))
+    common.write_records(args.out, {"data": sha256(args.data)[:12]}, pairs, ranks)
     ranks.print(f"{len(pairs)} pairs in {args.out}")
-
-
-def pair_record(key, pair):
-    turns = lambda response: [
-        {"role": "user", "content": pair.prompt}, {"role": "assistant", "content": response}
-    ]  # fmt: skip
-    return {"id": key, "image": pair.image, "chosen": turns(pair.chosen), "rejected": turns(pair.rejected),
-            "chosen_finish": "stop", "rejected_finish": "stop"}  # fmt: skip
 
 
 # ---------------------------------------------------------------- noise
@@ -125,9 +115,9 @@ class NoisyRun(training.Run):
         super().__init__(args, llava, adapter, samples, ranks, settings)
         # Noise follows from the step and the place in the global batch, so that ranks, micro-batches and
         # resuming do not change it.
-        noised = lambda step, i, sample: replace(sample, noise_seed=row_seed(args.seed, "noise", step, i))
         for step, batch in enumerate(self.batches):
-            self.batches[step] = [noised(step, i, sample) for i, sample in enumerate(batch)]
+            seeds = [row_seed(args.seed, "noise", step, i) for i in range(len(batch))]
+            self.batches[step] = [replace(sample, noise_seed=seed) for sample, seed in zip(batch, seeds)]
 
     def load(self, samples):
         batch = super().load(samples)
@@ -240,23 +230,18 @@ def run_stage2(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        prog="python -m stic_min.neighbours.povid", description=__doc__, formatter_class=flags.HelpFormatter
-    )
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-
-    def add_step(name, summary):
-        return steps.add_parser(name, help=summary, description=summary, formatter_class=flags.HelpFormatter)
-
-    pairs = add_step("pairs", "convert POVID's preference data; needs no model")
-    pairs.add_argument("--data", required=True, metavar="FILE", help="file of POVID's data, a JSON list")
-    pairs.add_argument("--out", required=True, metavar="FILE", help="output file, JSON Lines")
+    parser, add_step = common.command_line("povid", __doc__)
+    add_step(
+        "pairs", "convert POVID's preference data; needs no model",
+        data="file of POVID's data, a JSON list", out=common.OUT_HELP,
+    )  # fmt: skip
     add_step("stage1", f"train_stage1.py {' '.join(TRAINING)}; takes all of its flags")
-    stage2 = add_step("stage2", "DPO with the rejected texts and with the model's own tokens on noisy images")
+    stage2 = add_step(
+        "stage2", "DPO with the rejected texts and with the model's own tokens on noisy images",
+        pairs="file of preference pairs, those of stage 1", images="root folder of the pairs' images",
+        out="output folder for adapter, log and checkpoints",
+    )  # fmt: skip
     add = stage2.add_argument
-    add("--pairs", required=True, metavar="FILE", help="file of preference pairs, those of stage 1")
-    add("--images", required=True, metavar="DIR", help="root folder of the pairs' images")
-    add("--out", required=True, metavar="DIR", help="output folder for adapter, log and checkpoints")
     add("--beta", type=flags.not_negative, default=0.1, help="DPO temperature")
     add("--reference", metavar="DIR", help="adapter folder of the reference (default: --adapter)")
     flags.add_model_flags(stage2, image_mode="pad")
@@ -267,8 +252,7 @@ def parse_args():
 
 def main():
     if sys.argv[1:2] == ["stage1"]:
-        sys.argv = ["train_stage1.py", *TRAINING, *sys.argv[2:]]
-        return train_stage1.main()
+        return common.train(train_stage1, TRAINING, sys.argv[2:])
     args = parse_args()
     {"pairs": run_pairs, "stage2": run_stage2}[args.step](args)
 

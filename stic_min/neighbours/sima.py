@@ -8,110 +8,64 @@
 
 answers: one sampled and one greedy answer per question. critique: the same model sees the image, the
 question, the reference answer and both answers, gives its reasons and chooses one. pairs: verdicts ->
-preference pairs. train: train_stage1.py with the authors' settings, DPO without STIC's NLL term. To resume a
-step, run the same command again.
+preference pairs. train: train_stage1.py with the authors' beta, learning rate, epochs and maximum length, DPO
+without STIC's NLL term. To resume a step, run the same command again.
 
 SIMA needs labels where STIC needs none: the critic reads the reference answer. It also always reads the
 sampled answer first, so that favoring a position looks like favoring a kind of answer. Three options are
 therefore ours: critique --label-free judges against the image alone; critique --both-orders asks a second
 time, with the answers swapped, and reports the position bias; pairs --agreeing keeps only verdicts that
-survive the swap. Identical answers are not judged (ours): the authors' code makes pairs of them.
+survive the swap.
+
+Also ours: the critic's prompt and the rule for verdicts (sima_critic.py). Identical answers are not judged;
+the authors' code (si0wang/SIMA) makes pairs of them. A critique has at most 512 tokens instead of 4,096, to
+fit LLaVA-1.5. Sampling is from all tokens; transformers' default adds --top-k 50 to theirs. In training, the
+batch size is 4, since their number of GPUs is not known; LoRA has no dropout (--lora-dropout 0.05); the
+projector is trained, which their code freezes (--projector-lr 0); and the rejected text is scored, not the
+model's own top tokens (--rejected-score argmax).
 """
 
-import argparse
-import os
 import sys
-from pathlib import Path
 
-import generate_pairs
 import train_stage1
-from stic_min import InputError, check, dar, generate
+from generate_pairs import records_to_describe, with_existing_image
+from stic_min import InputError, check, dar
 from stic_min.data import parse_instruction
-from stic_min.formats.image_folder import check_folder, image_path
-from stic_min.formats.records import image_name, image_records, skipped_line
-from stic_min.generate import Job, Query, Sampling, open_model
+from stic_min.formats.image_folder import image_path
+from stic_min.formats.records import image_name, unique_key
+from stic_min.generate import Job, Query, Response, Sampling, open_model
 from stic_min.images import open_image
+from stic_min.neighbours import common
 from stic_min.neighbours.sima_critic import ORDERS, critic_prompt, decide, preferences, report_lines
 from stic_min.runtime import consistency, console, flags, process
-from stic_min.runtime.files import brief, check_text, read_records, sha256, text_field
-from stic_min.runtime.output import Output
+from stic_min.runtime.files import brief, read_records, sha256, text_field
 from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import row_seed, subset
-from stic_min.text import with_image, without_marks
+from stic_min.text import without_marks
 
-ANSWER_FIELDS = (
-    "id", "image", "question", "ground_truth", "sampled", "sampled_finish", "greedy", "greedy_finish",
-)  # fmt: skip
-CRITIQUE_FIELDS = *ANSWER_FIELDS, "critiques", "unjudged"
-# The authors' settings; what is not here (batch size, LoRA rank 128 and alpha 256, projector) is stage 1's.
-# Their trainer scores the model's own top tokens, not the rejected text: that is --rejected-score argmax.
-TRAINING = ["--alpha", "0", "--beta", "0.1", "--lr", "1e-7", "--epochs", "3", "--max-length", "2048"]
-
-
-# ---------------------------------------------------------------- generation, in both steps
-
-
-def model_settings(args, llava):
-    settings = flags.run_settings(args, llava)
-    if args.check and not args.dtype:
-        del settings["dtype"]  # the default on a GPU may differ from this machine's
-    return settings
-
-
-def sample(args, llava, output, keys, prepare, what, queries_per_job):
-    """Yields (job, responses) of this rank's share of the keys that are not yet in the output."""
-    groups = [[key] for key in keys if key not in output.done]
-    existing = len(keys) - len(groups)
-    output.ranks.print(f"{len(keys)} {what} to generate, {existing} of them already in {output.path}")
-    sampling = Sampling.from_args(args)
-    return generate.generate(llava, groups, prepare, sampling, output.ranks, what, queries_per_job)
-
-
-def dry_run(args, llava, output, keys, prepare, what, problems):
-    """--check"""
-    remaining = sum(key not in output.done for key in keys)
-    generate_pairs.dry_run(args, llava, keys, prepare, what, remaining, keys, problems, output.ranks)
-
-
-def report(args, records, count, finishes, what):
-    cut_off = f"{finishes.count('length')} of {len(finishes)} {what} reached --max-new-tokens"
-    print(f"{len(records)} records in {args.out}, {count - len(records)} skipped; {cut_off}")
-    if not records:
-        raise InputError(f"no {what}: every record was skipped")
+ANSWER_FIELDS = "id image question ground_truth sampled sampled_finish greedy greedy_finish".split()
+CRITIQUE_FIELDS = [*ANSWER_FIELDS, "critiques", "unjudged"]
+TRAINING = "--alpha 0 --beta 0.1 --lr 1e-7 --epochs 3 --max-length 2048".split()
 
 
 # ---------------------------------------------------------------- answers
 
 
-def read_questions(args, ranks) -> dict[str, tuple[str, dict]]:
-    """{key: (where, record)} of LLaVA's list of instructions, or of SIMA's JSON Lines of image, text and
+def read_questions(args, ranks) -> dict[str, tuple[str, str, dict]]:
+    """{key: (where, key, record)} of LLaVA's list of instructions, or of SIMA's JSON Lines of image, text and
     ground_truth. Records whose image is missing are counted and skipped."""
-    skipped, entries = {}, {}
     records = read_records(args.instructions)
-    if "text" in records[0][1]:
-        for where, record in records:
-            name = key = str(record.get("id") or image_name(record, where))
-            check_text(name, f"{where}: id")
-            repeats = 1
-            while key in entries:  # several questions about an image
-                repeats += 1
-                key = f"{name}#{repeats}"
-            entries[key] = where, record
-    else:
-        with_images, _ = image_records(args.instructions, skipped)
-        entries = {key: (where, record) for where, key, record in with_images}
-    if skipped:
-        ranks.print(skipped_line(skipped))
-    exists = lambda where, record: os.path.isfile(os.path.join(args.images, image_name(record, where)))
-    available = {key: entry for key, entry in entries.items() if exists(*entry)}
-    if missing := len(entries) - len(available):
-        ranks.print(f"{missing} of {len(entries)} records have no image in {args.images}: skipped")
-    if not available:
-        raise InputError(f"none of the images of {args.instructions} is in {args.images}")
-    return available
+    if "text" not in records[0][1]:
+        return records_to_describe(args.instructions, args.images, ranks)
+    entries, taken = {}, {}
+    for where, record in records:
+        image = image_name(record, where)
+        key = unique_key(record, image, where, taken)  # there may be several questions about an image
+        entries[key] = where, key, record | {"image": image}
+    return with_existing_image(entries, args.instructions, args.images, ranks)
 
 
-def parse_question(key: str, where: str, record: dict) -> dict:
+def parse_question(where: str, key: str, record: dict) -> dict:
     """The question of a record and its reference answer; those of the first turn, in a conversation."""
     if "text" in record:
         question, reference = text_field(record, "text", where), record.get("ground_truth")
@@ -119,7 +73,7 @@ def parse_question(key: str, where: str, record: dict) -> dict:
             text_field(record, "ground_truth", where)
     else:
         question, reference = parse_instruction(where, key, record).turns[0]
-    fields = {"id": key, "image": image_name(record, where), "question": without_marks(question)}
+    fields = {"id": key, "image": record["image"], "question": without_marks(question)}
     text_field(fields, "question", where)  # more than <image>
     return fields | {"ground_truth": reference}
 
@@ -133,52 +87,45 @@ def answer_job(record, image, seed):
 
 def answer_record(job, responses):
     sampled, greedy = responses
-    return job.fields | {
-        "sampled": sampled.text,
-        "sampled_finish": sampled.finish,
-        "greedy": greedy.text,
-        "greedy_finish": greedy.finish,
-    }
+    return job.fields | {"sampled": sampled.text, "sampled_finish": sampled.finish,
+                         "greedy": greedy.text, "greedy_finish": greedy.finish}  # fmt: skip
 
 
 def run_answers(args):
-    check.out_file(args.out)
-    check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device)
+    ranks = common.start(args)
     problems = check.Problems(args.check)
     available = read_questions(args, ranks)
     consistency.limit(args, len(available), ranks)
     keys = subset(list(available), args.limit, args.seed)
-    parsed = problems.collect(lambda key: parse_question(key, *available[key]), keys)
+    parsed = problems.collect(lambda key: parse_question(*available[key]), keys)
     questions = {record["id"]: record for record in parsed}
     llava = open_model(args, ranks)
-    settings = {"images": Path(args.images).resolve().name, **model_settings(args, llava)}
-    settings["instructions"] = sha256(args.instructions)[:12]
-    output = Output(args.out, "id", settings, ranks)
+    settings = common.settings_of(args, llava) | {"instructions": sha256(args.instructions)[:12]}
+    output = common.open_output(args, settings, ranks)
 
     def prepare(group):
         record = questions[group[0]]
         return [answer_job(record, open_image(image_path(args.images, record["image"])), args.seed)]
 
-    if args.check:
-        return dry_run(args, llava, output, list(questions), prepare, "answers", problems)
-    output.start()
-    for job, responses in sample(args, llava, output, keys, prepare, "answers", 2):
-        if all(response.text for response in responses):
-            output.append(answer_record(job, responses))
+    groups = [[key] for key in questions]
+    for job, answers in common.responses(args, llava, output, groups, prepare, "answers", problems, 2):
+        if all(answer.text for answer in answers):
+            output.append(answer_record(job, answers))
         else:
             console.warn(f"skipped: {brief(job.key)}: the model returned an empty response")
+    if args.check:
+        return
     records = output.finish(keys)
     if ranks.first:
         finishes = [record[f"{name}_finish"] for record in records for name in ORDERS[0]]
-        report(args, records, len(keys), finishes, "answers")
+        common.report(args, records, len(keys), "answers", finishes)
         consistency.one_text([record["sampled"] for record in records], "sampled answers", ranks)
 
 
 # ---------------------------------------------------------------- critique
 
 
-def read_step(path, fields: tuple[str, ...], step: str) -> tuple[dict[str, dict], dict]:
+def read_step(path, fields: list[str], step: str) -> tuple[dict[str, dict], dict]:
     """The output of an earlier step -> {id: its fields}, and the settings that all its records share."""
     records, settings = {}, None
     for where, record in read_records(path):
@@ -211,31 +158,27 @@ def critic_job(record, image, label_free, both_orders, seed):
 
 def critique_record(record, responses=(), unjudged=None):
     """One line of the output. unjudged: why the critic was not asked."""
-    critiques = [
-        {"first": order[0], "text": response.text, "finish": response.finish}
-        for order, response in zip(ORDERS, responses)
-    ]
+    critiques = [{"first": order[0], "text": response.text, "finish": response.finish}
+                 for order, response in zip(ORDERS, responses)]  # fmt: skip
     return record | {"critiques": critiques, "unjudged": unjudged}
 
 
 def run_critique(args):
-    check.out_file(args.out)
-    check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device)
+    ranks = common.start(args)
     problems = check.Problems(args.check)
     answers, settings = read_step(args.answers, ANSWER_FIELDS, "answers")
     if not args.label_free:
         has_reference = lambda key: text_field(answers[key], "ground_truth", f"{args.answers}, {brief(key)}")
         problems.collect(has_reference, answers)
     llava = open_model(args, ranks)
-    critic = model_settings(args, llava) | {"top_k": args.top_k}
+    critic = common.settings_of(args, llava) | {"top_k": args.top_k}
     critic |= {"label_free": args.label_free, "both_orders": args.both_orders}
     if ranks.first and settings.get("fingerprint") != critic["fingerprint"]:
         console.warn(f"the critic is not the model that generated {args.answers}, as it is in SIMA")
     settings = settings | {f"critic_{name}": value for name, value in critic.items()}
-    output = Output(args.out, "id", settings, ranks)
+    output = common.open_output(args, settings, ranks)
     sampling = Sampling.from_args(args)
-    differing = [key for key, record in answers.items() if record["sampled"] != record["greedy"]]
+    identical = {key: record for key, record in answers.items() if record["sampled"] == record["greedy"]}
     too_long = []
 
     def prepare(group):
@@ -248,20 +191,20 @@ def run_critique(args):
             raise InputError(f"{brief(job.key)}: the critic's prompt is {excess} tokens too long")
         return [job]
 
+    groups, orders = [[key] for key in answers if key not in identical], 2 if args.both_orders else 1
+    for job, texts in common.responses(args, llava, output, groups, prepare, "critiques", problems, orders):
+        output.append(critique_record(job.fields, texts))
     if args.check:
-        return dry_run(args, llava, output, differing, prepare, "critiques", problems)
-    output.start()
-    identical = [record for key, record in answers.items() if key not in {*differing, *output.done}]
-    for record in identical[ranks.rank :: ranks.world]:
-        output.append(critique_record(record, unjudged="identical answers"))
-    for job, responses in sample(args, llava, output, differing, prepare, "critiques", 1 + args.both_orders):
-        output.append(critique_record(job.fields, responses))
+        return
     for record in too_long:
         output.append(critique_record(record, unjudged="prompt too long"))
+    for key in list(identical)[ranks.rank :: ranks.world]:
+        if key not in output.done:
+            output.append(critique_record(identical[key], unjudged="identical answers"))
     records = output.finish(list(answers))
     if ranks.first:
         finishes = [critique["finish"] for record in records for critique in record["critiques"]]
-        report(args, records, len(answers), finishes, "critiques")
+        common.report(args, records, len(answers), "critiques", finishes)
         print("\n".join(report_lines(records)))
 
 
@@ -269,20 +212,13 @@ def run_critique(args):
 
 
 def pair_record(record: dict, chosen: str) -> dict:
-    """A preference pair in the format of generate_pairs.py, and how it came about."""
+    """A preference pair, and how it came about."""
     [rejected] = {"sampled", "greedy"} - {chosen}
-    user = {"role": "user", "content": with_image(record["question"])}
-    return {
-        "id": record["id"],
-        "image": record["image"],
-        "chosen": [user, {"role": "assistant", "content": record[chosen]}],
-        "rejected": [user, {"role": "assistant", "content": record[rejected]}],
-        "chosen_finish": record[f"{chosen}_finish"],
-        "rejected_finish": record[f"{rejected}_finish"],
-        "ground_truth": record["ground_truth"],
-        "preferences": preferences(record),  # one per order: sampled, greedy or null
-        "critiques": record["critiques"],
-    }
+    answer = lambda name: Response(record[name], record[f"{name}_finish"])
+    prompt = record["id"], record["image"], record["question"]
+    origin = {name: record[name] for name in ("ground_truth", "critiques")}
+    origin["preferences"] = preferences(record)  # one per order: sampled, greedy or null
+    return common.pair_record(*prompt, answer(chosen), answer(rejected)) | origin
 
 
 def check_critiques(path, record):
@@ -302,12 +238,8 @@ def run_pairs(args):
     if args.agreeing and not settings.get("critic_both_orders"):
         raise InputError(f"--agreeing: {args.critiques} was written without --both-orders")
     decisions = {key: decide(record, args.agreeing)[0] for key, record in records.items()}
-    keys = [key for key, chosen in decisions.items() if chosen]
-    output = Output(args.out, "id", settings | {"agreeing": args.agreeing}, ranks).start()
-    remaining = [key for key in keys if key not in output.done]
-    for key in remaining[ranks.rank :: ranks.world]:
-        output.append(pair_record(records[key], decisions[key]))
-    pairs = output.finish(keys)
+    pairs = {key: pair_record(records[key], chosen) for key, chosen in decisions.items() if chosen}
+    common.write_records(args.out, settings | {"agreeing": args.agreeing}, pairs, ranks)
     if ranks.first:
         print("\n".join(report_lines(list(records.values()), args.agreeing)))
         print(f"{len(pairs)} pairs in {args.out}")
@@ -319,26 +251,12 @@ def run_pairs(args):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        prog="python -m stic_min.neighbours.sima", description=__doc__, formatter_class=flags.HelpFormatter
-    )
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-
-    def add_step(name, summary, **files):
-        step = steps.add_parser(
-            name, help=summary, description=f"{summary}.", formatter_class=flags.HelpFormatter
-        )
-        for flag, text in files.items():
-            metavar = "DIR" if flag == "images" else "FILE"
-            step.add_argument(f"--{flag}", required=True, metavar=metavar, help=text)
-        return step
-
-    out = "output file, JSON Lines; existing records are kept"
+    parser, add_step = common.command_line("sima", __doc__)
     answers = add_step(
-        "answers", "Generates a sampled and a greedy answer per question",
+        "answers", "generate a sampled and a greedy answer per question",
         instructions="file of questions and reference answers: LLaVA instruction data (the first question of "
                      "each record with an image counts), or JSON Lines of image, text and ground_truth",
-        images="root folder of the questions' images", out=out,
+        images="root folder of the questions' images", out=common.OUT_HELP,
     )  # fmt: skip
     flags.add_model_flags(answers)
     flags.add_check_flag(answers)
@@ -346,8 +264,8 @@ def parse_args():
     flags.add_sampling_flags(answers, temperature=0.8, top_p=0.9)
 
     critique = add_step(
-        "critique", "Lets the model judge its two answers to each question",
-        answers="output of answers", images="root folder of the same images", out=out,
+        "critique", "let the model judge its two answers to each question",
+        answers="output of answers", images="root folder of the same images", out=common.OUT_HELP,
     )  # fmt: skip
     critique.add_argument("--label-free", action="store_true",
                           help="judge against the image alone, without the reference answer")  # fmt: skip
@@ -358,20 +276,18 @@ def parse_args():
     flags.add_sampling_flags(critique, temperature=0.0, max_new_tokens=512)
 
     pairs = add_step(
-        "pairs", "Turns verdicts into preference pairs, without a model",
-        critiques="output of critique", out=out,
+        "pairs", "turn verdicts into preference pairs; needs no model",
+        critiques="output of critique", out=common.OUT_HELP,
     )  # fmt: skip
     pairs.add_argument("--agreeing", action="store_true",
                        help="keep only verdicts that agree in both orders; needs critique --both-orders")
-
-    add_step("train", f"Runs train_stage1.py {' '.join(TRAINING)}; takes all of its flags")
+    add_step("train", f"train_stage1.py {' '.join(TRAINING)}; takes all of its flags")
     return parser.parse_args()
 
 
 def main():
     if sys.argv[1:2] == ["train"]:
-        sys.argv = ["train_stage1.py", *TRAINING, *sys.argv[2:]]  # the later of two equal flags counts
-        return train_stage1.main()
+        return common.train(train_stage1, TRAINING, sys.argv[2:])
     args = parse_args()
     {"answers": run_answers, "critique": run_critique, "pairs": run_pairs}[args.step](args)
 

@@ -95,7 +95,8 @@ def bracketed_numbers(critique: str) -> list[str]:
 def parse_verdict(critique: str) -> tuple[int | None, str]:
     """(1 or 2, ""), or (None, why there is no verdict).
 
-    The last number in double brackets counts, as in the authors' code. It must be exactly [[1]] or [[2]].
+    The last number in double brackets counts. It must be exactly [[1]] or [[2]]. The authors' code takes what
+    follows the last [[, closed or not, and gives no verdict if that is other text.
     """
     numbers = bracketed_numbers(critique)
     if not numbers:

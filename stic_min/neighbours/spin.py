@@ -13,8 +13,9 @@ model of the previous iteration (in iteration 0, the base model). train: train_s
 It starts from theta_t, which is also the reference. To resume a step, run the same command again.
 
 The authors' (uclaml/SPIN): the loss, which is DPO's; beta, learning rate, epochs and batch size; sampling at
-temperature 1, at most 256 tokens; and --previous, training on the pairs of this iteration and the previous
-one together. In iteration 2 they change to --lr 1e-7 --epochs 6, in iteration 3 also to --beta 5.
+temperature 1, at most 256 tokens (generate_vllm.py); and --previous, training on the pairs of this iteration
+and the previous one together. In iteration 2 they change to --lr 1e-7 --epochs 6, in iteration 3 also to
+--beta 5.
 
 Ours: images, since theirs is a text-only model; the first turn of each record, with its image in front; LoRA
 and projector instead of all weights; AdamW with 3% warm-up and a cosine. Their optimizer is RMSprop, with 10%
@@ -23,22 +24,20 @@ warm-up and a linear decay.
 
 import argparse
 import sys
-from pathlib import Path
 
 import train_stage1
-from generate_pairs import dry_run, records_to_describe
-from stic_min import InputError, check, generate
+from generate_pairs import records_to_describe
+from stic_min import InputError, check
 from stic_min.data import parse_instruction, parse_pair
-from stic_min.formats.image_folder import check_folder, image_path
+from stic_min.formats.image_folder import image_path
 from stic_min.formats.records import read_kind
-from stic_min.generate import Job, Query, Sampling, open_model
+from stic_min.generate import Job, Query, Response, open_model
 from stic_min.images import open_image
+from stic_min.neighbours import common
 from stic_min.runtime import consistency, console, flags, process
 from stic_min.runtime.files import brief, sha256
-from stic_min.runtime.output import Output
-from stic_min.runtime.ranks import start_ranks
 from stic_min.runtime.work import row_seed, subset
-from stic_min.text import with_image, without_marks
+from stic_min.text import without_marks
 
 TRAINING = "--alpha 0 --beta 0.1 --lr 5e-7 --epochs 3 --batch-size 64".split()  # Eq. 3.4 has no NLL term
 FIELDS = "id", "image", "chosen", "rejected", "chosen_finish", "rejected_finish"
@@ -48,22 +47,10 @@ FIELDS = "id", "image", "chosen", "rejected", "chosen_finish", "rejected_finish"
 
 def response_job(instruction, image, seed):
     """y' ~ p_theta_t(. | v, x) for (x, y), the first turn of a conversation about v."""
-    user, answer = instruction.turns[0]
-    query = Query(without_marks(user), [image], row_seed(seed, instruction.key, "response"))
-    return Job(instruction.key, [query], {"image": instruction.image, "answer": answer})
-
-
-def pair_record(job, response):
-    """One line of the output: the answer of the data, y, over the model's own response, y'."""
-    user = {"role": "user", "content": with_image(job.queries[0].prompt)}
-    return {
-        "id": job.key,
-        "image": job.fields["image"],
-        "chosen": [user, {"role": "assistant", "content": job.fields["answer"]}],
-        "rejected": [user, {"role": "assistant", "content": response.text}],
-        "chosen_finish": "stop",
-        "rejected_finish": response.finish,
-    }
+    user, y = instruction.turns[0]
+    x = without_marks(user)
+    query = Query(x, [image], row_seed(seed, instruction.key, "response"))
+    return Job(instruction.key, [query], {"image": instruction.image, "x": x, "y": y})
 
 
 def previous_pairs(path, settings):
@@ -90,99 +77,77 @@ def previous_pairs(path, settings):
 
 
 def run_pairs(args):
-    check.out_file(args.out)
-    check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device)
+    ranks = common.start(args)
     problems = check.Problems(args.check)
-    records = records_to_describe(argparse.Namespace(describe=args.instructions, images=args.images), ranks)
+    records = records_to_describe(args.instructions, args.images, ranks)
     consistency.limit(args, len(records), ranks)
-    subset_keys = subset(list(records), args.limit, args.seed)
-    parsed = problems.collect(lambda key: parse_instruction(*records[key]), subset_keys)
+    keys = subset(list(records), args.limit, args.seed)
+    parsed = problems.collect(lambda key: parse_instruction(*records[key]), keys)
     instructions = {instruction.key: instruction for instruction in parsed}
-    keys = list(instructions)
 
     llava = open_model(args, ranks)
-    settings = {"images": Path(args.images).resolve().name, **flags.run_settings(args, llava)}
+    settings = common.settings_of(args, llava)
     settings["instructions"] = sha256(args.instructions)[:12]  # they are half of every pair
     settings["previous"] = args.previous and sha256(args.previous)[:12]
-    if args.check and not args.dtype:
-        del settings["dtype"]  # the default on a GPU may differ from this machine's
     previous = previous_pairs(args.previous, settings) if args.previous else []
-    output = Output(args.out, "id", settings, ranks)
-    if not args.check:
-        output.start()
-    remaining = [key for key in keys if key not in output.done]
-    existing = len(keys) - len(remaining)
-    ranks.print(f"{len(keys)} pairs to generate, {existing} of them already in {args.out}; {len(previous)} "
-                "of the previous iteration")  # fmt: skip
+    output = common.open_output(args, settings, ranks)
 
     def prepare(group):
         [key] = group
         image = open_image(image_path(args.images, instructions[key].image))
         return [response_job(instructions[key], image, args.seed)]
 
+    groups = [[key] for key in instructions]
+    for job, [response] in common.responses(args, llava, output, groups, prepare, "pairs", problems):
+        if response.text:
+            image, x, y = (job.fields[name] for name in ("image", "x", "y"))
+            output.append(common.pair_record(job.key, image, x, Response(y, "stop"), response))
+        else:
+            console.warn(f"skipped: {brief(job.key)}: the model returned an empty response")
     if args.check:
-        return dry_run(args, llava, keys, prepare, "pairs", len(remaining), list(records), problems, ranks)
+        return
     for record in previous if ranks.first else []:
         if record["id"] not in output.done:
             output.append(record)
-    groups, sampling = [[key] for key in remaining], Sampling.from_args(args)
-    for job, [response] in generate.generate(llava, groups, prepare, sampling, ranks, "pairs"):
-        if response.text:
-            output.append(pair_record(job, response))
-        else:
-            console.warn(f"skipped: {brief(job.key)}: the model returned an empty response")
     written = output.finish([*keys, *(record["id"] for record in previous)])
     if ranks.first:
-        report(args, written, len(keys), len(previous), ranks)
-
-
-def report(args, records, count, copied, ranks):
-    own = len(records) - copied
-    cut = sum(record["rejected_finish"] == "length" for record in records[:own])
-    print(f"{own} pairs and {copied} of the previous iteration in {args.out}, {count - own} skipped; "
-          f"{cut} of {own} responses reached --max-new-tokens")  # fmt: skip
-    consistency.one_text([r["rejected"][1]["content"] for r in records[:own]], "rejected responses", ranks)
-    if not own:
-        raise InputError("no pairs: every record was skipped")
+        generated = written[: len(written) - len(previous)]
+        if previous:
+            print(f"{len(previous)} pairs of the previous iteration are appended")
+        common.report(args, generated, len(keys), "pairs", [pair["rejected_finish"] for pair in generated])
+        texts = [pair["rejected"][1]["content"] for pair in generated]
+        consistency.one_text(texts, "rejected responses", ranks)
 
 
 # ---------------------------------------------------------------- the commands
 
 
 def train(given):
-    """train_stage1.py with SPIN's settings; a flag that is given takes precedence. theta_t is both where
-    training starts and the reference."""
+    """train_stage1.py with SPIN's settings. theta_t is both where training starts and the reference."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--adapter")
     parser.add_argument("--reference")
     args, _ = parser.parse_known_args(given)
     reference = ["--reference", args.adapter] if args.adapter and not args.reference else []
-    sys.argv = ["train_stage1.py", *TRAINING, *reference, *given]
-    train_stage1.main()
+    common.train(train_stage1, [*TRAINING, *reference], given)
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(
-        prog="python -m stic_min.neighbours.spin", description=__doc__, formatter_class=flags.HelpFormatter
-    )
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
-    pairs_help = "generate pairs: the data set's answer over the model's own response"
-    pairs = steps.add_parser(
-        "pairs", help=pairs_help, description=pairs_help, formatter_class=flags.HelpFormatter
-    )
-    add = pairs.add_argument
-    add("--instructions", required=True, metavar="FILE", help="file of LLaVA instruction data, a JSON list")
-    add("--images", required=True, metavar="DIR", help="root folder of the instructions' images")
-    add("--previous", metavar="FILE",
-        help="output of the previous iteration's pairs; those that it generated itself are appended")
-    add("--out", required=True, metavar="FILE", help="output file, JSON Lines; existing records are kept")
+    parser, add_step = common.command_line("spin", __doc__)
+    pairs = add_step(
+        "pairs", "generate pairs: the data set's answer over the model's own response",
+        instructions="file of LLaVA instruction data, a JSON list",
+        images="root folder of the instructions' images", out=common.OUT_HELP,
+    )  # fmt: skip
+    pairs.add_argument("--previous", metavar="FILE",
+                       help="output of the previous iteration's pairs; those that it generated itself are "
+                            "appended")  # fmt: skip
     flags.add_model_flags(pairs)
     flags.add_check_flag(pairs)
     flags.add_limit_flag(pairs)
     flags.add_sampling_flags(pairs, temperature=1.0, max_new_tokens=256)
-    steps.add_parser("train", help=f"train_stage1.py {' '.join(TRAINING)}, with --adapter also as the "
-                                   "--reference; takes all of its flags")  # fmt: skip
+    add_step("train", f"train_stage1.py {' '.join(TRAINING)}, with --adapter also as the --reference; takes "
+                      "all of its flags")  # fmt: skip
     return parser.parse_args()
 
 

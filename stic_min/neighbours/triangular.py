@@ -18,7 +18,6 @@ For another round, repeat the last four commands with --adapter runs/refined and
 still write questions: select with --mixture 1 1 1 in all rounds but the last.
 """
 
-import argparse
 import json
 import math
 import random
@@ -32,23 +31,23 @@ from pathlib import Path
 import torch
 
 import train_stage2
-from generate_pairs import dry_run
-from stic_min import InputError, check, cost, generate
+from stic_min import InputError, check, cost
 from stic_min.batch import Example, collate
 from stic_min.data import parse_instruction
-from stic_min.formats.image_folder import check_folder, image_path, list_images
+from stic_min.formats.image_folder import image_path, list_images
 from stic_min.formats.records import image_records, read_names, skipped_line
-from stic_min.generate import Job, Query, Sampling, open_model
+from stic_min.generate import Job, Query, open_model
 from stic_min.images import open_image
 from stic_min.loss import IGNORE, token_logps
+from stic_min.neighbours import common
 from stic_min.runtime import consistency, console, flags, process, provenance
 from stic_min.runtime.files import brief, read_records, read_text, sha256, text_field, write_text
-from stic_min.runtime.output import Output
-from stic_min.runtime.ranks import Ranks, place, start_ranks
+from stic_min.runtime.ranks import Ranks, place
 from stic_min.runtime.work import prefetch, row_seed, subset
 from stic_min.sampler import not_finite
 from stic_min.text import IMAGE, with_image, without_marks
 
+TRAINING = ["--plain"]  # the paper's settings are not public: the others are stage 2's
 TASKS = "answer", "question", "both"  # IQ -> A, IA -> Q, I -> QA
 # The prompts are ours. The one of "answer" is the question itself, as in LLaVA.
 QUESTION_PROMPT = "Which question about this image has the following answer?\n{answer}"
@@ -114,20 +113,18 @@ def run_tasks(args):
     """Every turn of every conversation is one triplet, also a later one that refers to earlier ones."""
     skipped = {}
     entries, total = image_records(args.instructions, skipped)
-    triplets, unfit = [], 0
-    for where, key, record in entries:
-        instruction = parse_instruction(where, key, record)
-        for number, (user, answer) in enumerate(instruction.turns, 1):
-            texts = without_marks(user), without_marks(answer)
-            triplet = Triplet(f"{key}-{number}", instruction.image, *texts)
-            if parse_form(triplet.turn("both")[1]) == texts:
-                triplets.append(triplet)
-            else:
-                unfit += 1
+    turns = []
+    for entry in entries:
+        instruction = parse_instruction(*entry)
+        for number, texts in enumerate(instruction.turns, 1):
+            question, answer = map(without_marks, texts)
+            turns.append(Triplet(f"{instruction.key}-{number}", instruction.image, question, answer))
+    fits = lambda triplet: parse_form(triplet.turn("both")[1]) == (triplet.question, triplet.answer)
+    triplets = list(filter(fits, turns))
     if not triplets:
         raise InputError(f"{args.instructions}: no turn fits the form of a triplet")
     print(f"{len(triplets)} turns of {len(entries)} records with an image, {total} in all; "
-          f"{unfit} turns do not fit the form of a triplet")  # fmt: skip
+          f"{len(turns) - len(triplets)} turns do not fit the form of a triplet")  # fmt: skip
     if skipped:
         print(skipped_line(skipped))
     triplets = subset(triplets, args.limit, args.seed)
@@ -136,13 +133,6 @@ def run_tasks(args):
 
 
 # ---------------------------------------------------------------- I -> QA, on unlabeled images
-
-
-def open_output(args, settings, ranks):
-    if args.check and not args.dtype:
-        del settings["dtype"]  # the default on a GPU may differ from this machine's
-    output = Output(args.out, "id", settings, ranks)
-    return output if args.check else output.start()
 
 
 def triplet_record(job, response):
@@ -155,21 +145,14 @@ def triplet_record(job, response):
 
 
 def run_triplets(args):
-    check.out_file(args.out)
-    check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device)
+    ranks = common.start(args)
+    problems = check.Problems(args.check)
     names = list(dict.fromkeys(read_names(args.names))) if args.names else list_images(args.images)
     consistency.limit(args, len(names), ranks)
     names = subset(names, args.limit, args.seed)
-    keys_of = {name: [f"{name}#{number}" for number in range(1, args.per_image + 1)] for name in names}
+    groups = [[f"{name}#{number}" for number in range(1, args.per_image + 1)] for name in names]
     llava = open_model(args, ranks)
-    settings = {"images": Path(args.images).resolve().name, **flags.run_settings(args, llava)}
-    output = open_output(args, settings, ranks)
-    keys = [key for name in names for key in keys_of[name]]
-    groups = [[key for key in keys_of[name] if key not in output.done] for name in names]
-    groups = [group for group in groups if group]  # keys about one image
-    existing = len(keys) - sum(map(len, groups))
-    ranks.print(f"{len(keys)} triplets to generate, {existing} of them already in {args.out}")
+    output = common.open_output(args, common.settings_of(args, llava), ranks)
 
     def prepare(group):
         name = group[0].rpartition("#")[0]
@@ -177,22 +160,20 @@ def run_triplets(args):
         query = lambda key: Query(BOTH_PROMPT, [image], row_seed(args.seed, key, "triplet"))
         return [Job(key, [query(key)], {"image": name}) for key in group]
 
-    if args.check:
-        problems = check.Problems(True)
-        return dry_run(args, llava, names, lambda group: prepare(keys_of[group[0]]), "images", len(groups),
-                       names, problems, ranks)  # fmt: skip
-    sampling = Sampling.from_args(args)
-    for job, [response] in generate.generate(llava, groups, prepare, sampling, ranks, "triplets"):
+    for job, [response] in common.responses(args, llava, output, groups, prepare, "triplets", problems):
         output.append(triplet_record(job, response))
+    if args.check:
+        return
+    keys = [key for group in groups for key in group]
     records = output.finish(keys)
     if ranks.first:
-        good = [record for record in records if record["question"] is not None]
-        print(f"{len(good)} triplets in {args.out}; {len(records) - len(good)} responses are malformed, "
-              f"{len(keys) - len(records)} were skipped")  # fmt: skip
-        consistency.one_text([record["question"] for record in good], "questions", ranks)
-        if not good:
-            raise InputError("no triplets: tune the model on the output of tasks first, or raise "
-                             "--max-new-tokens")  # fmt: skip
+        common.report(args, records, len(keys), "triplets", [record["finish"] for record in records])
+        questions = [record["question"] for record in records if record["question"] is not None]
+        print(f"{len(records) - len(questions)} of the responses are malformed")
+        consistency.one_text(questions, "questions", ranks)
+        if not questions:
+            raise InputError("every response is malformed: tune the model on the output of tasks first, or "
+                             "raise --max-new-tokens")  # fmt: skip
 
 
 # ---------------------------------------------------------------- log p(A | I, Q) and log p(Q | I, A)
@@ -202,11 +183,11 @@ def read_triplets(path) -> dict[str, tuple[Triplet, dict]]:
     """{key: (triplet, its record)} of a file; malformed ones are left out."""
     triplets = {}
     for where, record in read_records(path):
-        if not {"id", "image", "question", "answer"} <= record.keys():
-            raise InputError(f"{where}: not a triplet; expected: id, image, question and answer")
+        names = "id", "image", "question", "answer"
+        if not set(names) <= record.keys():
+            raise InputError(f"{where}: not a triplet; expected: {', '.join(names)}")
         if record["question"] is None and record["answer"] is None:
             continue
-        names = "id", "image", "question", "answer"
         key, image, question, answer = (text_field(record, name, where) for name in names)
         if key in triplets:
             raise InputError(f"{where}: {brief(key)} appears twice")
@@ -246,16 +227,14 @@ def mean_logps(llava, batch) -> list[float]:
 
 
 def run_score(args):
-    check.out_file(args.out)
-    check_folder(args.images)
-    ranks = start_ranks("cpu" if args.check else args.device)
+    ranks = common.start(args)
     triplets = [triplet for triplet, _ in read_triplets(args.triplets).values()]
     llava = open_model(args, ranks)
-    settings = {"triplets": sha256(args.triplets), **flags.model_settings(args, llava)}
-    output = open_output(args, settings, ranks)
+    settings = {"triplets": sha256(args.triplets)[:12], **common.settings_of(args, llava)}
+    output = common.open_output(args, settings, ranks)
     remaining = [triplet for triplet in triplets if triplet.key not in output.done]
-    existing = len(triplets) - len(remaining)
-    ranks.print(f"{len(triplets)} triplets to score, {existing} of them already in {args.out}")
+    existing = f"{len(triplets) - len(remaining)} of them already in {args.out}"
+    ranks.print(f"{len(triplets)} triplets to score, {existing}")
 
     def prepare(triplet):
         try:
@@ -264,9 +243,8 @@ def run_score(args):
         except InputError as error:
             return triplet, None, error
 
-    share = remaining[ranks.rank :: ranks.world]
+    share, lengths = remaining[ranks.rank :: ranks.world], []  # of the packed sequences
     progress = console.Progress("triplets", len(share), ranks)
-    lengths = []  # of the packed sequences
     for triplet, batch, error in prefetch(prepare, share):
         if error:
             console.warn(f"skipped: {error}")
@@ -293,15 +271,14 @@ def score_record(llava, triplet, batch):
 
 def check_score(llava, lengths, remaining, ranks):
     """The report of --check, which has opened every image and tokenized every triplet."""
-    if not ranks.first:
-        return
     lines = [("triplets", f"{remaining} to score, {remaining - len(lengths)} skipped with a warning")]
     if lengths:
-        seconds = cost.prefill_seconds(llava, sum(lengths))
-        lines += [("tokens", f"per triplet, image included: {check.percentiles(lengths)}"),
-                  ("time", f"about {console.clock(seconds)} on one H200")]  # fmt: skip
-    problems = ["no scores: every triplet would be skipped"] if remaining and not lengths else []
-    check.print_report(lines, problems)
+        time = console.clock(cost.prefill_seconds(llava, sum(lengths)))
+        lines.append(("tokens", f"per triplet, image included: {check.percentiles(lengths)}"))
+        lines.append(("time", f"about {time} on one H200"))
+    if ranks.first:
+        fails = remaining and not lengths
+        check.print_report(lines, ["no scores: every triplet would be skipped"] if fails else [])
 
 
 # ---------------------------------------------------------------- the consistent ones
@@ -343,11 +320,12 @@ def run_select(args):
     triplets, logps = zip(*distinct.values())
     scores = consistency_scores(logps)
     chosen = select(scores, max(1, round(args.keep * len(triplets))), args.seed, args.random)
-    how, repeats = "sampled at random" if args.random else "the best", len(entries) - len(triplets)
-    print(f"{len(chosen)} of {len(triplets)} triplets, {how}; {repeats} repeat an earlier one")
+    criterion = "sampled at random" if args.random else "the best"
+    repeats = len(entries) - len(triplets)
+    print(f"{len(chosen)} of {len(triplets)} triplets, {criterion}; {repeats} repeat an earlier one")
     for name, values in zip(("A | I, Q", "Q | I, A"), zip(*logps)):
-        kept = statistics.fmean(values[i] for i in chosen)
-        print(f"log p({name}) per token: {kept:.4f} on average, {statistics.fmean(values):.4f} over all")
+        mean = statistics.fmean(values[i] for i in chosen)
+        print(f"log p({name}) per token: {mean:.4f} on average, {statistics.fmean(values):.4f} over all")
     record = lambda i: instruction_record(triplets[i], args.mixture, args.seed)
     write_instructions(args, [record(i) | {"consistency": round(scores[i], 6)} for i in chosen], args.scores)
 
@@ -355,69 +333,57 @@ def run_select(args):
 # ---------------------------------------------------------------- the command
 
 
-def run_train(rest):
-    """train_stage2.py --plain, on all records, with its other defaults: the paper's are not public."""
-    sys.argv = ["train_stage2.py", "--plain", *rest]
-    train_stage2.main()
-
-
-def add_list_flags(sub, mixture, hint=""):
+def add_list_flags(step, mixture, hint=""):
     """The flags of the steps that write instruction data."""
-    sub.add_argument("--out", required=True, metavar="FILE",
-                     help="output file of instruction data, a JSON list")  # fmt: skip
-    sub.add_argument("--mixture", nargs=3, type=flags.not_negative, default=mixture,
-                     metavar=("IQ_A", "IA_Q", "I_QA"),
-                     help=f"weights with which each triplet's task is sampled{hint}")  # fmt: skip
-    sub.add_argument("--seed", type=flags.seed_value, default=0, help="random seed")
-
-
-def add_output_flags(sub):
-    """The flags of the steps that use the model."""
-    sub.add_argument("--images", required=True, metavar="DIR", help="folder of the images")
-    sub.add_argument("--out", required=True, metavar="FILE",
-                     help="output file, JSON Lines; existing records are kept")  # fmt: skip
-    flags.add_model_flags(sub)
-    flags.add_check_flag(sub)
+    step.add_argument("--mixture", nargs=3, type=flags.not_negative, default=mixture,
+                      metavar=("IQ_A", "IA_Q", "I_QA"),
+                      help=f"weights with which each triplet's task is sampled{hint}")  # fmt: skip
+    step.add_argument("--seed", type=flags.seed_value, default=0, help="random seed")
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(prog="python -m stic_min.neighbours.triangular", description=__doc__,
-                                     formatter_class=flags.HelpFormatter)  # fmt: skip
-    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    parser, add_step = common.command_line("triangular", __doc__)
+    list_out = "output file of instruction data, a JSON list"
 
-    def step(name, summary, run):
-        sub = steps.add_parser(name, help=summary, description=summary, formatter_class=flags.HelpFormatter)
-        sub.set_defaults(run=run)
-        return sub
+    tasks = add_step(
+        "tasks", "turn LLaVA's instruction data into the three tasks",
+        instructions="file of LLaVA instruction data, a JSON list", out=list_out,
+    )  # fmt: skip
+    add_list_flags(tasks, [1.0, 1.0, 1.0])
+    flags.add_limit_flag(tasks)
 
-    sub = step("tasks", "turn LLaVA's instruction data into the three tasks", run_tasks)
-    sub.add_argument("--instructions", required=True, metavar="FILE",
-                     help="file of LLaVA instruction data, a JSON list")  # fmt: skip
-    add_list_flags(sub, [1.0, 1.0, 1.0])
-    flags.add_limit_flag(sub)
+    add_step("train", f"train_stage2.py {' '.join(TRAINING)}, on the output of tasks or select; takes all of "
+                      "its flags")  # fmt: skip
 
-    steps.add_parser("train", help="train on the output of tasks or select: train_stage2.py --plain")
+    triplets = add_step(
+        "triplets", "sample questions with answers about unlabeled images",
+        images="folder of the images", out=common.OUT_HELP,
+    )  # fmt: skip
+    triplets.add_argument("--names", metavar="FILE",
+                          help="file of image names to use, one per line or a JSON list")  # fmt: skip
+    triplets.add_argument("--per-image", type=flags.positive, default=1, metavar="N",
+                          help="number of triplets per image")  # fmt: skip
+    flags.add_model_flags(triplets)
+    flags.add_check_flag(triplets)
+    flags.add_limit_flag(triplets)
+    flags.add_sampling_flags(triplets, temperature=0.7, max_new_tokens=512)
 
-    sub = step("triplets", "sample questions with answers about unlabeled images", run_triplets)
-    sub.add_argument("--names", metavar="FILE",
-                     help="file of image names to use, one per line or a JSON list")  # fmt: skip
-    sub.add_argument("--per-image", type=flags.positive, default=1, metavar="N",
-                     help="number of triplets per image")  # fmt: skip
-    add_output_flags(sub)
-    flags.add_limit_flag(sub)
-    flags.add_sampling_flags(sub, temperature=0.7, max_new_tokens=512)
+    score = add_step(
+        "score", "compute log p(A | I, Q) and log p(Q | I, A) per token of each triplet",
+        triplets="output of triplets", images="folder of the images", out=common.OUT_HELP,
+    )  # fmt: skip
+    flags.add_model_flags(score)
+    flags.add_check_flag(score)
 
-    sub = step("score", "compute log p(A | I, Q) and log p(Q | I, A) per token of each triplet", run_score)
-    sub.add_argument("--triplets", required=True, metavar="FILE", help="output of the step triplets")
-    add_output_flags(sub)
-
-    sub = step("select", "keep the most consistent triplets, as instruction data for the update", run_select)
-    sub.add_argument("--scores", required=True, metavar="FILE", help="output of the step score")
-    sub.add_argument("--keep", type=flags.top_p_value, default=0.5, metavar="SHARE",
-                     help="share of the triplets to keep")  # fmt: skip
-    sub.add_argument("--random", action="store_true",
-                     help="keep as many, sampled at random with --seed (a control)")  # fmt: skip
-    add_list_flags(sub, [1.0, 0.0, 0.0], "; 1 1 1 if another round follows")
+    select = add_step(
+        "select", "keep the most consistent triplets, as instruction data for the update",
+        scores="output of score", out=list_out,
+    )  # fmt: skip
+    select.add_argument("--keep", type=flags.top_p_value, default=0.5, metavar="SHARE",
+                        help="share of the triplets to keep")  # fmt: skip
+    select.add_argument("--random", action="store_true",
+                        help="keep as many, sampled at random with --seed (a control)")  # fmt: skip
+    add_list_flags(select, [1.0, 0.0, 0.0], "; 1 1 1 if another round follows")
 
     args = parser.parse_args()
     if not sum(getattr(args, "mixture", [1])):
@@ -429,13 +395,13 @@ def parse_args():
 
 def main():
     if sys.argv[1:2] == ["train"]:
-        return run_train(sys.argv[2:])
+        return common.train(train_stage2, TRAINING, sys.argv[2:])
     args = parse_args()
-    if args.run in (run_tasks, run_select):
+    if args.step in ("tasks", "select"):
         check.out_file(args.out)
         if place()[0]:
             return  # there is no work for other ranks
-    args.run(args)
+    {"tasks": run_tasks, "triplets": run_triplets, "score": run_score, "select": run_select}[args.step](args)
 
 
 if __name__ == "__main__":

@@ -264,6 +264,23 @@ def test_what_is_no_pair_is_skipped(world, tmp_path):
         call(*command)
 
 
+def test_ids_and_finishes_are_kept(world, tmp_path):
+    first, second, third, *_ = published(world.tiny)
+    no_id = {name: value for name, value in third.items() if name != "id"}
+    records = [first | {"id": 0}, second | {"id": "0", "rejected_finish": "length"}, no_id]
+    (tmp_path / "povid.json").write_text(json.dumps(records))
+    command = [POVID, "pairs", "--data", tmp_path / "povid.json", "--out", tmp_path / "pairs.jsonl"]
+    call(*command)
+    pairs = lines(tmp_path / "pairs.jsonl")
+    assert [pair["id"] for pair in pairs] == ["0", "0#2", third["image"]]
+    assert [(pair["chosen_finish"], pair["rejected_finish"]) for pair in pairs] == [
+        ("stop", "stop"), ("stop", "length"), ("stop", "stop"),
+    ]  # fmt: skip
+    (tmp_path / "povid.json").write_text(json.dumps([first | {"id": "\ud800"}]))
+    status, line = ended(*command)
+    assert status == 1 and line == f"error: {tmp_path}/povid.json, record 0: id '\\ud800' is not valid Unicode"
+
+
 def test_stage1_has_the_authors_settings(world, tmp_path):
     call(POVID, "stage1", *world.at, "--pairs", world.out / "povid.json", "--out", tmp_path / "stage1")  # as published
     settings = json.loads((tmp_path / "stage1/run.json").read_text())

@@ -335,7 +335,7 @@ def test_answers_have_the_question_the_reference_and_both_texts(steps):
         assert r["question"] == human["value"].replace("<image>", "").strip() and r["ground_truth"] == gpt["value"]
         assert r["sampled"] and r["greedy"] and (r["temperature"], r["top_p"], r["seed"]) == (0.8, 0.9, 0)
     assert sum(r["sampled"] != r["greedy"] for r in records) > 4
-    assert f"8 records in {steps.out / 'answers.jsonl'}, 0 skipped" in steps.printed
+    assert f"8 answers in {steps.out / 'answers.jsonl'}, 0 skipped" in steps.printed
 
 
 def test_each_answer_can_be_regenerated_alone(steps):
@@ -422,7 +422,7 @@ def test_what_is_not_judged_is_recorded_and_counted(steps, tmp_path, capsys):
     command = [*steps.critique, tmp_path / "critiques.jsonl", "--answers", tmp_path / "answers.jsonl"]
     for too_long in (1, 0):  # the second time, only the image is looked for
         printed = call(*command)
-        assert "3 records in" in printed and "1 skipped; 2 of 2 critiques reached" in printed
+        assert "3 critiques in" in printed and "1 skipped; 2 of 2 responses reached" in printed
         assert "1 have none: identical answers" in printed and "1 have none: prompt too long" in printed
         records = lines(tmp_path / "critiques.jsonl")
         assert [r["unjudged"] for r in records] == ["identical answers", "prompt too long", None]
@@ -485,7 +485,7 @@ def test_flags_of_train_take_precedence(monkeypatch):
 def questions_of(steps, path):
     args = SimpleNamespace(instructions=path, images=steps.tiny / "images")
     available = sima.read_questions(args, SimpleNamespace(print=print))
-    return [sima.parse_question(key, *entry) for key, entry in available.items()]
+    return [sima.parse_question(*entry) for entry in available.values()]
 
 
 def test_sima_s_json_lines_are_read(steps, tmp_path, capsys):
@@ -493,7 +493,7 @@ def test_sima_s_json_lines_are_read(steps, tmp_path, capsys):
     write_lines(tmp_path / "sima.jsonl", [
         about("scene_01.jpg", "What is rejected?", ground_truth="A house."),
         about("scene_01.jpg", "<image>\nIs it day?", ground_truth="Yes."),
-        about("scene_02.png", "What floats?"),
+        about("scene_02.png", "What floats?", id=0),
         about("elsewhere.png", "What?", ground_truth="Nothing."),
         about("scene_03.png", "Night?", id=7, ground_truth="Yes."),
     ])  # fmt: skip
@@ -501,7 +501,7 @@ def test_sima_s_json_lines_are_read(steps, tmp_path, capsys):
     assert [tuple(q[name] for name in fields) for q in questions_of(steps, tmp_path / "sima.jsonl")] == [
         ("scene_01.jpg", "scene_01.jpg", "What is rejected?", "A house."),
         ("scene_01.jpg#2", "scene_01.jpg", "Is it day?", "Yes."),
-        ("scene_02.png", "scene_02.png", "What floats?", None),
+        ("0", "scene_02.png", "What floats?", None),
         ("7", "scene_03.png", "Night?", "Yes."),
     ]
     assert "1 of 5 records have no image in" in capsys.readouterr().out

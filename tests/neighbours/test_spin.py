@@ -99,7 +99,7 @@ def test_pairs_prefer_the_data_to_the_models_own_response(spin):
         assert (pair["chosen_finish"], pair["rejected_finish"]) == ("stop", own.finish)
     assert (pairs[0]["temperature"], pairs[0]["top_p"], pairs[0]["adapter"]) == (1.0, None, None)
     assert "8 pairs to generate, 0 of them already in" in spin.printed[0]
-    assert "8 pairs and 0 of the previous iteration in" in spin.printed[0]
+    assert f"8 pairs in {spin.out / 'pairs0.jsonl'}, 0 skipped" in spin.printed[0]
 
 
 def test_the_help_shows_the_authors_sampling(monkeypatch, capsys):
@@ -108,6 +108,16 @@ def test_the_help_shows_the_authors_sampling(monkeypatch, capsys):
         spin_module.main()
     text = " ".join(capsys.readouterr().out.split())
     assert "0 is greedy (default: 1.0)" in text and "in tokens (default: 256)" in text
+
+
+def test_the_help_of_train_shows_spins_defaults(monkeypatch, capsys):
+    """Those of stage 1, which follow, are others."""
+    monkeypatch.setattr("sys.argv", ["spin", "train", "--help"])
+    with pytest.raises(SystemExit):
+        spin_module.main()
+    text = capsys.readouterr().out
+    assert text.startswith("train_stage1.py --alpha 0 --beta 0.1 --lr 5e-7 --epochs 3 --batch-size 64: these are the ")
+    assert "(default: 1e-07)" in text
 
 
 def test_each_iteration_has_the_previous_ones_pairs_too(spin):
@@ -126,7 +136,7 @@ def test_each_iteration_has_the_previous_ones_pairs_too(spin):
             assert origin["adapter"] == (f"spin{t - 2}" if t > 1 else None)
             assert origin["fingerprint"] == fingerprint(spin.model, spin.out / f"spin{t - 2}" if t > 1 else None)
         assert len(data.read_pairs(spin.out / f"pairs{t}.jsonl")) == 16
-    assert "8 pairs and 8 of the previous iteration in" in spin.printed[1]
+    assert "8 pairs of the previous iteration are appended" in spin.printed[1]
 
 
 def test_a_record_whose_image_comes_later_has_it_in_its_first_turn(spin, tmp_path):

@@ -232,8 +232,8 @@ def test_triplets(world):
         texts = parse_form(record["response"]) if record["finish"] == "stop" else None
         assert (record["question"], record["answer"]) == (texts or (None, None))
         assert record["adapter"] == "tuned" and record["temperature"] == 0.4 and record["images"] == "images"
-    counts = f"{len(good)} triplets in {world.out / 'triplets.jsonl'}; {16 - len(good)} responses are malformed"
-    assert counts in world.printed["triplets"]
+    assert f"16 triplets in {world.out / 'triplets.jsonl'}, 0 skipped; " in world.printed["triplets"]
+    assert f"\n{16 - len(good)} of the responses are malformed" in world.printed["triplets"]
     run_json = json.loads((world.out / "triplets.run.json").read_text())["record"]
     assert run_json["finished"] and run_json["requested"] == 16 and run_json["skipped"] == 0
 
@@ -274,6 +274,8 @@ def test_a_restart_computes_only_what_is_missing(world, step, file, tmp_path):
     changed = {"write": ["--temperature", 0.6], "score": ["--dtype", "bfloat16"]}[step]
     with pytest.raises(InputError, match=f"{file} was written with .*, but this run has .*; choose another --out"):
         call(*command, *changed)
+    with pytest.raises(InputError, match=f"{file} was written with images 'images', but this run has '.*'; choose"):
+        call(*command, "--images", tmp_path, *(["--names", __file__] if step == "write" else []))
     assert (tmp_path / file).read_bytes() == whole
 
 
@@ -339,7 +341,7 @@ def test_bad_input(world, tmp_path):
     fails("record 0 (a): turns are", "tasks", "--instructions", bad_turns(tmp_path), *out)
     fails("is a folder, not a file", "tasks", "--instructions", file, "--out", tmp_path)
 
-    fails("in.jsonl, line 1: not a triplet; expected: id, image, question and answer",
+    fails("in.jsonl, line 1: not a triplet; expected: id, image, question, answer",
           "score", *at, "--triplets", file, *out)  # fmt: skip
     for name in ("id", "image", "question", "answer"):
         write(scored[0], scored[1] | {name: 7})
@@ -359,8 +361,10 @@ def test_bad_input(world, tmp_path):
         fails("has no scores; first run the step score", "select", "--scores", file, *out)
 
     base = world.write[2:-8]  # up to the images; without the adapter
-    fails("no triplets: tune the model on the output of tasks first",
+    fails("every response is malformed: tune the model on the output of tasks first",
           "triplets", *base, "--max-new-tokens", 4, "--limit", 2, "--out", tmp_path / "base.jsonl")  # fmt: skip
+    (tmp_path / "gone.txt").write_text("gone.jpg\n")
+    fails("no triplets: every record was skipped", "triplets", *base, "--names", tmp_path / "gone.txt", *out)
     fails("no such image folder", "triplets", *base, "--images", tmp_path / "no", *out)
 
 
