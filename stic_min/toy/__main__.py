@@ -39,7 +39,7 @@ def main():
     group = parser.add_argument_group("study", study.overview())
     group.add_argument("--bases", type=flags.positive, metavar="N",
                        help="without --model: number of base models, with seeds 0 to N-1; all but the first "
-                            "are pretrained, half an hour each, and so is one more that trusts text (default: 3)")
+                            "are pretrained, half an hour each, and so is one that trusts text (default: 3)")
     group.add_argument("--seeds", type=flags.positive, metavar="N",
                        help="number of seeds, each with its own pictures (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")
