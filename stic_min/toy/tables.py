@@ -2,7 +2,8 @@
 
 Values are means over seeds ± sample standard deviation (omitted where all seeds agree exactly). Differences
 are paired: both sides have the same base model and seed. They come with a 95% interval (Student's t over the
-seeds), and the seeds whose difference has the sign of the mean, or of the paper's claim, are counted.
+seeds), and the seeds whose difference has the sign of the mean, or of the paper's claim, are counted. All
+seeds are evaluated on the same pictures, so the intervals do not cover the choice of these.
 """
 
 from statistics import mean, stdev
