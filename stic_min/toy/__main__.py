@@ -3,8 +3,8 @@
   python -m stic_min.toy          draws pictures and runs the whole recipe on them: pairs, stage 1,
                                   descriptions, stage 2, evaluation, with the scripts of a real run
   python -m stic_min.toy study    the paper's tables and the release's differences from the paper, on several
-                                  base models and seeds; one process per core; says beforehand how long it
-                                  takes; run the same command again to resume
+                                  base models and seeds; one process per core; first prints an estimate of
+                                  the time it takes; run the same command again to resume
 
 The base model (1.3M parameters) comes with the project; `python -m stic_min.toy.pretrain` trains another
 from scratch.
