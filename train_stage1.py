@@ -5,12 +5,14 @@ with LoRA.
   torchrun --nproc_per_node=4 train_stage1.py ...      the same global batches on four GPUs, sharded by FSDP
 
 Reads the output of generate_pairs.py, or pairs published by others. The reference model is theta_0: the same
-weights with LoRA off and the original projector. (A second round continues with --adapter, and can have
-the first one as --reference.) To resume a run that was stopped, run the same command again.
+weights with LoRA off and the original projector. (A second round continues training the first one's
+--adapter. Its reference is still theta_0, or the model with the adapter --reference.) To resume a run that
+was stopped, run the same command again.
 """
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 
@@ -65,9 +67,10 @@ def parse_args():
         help="weight of -log p(y_w), summed over its tokens; 0 gives plain DPO "
              "(default: 1/1024, as in the paper)")  # fmt: skip
     add("--rejected-score", choices=["text", "argmax"], default="text",
-        help="what stands for log p(y_l): the rejected text's, or that of the model's own top tokens")
+        help="score of the rejected response: log p of its text or, as in the release, of the model's own "
+             "top token at each of its positions")  # fmt: skip
     add("--reference", metavar="DIR",
-        help="adapter folder of the reference, as in iterated methods (default: none, theta_0)")
+        help="adapter folder of the reference model, as in iterated methods (default: none, for theta_0)")
     flags.add_model_flags(parser, image_mode="pad, as in Table 4")
     flags.add_limit_flag(parser)
     flags.add_training_flags(parser, lr=1e-7, batch_size=4, dropout=0.0, max_length=1024)  # Table 4
@@ -94,7 +97,7 @@ def main():
     ranks.print(f"{len(samples)} pairs, {truncated}")
     consistency.same_preset(args, args.pairs, problems)
     consistency.same_model(args, args.pairs, llava.config.template, ranks)
-    consistency.preferences(pairs, samples, args.pairs, ranks, problems)
+    consistency.preferences(pairs, samples, args.pairs, ranks, problems, args.rejected_score)
     check.verify_images(samples, ranks, problems)
     stage_settings = {"beta": args.beta, "alpha": args.alpha, "pairs": sha256(args.pairs)}
     if args.reference:
@@ -109,7 +112,8 @@ def main():
     training.shard(llava, args, ranks)  # FSDP: every decoder block, then the rest
     training.load(llava, weights, args, ranks)  # each rank reads its own rows
     check.image_matters(llava, samples[0])
-    if args.adapter == args.reference:
+    policy, reference = (folder and Path(folder).resolve() for folder in (args.adapter, args.reference))
+    if policy == reference:
         check_reference(llava, samples[0], args.beta)
 
     run = training.Run(args, llava, adapter, samples, ranks, settings)  # order of the data, log, checkpoints

@@ -159,7 +159,7 @@ class Infusion:
         return instruction if self.plain else infuse(instruction, description, self.one_line)
 
     def summary(self):
-        """One line of counts, after all descriptions have been joined."""
+        """One line of counts, after all descriptions, if any, have been joined."""
         line = f"{len(self.records)} records with an image, {self.total} in all"
         if self.described:
             line = f"{self.count} described of {line}"

@@ -208,7 +208,7 @@ def sample(
     llava,
     prompts: list[str],
     images: list[list],
-    seeds: list[int],
+    seeds: list[int | None],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -216,6 +216,7 @@ def sample(
     top_k: int | None = None,
 ) -> list[Sample]:
     """Samples one response to each prompt, all at the same time; images[i] are the PIL images of prompts[i].
+    Those without a seed are greedy.
 
     Otherwise as `stream`. Raises InputError if a prompt is too long or disagrees with its images in number.
     """

@@ -28,11 +28,13 @@ class Curve:
     levels: dict[str, float] | None = None
 
 
-def curves(stage: int | None, record: dict) -> list[Curve]:
-    """What is drawn of a stage. record: of run.json."""
+def curves(stage: int | None, record: dict, scores_text: bool = True) -> list[Curve]:
+    """What is drawn of a stage. record: of run.json; scores_text: whether the rejected text is scored."""
     equal, samples = records.number(record, "equal"), records.number(record, "samples")
-    floor = ""
-    if equal and samples:
+    floor = argmax = ""
+    if not scores_text:
+        argmax = " For the dispreferred response, it is that of the model's own top token at each position."
+    elif equal and samples:
         floor = (
             f" Pairs with identical responses stay at ln 2, so here the average over all pairs can't fall "
             f"below {equal / samples * LN2:.2f}."
@@ -41,8 +43,8 @@ def curves(stage: int | None, record: dict) -> list[Curve]:
         Curve(
             "Loss and its two terms (Eq. 4.1)",
             {"loss": "loss", "dpo": "DPO term", "alpha_nll": "α·NLL term"},
-            "loss = DPO term + α·NLL term. The DPO term (Eq. 3.3) starts at ln 2 = 0.693, where policy and "
-            f"reference are the same, and should fall.{floor} The α·NLL term is −α log p of the "
+            "loss = DPO term + α·NLL term. The DPO term (Eq. 3.3) starts at ln 2 = 0.693 if policy and "
+            f"reference start as the same model, and should fall.{floor} The α·NLL term is −α log p of the "
             "preferred response; it falls if that becomes more probable.",
             levels={"ln 2": LN2},
         ),
@@ -50,14 +52,16 @@ def curves(stage: int | None, record: dict) -> list[Curve]:
             "Margin",
             {"margin": "margin"},
             "Reward of the preferred response minus that of the dispreferred one, the argument of ℓ in "
-            "Eq. 3.3, averaged over the pairs whose responses differ. It starts at 0 and should rise.",
+            "Eq. 3.3, averaged over the pairs whose responses differ. It should rise. It starts at 0 if "
+            "policy and reference start as the same model.",
             zero=True,
         ),
         Curve(
             "Accuracy",
             {"accuracy": "accuracy"},
             "Fraction of the differing pairs whose margin is positive. It should rise toward 1; at 0.5, the "
-            "responses are told apart no better than by chance. (At step 1 all margins are 0, so it is 0.)",
+            "responses are told apart no better than by chance. (If all margins are 0, as at the start, so "
+            "is the accuracy.)",
             zero=True,
             levels={"chance": 0.5},
         ),
@@ -65,16 +69,16 @@ def curves(stage: int | None, record: dict) -> list[Curve]:
             "log p of the responses",
             {"logp_chosen": "preferred", "logp_rejected": "dispreferred"},
             "log p(y | v, x) under the model in training, summed over the tokens, so long responses have "
-            "lower values. The gap should grow. If log p of the preferred response falls as well, both "
-            "become less probable: Eq. 3.3 sees only their difference. The α·NLL term of Eq. 4.1 pulls the "
-            "preferred one up. (log.jsonl calls the responses chosen and rejected.)",
+            f"lower values.{argmax} The gap should grow. If log p of the preferred response falls as well, "
+            "both become less probable: Eq. 3.3 sees only their difference. The α·NLL term of Eq. 4.1 pulls "
+            "the preferred one up. (log.jsonl calls the responses chosen and rejected.)",
         ),
         Curve(
             "Reward of the responses",
             {"reward_chosen": "preferred", "reward_rejected": "dispreferred"},
-            "β (log p − log p of the reference), DPO's implicit reward. Both start at 0. Good: preferred "
-            "above 0, dispreferred below. A negative reward of the preferred response means that it has "
-            "become less probable than it was before training.",
+            "β (log p − log p of the reference), DPO's implicit reward. Good: preferred above 0, "
+            "dispreferred below. A negative reward of the preferred response means that it is less probable "
+            "than under the reference.",
             zero=True,
         ),
     ]
@@ -169,11 +173,11 @@ def smoothing(count):
     return max(3, count // 10 | 1) if count >= 20 else 1
 
 
-def section(log: list[dict], stage: int | None, record: dict) -> str:
+def section(log: list[dict], stage: int | None, record: dict, scores_text: bool) -> str:
     """All curves as HTML."""
     count = smoothing(min(len(log), MOST_POINTS))
     strong = f" The strong line is the running mean of {count} points." if count > 1 else ""
-    figures = "".join(figure(log, curve) for curve in curves(stage, record))
+    figures = "".join(figure(log, curve) for curve in curves(stage, record, scores_text))
     return (
         f"<p class=note>Each point of a curve is one optimizer step.{strong}</p>"
         f"<div class=curves>{figures}</div>"

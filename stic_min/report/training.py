@@ -35,9 +35,14 @@ class Training:
     @property
     def stage(self) -> int | None:
         first = self.log[0] if self.log else {}
-        if "descriptions" in self.settings or "answer_tokens" in first:
+        if "instructions" in self.settings or "answer_tokens" in first:
             return 2
         return 1 if "pairs" in self.settings or "dpo" in first else None
+
+    @property
+    def scores_text(self) -> bool:
+        """Whether stage 1 scores the text of the rejected response: then equal responses have no gradient."""
+        return self.settings.get("rejected_score", "text") == "text"
 
     @property
     def steps(self) -> int | None:
@@ -137,15 +142,16 @@ def counts(run: Training) -> str:
     samples, truncated, equal = get("samples"), get("truncated"), get("equal")
     what = {1: "pairs", 2: "conversations"}.get(run.stage, "samples")
     limit = run.settings.get("max_length")
+    nothing = ": no preference to learn" if run.scores_text else ""
     if samples is None:
         text = "How many samples were truncated was not recorded."
         logged = sum(record.get("equal", 0) for record in run.log)
         if run.stage == 1 and logged and math.isfinite(logged):
-            text += f" {logged:g} pairs in the logged steps have identical responses: no preference to learn."
+            text += f" {logged:g} pairs in the logged steps have identical responses{nothing}."
         return text
     text = f"{samples} {what}; {truncated} truncated" + (f" to {limit} tokens" if limit else "")
     if run.stage == 1:
-        text += f"; {equal} with identical responses: no preference to learn"
+        text += f"; {equal} with identical responses{nothing}"
     return f"{text}."
 
 
@@ -191,7 +197,8 @@ SETTINGS = {
     "dtype": "precision of the weights", "fingerprint": "fingerprint of model and adapter",
     "pairs": "SHA-256 of the pairs", "instructions": "SHA-256 of the instructions",
     "descriptions": "SHA-256 of the descriptions", "plain": "without descriptions (--plain)",
-    "one_line": "one-line descriptions", "rejected_score": "what stands for log p(y_l)",
+    "one_line": "one-line descriptions", "rejected_score": "score of the rejected response",
+    "reference": "fingerprint of the reference's adapter", "preset": "--preset",
 }  # fmt: skip
 
 
@@ -225,7 +232,7 @@ def section(path: str | Path, options: Options | None = None) -> str:
         f"<p>{escape(status(run))} {escape(counts(run))}</p>",
     ]
     if run.log:
-        body.append(curves.section(run.log, run.stage, run.record))
+        body.append(curves.section(run.log, run.stage, run.record, run.scores_text))
         body.append(f"<h3>Values</h3>{html_table(*values_table(run), 'Values')}")
     else:
         body.append(note("No curves: log.jsonl is missing or has no complete line."))

@@ -17,15 +17,15 @@ def limit(args, count, ranks):
 
 
 def same_preset(args, path=None, problems=None):
-    """Raises InputError, on every rank, if the records in `path` or the --adapter are from a run with another
-    --preset. With `problems`, --check reports it."""
+    """Raises InputError, on every rank, if the records in `path`, the --adapter or the --reference are from a
+    run with another --preset. With `problems`, --check reports it."""
     if args.mixed_presets:
         return
     sources = [(path, record) for _, record in read_records(path)] if path else []
-    adapter = getattr(args, "adapter", None)
-    run_json = Path(adapter or "") / "run.json"
-    if adapter and run_json.is_file():
-        sources.append((adapter, read_json(run_json)))
+    for adapter in (args.adapter, getattr(args, "reference", None)):
+        run_json = Path(adapter or "") / "run.json"
+        if adapter and run_json.is_file():
+            sources.append((adapter, read_json(run_json)))
     others = {
         file: record.get("preset")
         for file, record in sources
@@ -34,8 +34,8 @@ def same_preset(args, path=None, problems=None):
     describe = lambda value: f"--preset {brief(value)}" if value else "no --preset"
     for file, other in others.items():
         presets = f"{describe(other)}, but this run has {describe(args.preset)}"
-        error = InputError(f"{file} was made with {presets}: use one in every step, or accept the mixture "
-                           "with --mixed-presets")  # fmt: skip
+        error = InputError(f"{file} is from a run with {presets}: use one in every step, or accept the "
+                           "mixture with --mixed-presets")  # fmt: skip
         if problems is None:
             raise error
         problems.add(error)
@@ -77,7 +77,7 @@ def same_model(args, path, template, ranks):
 def stage2_adapter(adapter, ranks):
     """Warns if the adapter that stage 2 starts from was itself trained by stage 2."""
     record = Path(adapter or "") / "run.json"
-    if ranks.first and adapter and record.is_file() and "descriptions" in read_json(record):
+    if ranks.first and adapter and record.is_file() and "instructions" in read_json(record):
         console.warn(f"--adapter {adapter} was trained by stage 2; start from a stage-1 adapter instead")
 
 
@@ -95,10 +95,11 @@ def repeats(samples):
     return len(samples) - len(distinct)
 
 
-def preferences(pairs, samples, path, ranks, problems):
-    """Warns about identical responses, which give no DPO gradient, and repeated pairs, which count twice. If
-    the responses are identical in all pairs, that is a problem."""
-    equal = sum(not sample.differs for sample in samples)
+def preferences(pairs, samples, path, ranks, problems, rejected_score="text"):
+    """Warns about identical responses, which give no DPO gradient (but do if the rejected text is not what is
+    scored), and repeated pairs, which count twice. If the responses are identical in all pairs, that is a
+    problem."""
+    equal = sum(not sample.differs for sample in samples) if rejected_score == "text" else 0
     if samples and equal == len(samples):
         message = f"{path}: chosen and rejected are identical in all {equal} pairs: no preference to learn"
         problems.add(InputError(message))

@@ -3,8 +3,8 @@
   python -m stic_min.toy          draws pictures and runs the whole recipe on them: pairs, stage 1,
                                   descriptions, stage 2, evaluation, with the scripts of a real run
   python -m stic_min.toy study    the paper's tables and the release's differences from the paper, on several
-                                  base models and seeds; one process per core; says beforehand how long it
-                                  takes; run the same command again to resume
+                                  base models and seeds; one process per core; first prints an estimate of
+                                  the time it takes; run the same command again to resume
 
 The base model (1.3M parameters) comes with the project; `python -m stic_min.toy.pretrain` trains another
 from scratch.
@@ -40,7 +40,7 @@ def main():
     group = parser.add_argument_group("study", study.overview())
     group.add_argument("--bases", type=flags.positive, metavar="N",
                        help="without --model: number of base models, with seeds 0 to N-1; all but the first "
-                            "are pretrained, and so is one more that trusts text (default: 3)")
+                            "are pretrained, half an hour each, and so is one that trusts text (default: 3)")
     group.add_argument("--seeds", type=flags.positive, metavar="N",
                        help="number of seeds, each with its own pictures (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")

@@ -107,7 +107,8 @@ def measure(model, adapter, data, out, **flags):
 
 
 def iterate(model, folder, data, seed, pairs):
-    """Iterated STIC: theta_1 generates the pairs of round 2, on other pictures, and theta_2 those of round 3.
+    """Iterated STIC: theta_1 generates the pairs of round 2, and theta_2 those of round 3, each on another
+    random part of the pictures; any two parts share almost half of theirs.
 
     The policy continues from the previous round; the reference stays theta_0, or is the previous round's
     result.

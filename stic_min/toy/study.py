@@ -31,11 +31,13 @@ PRETRAINING, STEP = 3400, 21.5
 
 def overview():
     """What a study trains, for --help."""
-    lines = [f"  {name:<17}{label}" for name, label in tables.LABELS.items() if name != "base"]
+    line = lambda name: f"  {name:<17}{tables.LABELS[name]}"
+    names = [name for name in tables.LABELS if name not in ("base", *chain.ROUNDS)]
     scales = ", ".join(f"{scale:g}" for scale in chain.SCALES)
     return "\n".join([
-        "For each base model and seed, trains and evaluates:", *lines,
-        "and for the first base model:",
+        f"For each base model and seed (of the one that trusts text, only {', '.join(chain.MAIN)}), trains "
+        "and evaluates:", *map(line, names),
+        "and for the first base model:", *map(line, chain.ROUNDS),
         "  beta...-lr...    stage 1 over a grid of beta and learning rate",
         f"  scale...         stage 1 on {scales} times --images pairs (Figure 7)",
         f"  {', '.join(chain.ROUNDING)}: stage 1 at a small learning rate",
@@ -164,13 +166,12 @@ def run(models, out, seeds, pairs, split, test_images, processes, steps=pretrain
 
 def announce(pretraining, jobs, total, size, processes, out):
     """Says how much there is to do, and how long that takes on this machine."""
-    missing = len(pretraining) - count_finished(pretraining)
+    unpretrained = len(pretraining) - count_finished(pretraining)
     done = count_finished([*pretraining, *jobs])
-    unit = probe()
-    seconds = unit * (missing * PRETRAINING + (total - len(pretraining) - done) * size * STEP) / processes
+    seconds = probe() * (unpretrained * PRETRAINING + (total - done - unpretrained) * size * STEP) / processes
     print(
         f"{total} steps in {len(jobs)} chains, {done} already done: about {console.clock(seconds)} on this "
-        f"machine in {processes} processes; see {out}/*/*/log.txt", flush=True
+        f"machine in {processes} processes; see the files log.txt in {out}", flush=True
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 Values are means over seeds ± sample standard deviation (omitted where all seeds agree exactly). Differences
 are paired: both sides have the same base model and seed. They come with a 95% interval (Student's t over the
-seeds), and the seeds whose difference has the sign of the mean, or of the paper's claim, are counted.
+seeds), and the seeds whose difference has the sign of the mean, or of the paper's claim, are counted. All
+seeds are evaluated on the same pictures, so the intervals do not cover the choice of these.
 """
 
 from statistics import mean, stdev
@@ -82,11 +83,13 @@ def spread(values, signed=False, digits=1):
 
 def paired(differences, sign=0):
     """'-3.8 ± 0.2 (5/5)': mean, half of its 95% interval, and how many have the claim's sign (by default, the
-    mean's)."""
+    mean's); '0' if nothing differs."""
+    if not any(differences) and not sign:
+        return "0"
     center, n = mean(differences), len(differences)
     text = f"{center:+.1f}"
     if len(set(differences)) > 1:
-        t = T95[n - 2] if n - 2 < len(T95) else 1.96
+        t = T95[min(n - 2, len(T95) - 1)]  # for more seeds, a little too wide
         text += f" ± {t * stdev(differences) / n**0.5:.1f}"
     agree = sum(d * (sign or center) > 0 for d in differences)
     return f"{text} ({agree}/{n})"
@@ -123,7 +126,8 @@ def summary_table(models, names, reference):
             means = [mean(differences) for differences in by_base]
             center, every = mean(means), sum(by_base, [])
             agree = sum(d * center > 0 for d in every)
-            cells.append(f"{center:+.1f} [{min(means):+.1f}, {max(means):+.1f}] ({agree}/{len(every)})")
+            cell = f"{center:+.1f} [{min(means):+.1f}, {max(means):+.1f}] ({agree}/{len(every)})"
+            cells.append(cell if any(every) else "0")
         rows.append([LABELS[name], *cells])
     return markdown([f"minus {LABELS[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
 
@@ -215,7 +219,7 @@ def scale_plot(result):
     parts.append(svg.line([(axes.x(i), axes.y(value)) for i, value in enumerate(means)], "c0"))
     parts += [svg.dot(axes.x(i), axes.y(v["f1"]), "c0") for i, name in enumerate(scales)
               for v in variants[name]]  # fmt: skip
-    title = "Objects in captions, F1: more pairs, better captions"
+    title = "Objects in captions, F1, by number of preference pairs"
     return svg.chart(640, axes.bottom + 60, title, parts)
 
 
@@ -250,7 +254,7 @@ def write(out, result):
     parts = [
         f"{result['test_images']} pictures of the {result['split']} split, seeds {first} to {last}, "
         f"{pairs} pairs; in %, mean ± standard deviation over the seeds. Differences: in percentage points, "
-        "mean ± half of the 95% interval over the seeds, and the seeds that agree."
+        "mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: equal for every seed."
     ]
     for name, variants in result["models"].items():
         parts += [f"**{name}**", main_table(variants), types_table(variants), template_table(variants)]
@@ -260,8 +264,8 @@ def write(out, result):
     name, variants = next(iter(result["models"].items()))
     parts += [f"**{name}, stage 1**", grid_table(variants, result["betas"], result["rates"])]
     parts += [scale_table(result["scales"], variants), rounding_table(variants, result["rounding"])]
-    parts += ["**All base models**: mean of their means [lowest, highest] (seeds that agree)"]
     compared = {name: variants for name, variants in result["models"].items() if "A" in variants}
+    parts += [f"**{', '.join(compared)}**: mean of their means [lowest, highest] (seeds that agree)"]
     parts += [summary_table(compared, OF_RELEASE, "stic"), summary_table(compared, OF_CONTROLS, "stage1")]
     parts += ["**The paper's claims**", claims_table(result["models"])]
     report = "\n\n".join(parts) + "\n"

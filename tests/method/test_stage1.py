@@ -12,6 +12,7 @@ from commands import call, lines
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import train_stage1
 from stic_min import InputError, data, lora
 from stic_min.formats.adapters import PREFIX
 from stic_min.loader import load_llava
@@ -125,6 +126,20 @@ def test_a_reference_must_fit(runs, tmp_path):
     assert abs(record["reward_chosen"]) > 1e-4  # theta_0 against theta_1
     run_json = json.loads((tmp_path / "b/run.json").read_text())
     assert run_json["reference"] == fingerprint(runs.out / "stage1")
+
+
+def test_policy_and_reference_are_compared_before_step_1(runs, tmp_path, monkeypatch):
+    """Whenever both are the same adapter, however its path is spelled."""
+    checked = []
+    monkeypatch.setattr(train_stage1, "check_reference", lambda *arguments: checked.append(1))
+    stage1 = runs.out / "stage1"
+    for i, (flags, count) in enumerate((
+        ([], 1), (["--adapter", stage1, "--reference", f"{stage1}/"], 1), (["--adapter", stage1], 0),
+        (["--reference", stage1], 0),
+    )):  # fmt: skip
+        call(*runs.commands["stage1"], *flags, "--batch-size", 8, "--out", tmp_path / str(i))
+        assert len(checked) == count, flags
+        checked.clear()
 
 
 def test_there_is_no_weight_decay(runs, tmp_path):

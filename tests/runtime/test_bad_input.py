@@ -202,7 +202,7 @@ CASES = {  # what is wrong: the command, the damage, more flags, the message
     "no such device": ("pairs", None, "--device nonsense", r"--device nonsense: "),
     # adapters
     "mixed presets": ("stage2", None, "--preset released",
-                      r"{w}/stage1 was made with no --preset, but this run has --preset released: use one in"),
+                      r"{w}/stage1 is from a run with no --preset, but this run has --preset released: use one in"),
     "no adapter": ("stage2", None, "--adapter {w}/images", r"no adapter in {w}/images"),
     "another model's": ("ask", None, MODEL16, rf"{ADAPTER}: \S+ is \(.*this model needs"),
     "all zero": ("ask", weights(ADAPTER, zero), "", rf"{ADAPTER}: the adapter changes nothing"),

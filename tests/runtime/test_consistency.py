@@ -107,6 +107,13 @@ def test_stage_2_from_an_adapter_of_stage_2(world, capsys):
     assert outcome(world, "stage2", "--out", world / "stage2") == 0
     assert warnings(world, capsys, "stage2", "--adapter", world / "stage2") == [
         "--adapter W/stage2 was trained by stage 2; start from a stage-1 adapter instead"]
+    assert outcome(world, "stage2", "--plain", "--out", world / "plain") == 0
+    record = json.loads((world / "plain/run.json").read_text())
+    del record["descriptions"]  # as of train_stage2.py --plain without --descriptions
+    (world / "plain/run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert warnings(world, capsys, "stage2", "--plain", "--adapter", world / "plain") == [
+        "--adapter W/plain was trained by stage 2; start from a stage-1 adapter instead"]
 
 
 @pytest.mark.parametrize("name", ["pairs", "describe", "stage1", "stage2"])

@@ -3,6 +3,7 @@ errors. README's table of differences against the comments in the code."""
 
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -144,6 +145,26 @@ def test_the_clean_image_in_place_of_a_corrupted_one(plain, tmp_path):
     assert changes
 
 
+def test_equal_responses_are_no_problem_for_the_models_own_tokens(released, tmp_path, capsys):
+    """The text of y_l is not scored, so they have a gradient: no error, no warning, and the page agrees."""
+    records = lines(released.out / "pairs.jsonl")
+    for record in records:
+        record["rejected"], record["rejected_finish"] = record["chosen"], record["chosen_finish"]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = changed(released.commands["stage1"], pairs=tmp_path / "pairs.jsonl", out=tmp_path / "out")
+    capsys.readouterr()
+    call(*command)
+    assert "identical" not in capsys.readouterr().err
+    records = log(tmp_path / "out")
+    assert records[0]["dpo"] == pytest.approx(math.log(2), abs=1e-6) and records[-1]["dpo"] < math.log(2) - 0.01
+    page = (tmp_path / "out/report.html").read_text()
+    assert "8 with identical responses." in page and "own top token" in page
+    assert "fall below" not in page and "no preference" not in page
+    assert "own top token" not in (released.out / "stage2/report.html").read_text()
+    status, last = ended(*command, "--rejected-score", "text", "--out", tmp_path / "text")
+    assert status == 1 and "identical in all 8 pairs: no preference to learn" in last
+
+
 def test_stage_1_scores_the_models_own_tokens(released, plain):
     """At step 1 policy and reference agree, so the DPO term is ln 2 under either score; logp_rejected is not."""
     argmax, text = log(released.out / "stage1"), log(plain.out / "stage1")
@@ -184,12 +205,13 @@ def test_no_corruption_is_for_pairs(released, capsys):
 # ---------------------------------------------------------------- mixtures
 
 ERROR = (
-    "error: {} was made with {}, but this run has {}: use one in every step, or accept the mixture with --mixed-presets"
+    "error: {} is from a run with {}, but this run has {}: "
+    "use one in every step, or accept the mixture with --mixed-presets"
 )
 NAMES = ["no --preset", "--preset released"]
-MIXTURES = [("stage1", "pairs", "pairs.jsonl"), ("describe", "adapter", "stage1"), ("stage2", "adapter", "stage1"),
-            ("stage2", "descriptions", "descriptions.jsonl"), ("direct", "adapter", "stage2"),
-            ("dar", "adapter", "stage2")]  # fmt: skip
+MIXTURES = [("stage1", "pairs", "pairs.jsonl"), ("stage1", "reference", "stage1"), ("describe", "adapter", "stage1"),
+            ("stage2", "adapter", "stage1"), ("stage2", "descriptions", "descriptions.jsonl"),
+            ("direct", "adapter", "stage2"), ("dar", "adapter", "stage2")]  # fmt: skip
 
 
 def mixture(released, plain, step, flag, file, to_released, out):
@@ -197,7 +219,8 @@ def mixture(released, plain, step, flag, file, to_released, out):
     own, other = (released, plain) if to_released else (plain, released)
     if (step, flag) == ("describe", "adapter"):
         out = out / "new.jsonl"
-    command = changed(own.commands[step], **{flag: other.out / file}, out=out)
+    command = changed(own.commands[step], **{} if flag == "reference" else {flag: other.out / file}, out=out)
+    command += ["--reference", other.out / file] * (flag == "reference")
     presets = NAMES if to_released else NAMES[::-1]
     return command, ERROR.format(other.out / file, *presets)
 

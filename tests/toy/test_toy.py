@@ -519,6 +519,27 @@ def test_study_resumes(studied):
     assert snapshot(folder) == before
 
 
+def test_study_estimates_what_is_left(tmp_path, monkeypatch, capsys):
+    """One of two base models is pretrained, and 3 of 15 other steps are done: 1 and 12 are left."""
+    monkeypatch.setattr(study, "probe", lambda: 10.0)
+    monkeypatch.setattr(study, "PRETRAINING", 100.0)
+    monkeypatch.setattr(study, "STEP", 2.0)
+    finished = "seed0/x/adapter_config.json", "base/results/1.scores.json", "base/results/2.scores.json"
+    for name in ("a/a/pretrain.json", *(f"a/{name}" for name in finished)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    jobs = dict.fromkeys([tmp_path / "a/base", tmp_path / "a/seed0", tmp_path / "b/base", tmp_path / "b/seed0"])
+    study.announce(dict.fromkeys([tmp_path / "a", tmp_path / "b"]), jobs, 17, 0.5, 2, tmp_path)
+    # (100 + 12 * 0.5 * 2) * 10 seconds on 2 processes
+    assert "17 steps in 4 chains, 4 already done: about 9:20 on this machine" in capsys.readouterr().out
+
+
+def test_help_says_what_is_trained_for_which_base_model():
+    each, first = study.overview().split("and for the first base model:")
+    assert all(f"  {name} " in each for name in (*chain.MEASURED, "E"))
+    assert all(f"  {name} " in first for name in chain.ROUNDS) and "round" not in each
+
+
 def test_study_names_a_chain_that_fails(tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(recipe.BASE, broken)
@@ -536,6 +557,9 @@ def test_tables_by_hand():
     assert tables.paired([1.0, 2.0, 3.0]) == "+2.0 ± 2.5 (3/3)"
     assert tables.paired([-1.0, -2.0, 3.0], sign=-1) == "+0.0 ± 6.6 (2/3)"
     assert tables.paired([-1.5, -1.5]) == "-1.5 (2/2)"
+    assert tables.paired([0.0, 0.0]) == "0" and tables.paired([0.0, 0.0], sign=1) == "+0.0 (0/2)"
+    # 20 seeds: 2.145 * 10.26 / sqrt(20), with t for 15 seeds; with t = 2.093 for 20 seeds, it would be 4.8
+    assert tables.paired([10.0, -10.0] * 10) == "+0.0 ± 4.9 (0/20)"
     value = dict(chair_i=20.0, f1=80.0, direct=70.0, dar=60.0)
     better = value | dict(chair_i=10.0, dar=75.0)
     names = {name for _, _, (a, _), (b, _), _ in tables.CLAIMS for name in (a, b)}
@@ -553,7 +577,7 @@ def test_tables_by_hand():
         "n": {"stic": [value, value], "A": [value | dict(f1=79.0)] * 2},
     }
     *_, row = tables.summary_table(models, ("A",), "stic").splitlines()
-    assert row.split(" | ")[1:4] == ["+0.0 [+0.0, +0.0] (0/4)"] * 2 + ["+0.5 [-1.0, +2.0] (2/4)"]
+    assert row.split(" | ")[1:4] == ["0"] * 2 + ["+0.5 [-1.0, +2.0] (2/4)"]
     *_, row = tables.differences_table(models["m"], ("A", "no such"), "stic").splitlines()
     assert row.split(" | ")[3] == "+2.0 ± 12.7 (2/2)"  # 12.706 * 1.414 / sqrt(2)
 
