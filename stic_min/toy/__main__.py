@@ -43,9 +43,9 @@ def main():
     parser.add_argument_group("neighbours", neighbours_study.overview())
     group = parser.add_argument_group("study and neighbours", study.overview())
     group.add_argument("--bases", type=flags.positive, metavar="N",
-                       help="without --model: number of base models, with seeds 0 to N-1; all but the first "
-                            "are pretrained, half an hour each; the study adds one that trusts text (default: "
-                            "3 for the study, 2 for neighbours)")  # fmt: skip
+                       help="without --model: number of base models, with seeds 0 to N-1 (default: 3; for "
+                            "neighbours 2); all but the first are pretrained, half an hour each; the study "
+                            "adds one that trusts text")  # fmt: skip
     group.add_argument("--seeds", type=flags.positive, metavar="N",
                        help="number of seeds, each with its own pictures (default: 5)")
     group.add_argument("--split", choices=["dev", "test"], help="scenes to evaluate on (default: test)")

@@ -27,9 +27,9 @@ from stic_min.text import CAPTION_PROMPTS, with_image
 from stic_min.toy import captions, pretrain, world
 from stic_min.toy.files import write_json
 
-STEPS, LR = 1000, 1e-3  # half of pretraining's learning rate
+STEPS, LR = 1000, 7e-4  # a third of pretraining's learning rate
 # The kinds of lessons; the rest of the records are ordinary ones.
-SHARES = {"critic": 0.2, "critic without reference": 0.2, "question": 0.1, "both": 0.1}
+SHARES = {"critic": 0.15, "critic without reference": 0.15, "question": 0.05, "both": 0.05}
 
 # SIMA's own prompt does not fit: the toy model has 512 positions and spells unknown words in characters.
 # Nearly all of these words are in its vocabulary.

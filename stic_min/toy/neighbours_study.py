@@ -93,9 +93,9 @@ def announce(pretraining, teaching, jobs, total, size, processes, out):
     cost = unpretrained * study.PRETRAINING + untaught * LESSONS + steps * size * STEP
     time = console.clock(study.probe() * cost / processes)
     print(
-        f"{unpretrained} base models to pretrain, {untaught} to teach, {steps} of {total} steps to run in "
-        f"{len(jobs)} chains: about {time} on this machine in {processes} processes; see the files log.txt in "
-        f"{out}", flush=True
+        f"{unpretrained} base models to pretrain, {untaught} to teach, {steps} of {total} steps left in "
+        f"{len(jobs)} chains: about {time} on this machine in {processes} processes; see the files log.txt "
+        f"in {out}", flush=True
     )  # fmt: skip
 
 
@@ -152,11 +152,11 @@ def write(out, result):
     parts = [
         f"{result['test_images']} pictures of the {result['split']} split, seeds {first} to {last}, "
         f"{result['images']} unlabeled pictures for every method; in %, mean ± standard deviation over the "
-        "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on (for "
-        "triangular consistency, triplets); right: the chosen response mentions fewer absent objects than the "
-        "rejected one. Steps: of training. Time: of all its commands, on one core. Differences: in percentage "
-        "points, mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: equal for every "
-        "seed.",
+        "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on (triplets, "
+        "for triangular consistency); right: the chosen response mentions fewer absent objects than the "
+        "rejected one. Steps: of training. Time: of all its commands, on one core. Differences: in "
+        "percentage points, mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: "
+        "equal for every seed.",
         "**Lessons**, on dev scenes", lessons_table(result["lessons"]),
     ]  # fmt: skip
     models = result["models"]

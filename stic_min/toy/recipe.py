@@ -81,7 +81,7 @@ def run_command(shown, main, words):
     arguments = [short(a) if isinstance(a, Path) else str(a) for a in arguments]
     print(f"\n$ python {shown} {shlex.join(arguments)}", flush=True)
     saved_argv = sys.argv
-    sys.argv = [shown.split("/")[-1], *arguments]
+    sys.argv = [shown.removeprefix("-m ").split("/")[-1], *arguments]
     try:
         main()
     finally:

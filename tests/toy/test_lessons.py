@@ -64,7 +64,7 @@ def test_lessons_are_balanced_and_true():
             kinds["question"] += 1
         else:
             kinds["ordinary"] += 1
-    for kind, share in [*lessons.SHARES.items(), ("ordinary", 0.4)]:
+    for kind, share in [*lessons.SHARES.items(), ("ordinary", 0.6)]:
         assert abs(kinds[kind] / 2000 - share) < 0.03, kind
     assert abs(verdicts[1] / sum(verdicts.values()) - 0.5) < 0.05
 
