@@ -103,10 +103,10 @@ def write_labels(folder, scenes, seed):
 
 
 class Methods:
-    """One base model and seed. Every function trains the adapter of its name."""
+    """The methods on one base model and seed. Each function trains the adapter of its name."""
 
     def __init__(self, model, folder, seed, pictures):
-        self.folder, self.pictures = folder, pictures
+        self.model, self.folder, self.seed, self.pictures = model, folder, seed, pictures
         self.images = folder / "unlabeled"
         self.inputs = {"--model": model, "--images": self.images, "--seed": seed}
 
@@ -163,10 +163,19 @@ class Methods:
         self.generate("triangular", "triplets", triplets, per_image=TRIPLETS)
         inputs = self.inputs | {"--seed": None, "--device": "cpu", "--triplets": self.folder / triplets}
         self.call("triangular", "score", scores, inputs)
-        selection = {"--keep": 1 / TRIPLETS, "--seed": self.inputs["--seed"]}
+        selection = {"--keep": 1 / TRIPLETS, "--seed": self.seed}
         self.call("triangular", "select", update, {"--scores": self.folder / scores} | selection)
         data = "--instructions", update
         self.train("triangular", "train", data, "triangular", TUNING, epochs=self.epochs(update))
+
+    def stage1(self):
+        pairs = self.folder / "pairs.jsonl"
+        recipe.make_pairs(self.model, self.images, pairs, self.seed)
+        recipe.stage1(self.model, pairs, self.images, self.folder / "stage1", self.seed)
+
+    def stic(self):
+        start, instruct = self.folder / "stage1", self.folder / "instruct"
+        recipe.stage2(self.model, start, instruct, self.folder / "stic", self.seed, {})
 
 
 def named_scenes(pictures, seed):
@@ -180,13 +189,9 @@ def run(model, folder, data, seed, pictures):
     scenes = files.write_unlabeled(folder / "unlabeled", pictures, seed)
     files.write_instructions(folder / "instruct", recipe.num_instructions(pictures), seed)
     write_labels(folder, scenes, seed)
-    stage1 = folder / "stage1"
-    recipe.make_pairs(model, folder / "unlabeled", folder / "pairs.jsonl", seed)
-    recipe.stage1(model, folder / "pairs.jsonl", folder / "unlabeled", stage1, seed)
-    recipe.stage2(model, stage1, folder / "instruct", folder / "stic", seed, {})
     methods = Methods(model, folder, seed, pictures)
     for name in TRAINED:
-        if hasattr(methods, name):
+        if not (folder / name / "adapter_config.json").exists():
             getattr(methods, name)()
         chain.measure(model, folder / name, data, folder / "results")
 
