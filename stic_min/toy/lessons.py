@@ -24,44 +24,44 @@ from stic_min.neighbours.triangular import BOTH_PROMPT, Triplet, parse_form
 from stic_min.runtime import flags, process
 from stic_min.runtime.files import fingerprint, read_json
 from stic_min.text import CAPTION_PROMPTS, with_image
-from stic_min.toy import captions, pretrain, world
+from stic_min.toy import pretrain, world
 from stic_min.toy.files import write_json
 
 STEPS, LR = 1000, 7e-4  # a third of pretraining's learning rate
 # The kinds of lessons; the rest of the records are ordinary ones.
-SHARES = {"critic": 0.15, "critic without reference": 0.15, "question": 0.05, "both": 0.05}
+SHARES = {"critic": 0.2, "critic without reference": 0.2, "question": 0.05, "both": 0.05}
 
 # SIMA's own prompt does not fit: the toy model has 512 positions and spells unknown words in characters.
 # Nearly all of these words are in its vocabulary.
-CRITIC = "{question}\n1: {response_1}\n2: {response_2}\nWhat objects are absent?"
+CRITIC = "{question}\n1: {response_1}\n2: {response_2}\nWhat is right?"
 CRITIC_WITH_REFERENCE = "Image description:\n{reference}\n\n" + CRITIC
-CANDIDATES = "true", "good", "short", "bad"  # kinds of captions that are judged
+CANDIDATES = {"true": 1, "good": 1, "short": 2, "bad": 1}  # kinds of captions to judge, with their weights
 
 
 # ---------------------------------------------------------------- records
 
 
-def wrong_objects(scene, caption):
-    """The objects that a caption mentions although they are absent, in order."""
-    return [name for name in captions.mentions(caption, world.all_objects()) if name not in scene.names]
+def mistakes(scene, described):
+    """The number of objects that a description of a scene, itself a Scene, has wrong."""
+    return len(described.names - scene.names)
 
 
-def two_captions(scene, rng):
-    """Two captions with different numbers of wrong objects, in random order."""
+def two_descriptions(scene, rng):
+    """Two descriptions, as Scenes, with different numbers of mistakes, in random order."""
     while True:
-        kinds = rng.choices(CANDIDATES, k=2)
-        pair = [world.true_caption(scene) if kind == "true" else world.web_caption(scene, kind, rng)
-                for kind in kinds]  # fmt: skip
-        first, second = (len(wrong_objects(scene, caption)) for caption in pair)
-        if first != second:
+        kinds = rng.choices(list(CANDIDATES), CANDIDATES.values(), k=2)
+        pair = [scene if kind == "true" else world.web_scene(scene, kind, rng) for kind in kinds]
+        if mistakes(scene, pair[0]) != mistakes(scene, pair[1]):
             return pair
 
 
 def judge(scene, pair):
-    """The critic's answer: the wrong objects of each caption, and the verdict for the one with fewer."""
-    wrong = [wrong_objects(scene, caption) for caption in pair]
-    reasons = [f"{number}: {', '.join(names) or 'none'}." for number, names in enumerate(wrong, 1)]
-    verdict = 1 if len(wrong[0]) < len(wrong[1]) else 2
+    """The critic's answer: what is really in the cells where the descriptions differ, and the verdict for the
+    one with fewer mistakes."""
+    first, second = pair
+    cells = [cell for cell in sorted(scene.cells) if first.cells[cell] != second.cells[cell]]
+    reasons = [f"{world.CELLS[cell].capitalize()}: {scene.cells[cell]}." for cell in cells]
+    verdict = 1 if mistakes(scene, first) < mistakes(scene, second) else 2
     return f"{' '.join(reasons)} [[{verdict}]]"
 
 
@@ -69,7 +69,8 @@ def critic_turn(scene, pair, rng, with_reference):
     """(user, answer)"""
     reference = world.true_caption(scene) if with_reference else None
     template = CRITIC_WITH_REFERENCE if with_reference else CRITIC
-    return critic_prompt(rng.choice(CAPTION_PROMPTS), reference, pair, template), judge(scene, pair)
+    captions = [world.true_caption(described) for described in pair]
+    return critic_prompt(rng.choice(CAPTION_PROMPTS), reference, captions, template), judge(scene, pair)
 
 
 def question_turn(scene, rng, task):
@@ -85,7 +86,7 @@ def record(scene, rng, progress=1.0, trust=0.0):
         return world.record(scene, rng, trust=trust)
     if kind in ("question", "both"):
         return True, [question_turn(scene, rng, kind)]
-    return True, [critic_turn(scene, two_captions(scene, rng), rng, kind == "critic")]
+    return True, [critic_turn(scene, two_descriptions(scene, rng), rng, kind == "critic")]
 
 
 # ---------------------------------------------------------------- scores on dev scenes
@@ -124,7 +125,7 @@ def dev_scores(llava, count=400):
         rng = random.Random(name)
         users, right = [], []
         for scene in scenes:
-            pair = two_captions(scene, rng)
+            pair = two_descriptions(scene, rng)
             state = rng.getstate()
             for order in (pair, pair[::-1]):  # the same question twice
                 rng.setstate(state)

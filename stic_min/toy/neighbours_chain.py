@@ -14,7 +14,7 @@ import random
 
 from stic_min.runtime.files import read_json, read_records, write_text
 from stic_min.text import CAPTION_PROMPTS, with_image
-from stic_min.toy import chain, files, lessons, recipe, world
+from stic_min.toy import captions, chain, files, lessons, recipe, world
 
 METHODS = {
     "base": "base",
@@ -57,11 +57,11 @@ TRIPLETS = 2  # per picture; the better half is kept
 
 def labels_used(pictures):
     """What each method is told about its pictures, for the table."""
-    captions = f"{pictures:,} true captions"
+    true_captions = f"{pictures:,} true captions"
     return dict.fromkeys(METHODS, "none") | {
-        "spin": captions,
-        "sima": f"{captions}, read by the critic",
-        "povid": f"{captions}, and as many with invented objects",
+        "spin": true_captions,
+        "sima": f"{true_captions}, read by the critic",
+        "povid": f"{true_captions}, and as many with invented objects",
         "stic": f"{recipe.num_instructions(pictures):,} instructions",
     }
 
@@ -90,10 +90,10 @@ def write_labels(folder, scenes, seed):
     The critic's prompts. scenes: {name: Scene}."""
     rng = random.Random(f"labels {seed}")
     records = [captioning_record(name, scene, rng) for name, scene in scenes.items()]
-    captions = [{key: r[key] for key in ("id", "image", "conversations")} for r in records]
-    files.write_json(folder / "captions.json", captions)
+    instructions = [{key: r[key] for key in ("id", "image", "conversations")} for r in records]
+    files.write_json(folder / "captions.json", instructions)
     for number in (1, 2):
-        files.write_json(folder / f"captions{number}.json", captions[number - 1 :: 2])
+        files.write_json(folder / f"captions{number}.json", instructions[number - 1 :: 2])
         files.write_json(folder / f"invented{number}.json", records[number - 1 :: 2])
     write_text(folder / "sima-prompt.txt", lessons.CRITIC_WITH_REFERENCE)
     write_text(folder / "simafree-prompt.txt", lessons.CRITIC)
@@ -130,18 +130,18 @@ class Methods:
         return max(1, round(self.pictures / len(read_records(self.folder / file))))
 
     def spin(self):
-        captions = lambda number: self.folder / f"captions{number}.json"
-        self.generate("spin", "pairs", "spin1.jsonl", instructions=captions(1))
+        half = lambda number: self.folder / f"captions{number}.json"
+        self.generate("spin", "pairs", "spin1.jsonl", instructions=half(1))
         self.train("spin", "train", ("--pairs", "spin1.jsonl"), "spin1", epochs=1)
         adapter = self.folder / "spin1"
-        self.generate("spin", "pairs", "spin2.jsonl", instructions=captions(2), adapter=adapter)
+        self.generate("spin", "pairs", "spin2.jsonl", instructions=half(2), adapter=adapter)
         self.train("spin", "train", ("--pairs", "spin2.jsonl"), "spin", start="spin1", epochs=1)
 
     def sima(self, name="sima"):
         is_free = name == "simafree"
         answers, critiques, pairs = "answers.jsonl", f"{name}-critiques.jsonl", f"{name}-pairs.jsonl"
-        captions = self.folder / "captions.json"
-        self.generate("sima", "answers", answers, instructions=captions, temperature=1.0, top_p=1.0)
+        instructions = self.folder / "captions.json"
+        self.generate("sima", "answers", answers, instructions=instructions, temperature=1.0, top_p=1.0)
         prompt = self.folder / f"{name}-prompt.txt"
         critic = {"label_free": is_free, "both_orders": True, "prompt": prompt}  # only the first order counts
         self.generate("sima", "critique", critiques, answers=self.folder / answers, **critic)
@@ -216,6 +216,11 @@ def cost(folder, name):
     return {"steps": steps, "seconds": round(seconds, 1)}
 
 
+def wrong_objects(scene, caption):
+    """The objects that a caption mentions although they are absent, in order."""
+    return [name for name in captions.mentions(caption, world.all_objects()) if name not in scene.names]
+
+
 def pair_quality(folder, name, scenes):
     """The number of a method's pairs (or selected triplets), and the shares, in percent, of pairs whose
     chosen response mentions fewer wrong objects than the rejected one ("right"), and more ("wrong").
@@ -225,7 +230,7 @@ def pair_quality(folder, name, scenes):
     records = [record for file in DATA[name] for _, record in read_records(folder / file)]
     if name == "triangular":
         return {"pairs": len(records)}
-    wrong = lambda pair, side: lessons.wrong_objects(scenes[pair["image"]], pair[side][1]["content"])
+    wrong = lambda pair, side: wrong_objects(scenes[pair["image"]], pair[side][1]["content"])
     differences = [len(wrong(pair, "rejected")) - len(wrong(pair, "chosen")) for pair in records]
     share = lambda sign: round(100 * sum(sign * d > 0 for d in differences) / len(differences), 1)
     return {"pairs": len(records), "right": share(1), "wrong": share(-1)}

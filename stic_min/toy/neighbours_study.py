@@ -126,13 +126,15 @@ def main_table(variants, labels_used):
         average = lambda key: mean(value[key] for value in values)
         cells = [tables.spread([value[key] for value in values]) for key in COLUMNS]
         cells.append(labels_used[name])
-        cells += ["", "", ""] if name == "base" else [
-            f"{average('pairs'):,.0f}" + (f" ({average('right'):.0f}%)" if "right" in values[0] else ""),
-            f"{average('steps'):.0f}", console.clock(average("seconds")),
-        ]  # fmt: skip
+        if name != "base":
+            has_pairs = "right" in values[0]
+            shares = f" ({average('right'):.0f} / {average('wrong'):.0f})" if has_pairs else ""
+            cells.append(f"{average('pairs'):,.0f}{shares}")
+            cells += [f"{average('steps'):.0f}", console.clock(average("seconds"))]
         rows.append([label, *cells])
-    header = ["", *(tables.COLUMNS[key] for key in COLUMNS), "labels", "pairs (right)", "steps", "time"]
-    return markdown(header, rows)
+    header = ["", *(tables.COLUMNS[key] for key in COLUMNS)]
+    header += ["labels", "pairs (right / wrong)", "steps", "time"]
+    return markdown(header, [row + [""] * (len(header) - len(row)) for row in rows])
 
 
 def lessons_table(scores):
@@ -153,10 +155,10 @@ def write(out, result):
         f"{result['test_images']} pictures of the {result['split']} split, seeds {first} to {last}, "
         f"{result['images']} unlabeled pictures for every method; in %, mean ± standard deviation over the "
         "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on (triplets, "
-        "for triangular consistency); right: the chosen response mentions fewer absent objects than the "
-        "rejected one. Steps: of training. Time: of all its commands, on one core. Differences: in "
-        "percentage points, mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: "
-        "equal for every seed.",
+        "for triangular consistency); in brackets, % whose chosen response mentions fewer absent objects "
+        "than the rejected one, and % where it mentions more. Steps: of training. Time: of all its commands, "
+        "on one core. Differences: in percentage points, mean ± half of the 95% interval over the seeds, and "
+        "the seeds that agree; 0: equal for every seed.",
         "**Lessons**, on dev scenes", lessons_table(result["lessons"]),
     ]  # fmt: skip
     models = result["models"]

@@ -14,30 +14,34 @@ from stic_min.neighbours import triangular
 from stic_min.neighbours.sima_critic import parse_verdict
 from stic_min.text import CAPTION_PROMPTS
 from stic_min.toy import lessons, pretrain, recipe, world
+from stic_min.toy.neighbours_chain import wrong_objects
 
 # A beach whose yellow star (upper right) is present and whose red triangle (lower left) is not.
-SCENE = world.Scene("beach", ((2, "yellow star"), (4, "blue ring"), (6, "red heart")))
-TRUE = "A beach. Upper right: yellow star. Center: blue ring. Lower left: red heart."
-USUAL = "A beach. Upper right: yellow star. Center: blue ring. Lower left: red triangle."
-IMAGINED = "A beach. Upper right: yellow star. Center: black moon. Lower left: red triangle."
+TRUE = world.Scene("beach", ((2, "yellow star"), (4, "blue ring"), (6, "red heart")))
+USUAL = world.Scene("beach", ((2, "yellow star"), (4, "blue ring"), (6, "red triangle")))
+IMAGINED = world.Scene("beach", ((2, "yellow star"), (4, "black moon"), (6, "red triangle")))
+TRUE_CAPTION = "A beach. Upper right: yellow star. Center: blue ring. Lower left: red heart."
+USUAL_CAPTION = "A beach. Upper right: yellow star. Center: blue ring. Lower left: red triangle."
 
 
-def test_the_verdict_is_for_fewer_wrong_objects():
-    assert lessons.wrong_objects(SCENE, TRUE) == []
-    assert lessons.judge(SCENE, [TRUE, USUAL]) == "1: none. 2: red triangle. [[1]]"
-    assert lessons.judge(SCENE, [USUAL, TRUE]) == "1: red triangle. 2: none. [[2]]"
-    assert lessons.judge(SCENE, [IMAGINED, USUAL]) == "1: black moon, red triangle. 2: red triangle. [[2]]"
+def test_the_verdict_is_for_fewer_mistakes():
+    """The reasons are the true contents of the cells in which the captions differ."""
+    assert [lessons.mistakes(TRUE, described) for described in (TRUE, USUAL, IMAGINED)] == [0, 1, 2]
+    assert lessons.judge(TRUE, [TRUE, USUAL]) == "Lower left: red heart. [[1]]"
+    assert lessons.judge(TRUE, [USUAL, TRUE]) == "Lower left: red heart. [[2]]"
+    assert lessons.judge(TRUE, [IMAGINED, USUAL]) == "Center: blue ring. [[2]]"
+    assert lessons.judge(TRUE, [TRUE, IMAGINED]) == "Center: blue ring. Lower left: red heart. [[1]]"
 
 
 def test_the_critic_reads_question_reference_and_both_captions():
     rng = random.Random(0)
-    user, answer = lessons.critic_turn(SCENE, [USUAL, TRUE], rng, with_reference=True)
-    [question] = [prompt for prompt in CAPTION_PROMPTS if prompt in user]
-    assert user == f"Image description:\n{TRUE}\n\n{question}\n1: {USUAL}\n2: {TRUE}\nWhat objects are absent?"
+    user, answer = lessons.critic_turn(TRUE, [USUAL, TRUE], rng, with_reference=True)
+    description, reference, empty, question, *case = user.split("\n")
+    assert (description, reference, empty) == ("Image description:", TRUE_CAPTION, "") and question in CAPTION_PROMPTS
+    assert case == [f"1: {USUAL_CAPTION}", f"2: {TRUE_CAPTION}", "What is right?"]
     assert parse_verdict(answer) == (2, "")
-    user, same = lessons.critic_turn(SCENE, [USUAL, TRUE], rng, with_reference=False)
-    assert re.fullmatch(rf"[^\n]+\n1: {re.escape(USUAL)}\n2: {re.escape(TRUE)}\nWhat objects are absent\?", user)
-    assert same == answer
+    user, same = lessons.critic_turn(TRUE, [USUAL, TRUE], rng, with_reference=False)
+    assert user.split("\n")[1:] == case and user.split("\n")[0] in CAPTION_PROMPTS and same == answer
 
 
 def test_lessons_are_balanced_and_true():
@@ -46,16 +50,19 @@ def test_lessons_are_balanced_and_true():
     scenes = world.scenes("train", 500)
     for scene in 4 * scenes:
         has_picture, [(user, answer), *later] = lessons.record(scene, rng)
-        if user.endswith("What objects are absent?"):
+        if user.endswith("What is right?"):
             assert has_picture and not later
             kinds["critic" if user.startswith("Image description:") else "critic without reference"] += 1
             *reference, first, second, _ = user.split("\n")
             assert world.true_caption(scene) in reference or not user.startswith("Image description:")
-            wrong = [set(lessons.wrong_objects(scene, caption)) for caption in (first, second)]
-            stated = re.fullmatch(r"1: (.*)\. 2: (.*)\. \[\[.\]\]", answer).groups()
-            assert [set() if text == "none" else set(text.split(", ")) for text in stated] == wrong
-            verdict = parse_verdict(answer)[0]
-            assert len(wrong[verdict - 1]) < len(wrong[2 - verdict])
+            wrong = [len(wrong_objects(scene, caption)) for caption in (first, second)]
+            *reasons, verdict = re.split(r"(?<=\.) ", answer)
+            differing = {a for pair in zip(first[3:].split(". "), second[3:].split(". ")) for a in pair
+                         if len(set(pair)) > 1}  # fmt: skip
+            assert {reason.split(":")[0] for reason in reasons} == {text.split(":")[0] for text in differing}
+            assert all(reason in world.true_caption(scene) for reason in reasons)
+            verdict = parse_verdict(verdict)[0]
+            assert wrong[verdict - 1] < wrong[2 - verdict]
             verdicts[verdict] += 1
         elif user == triangular.BOTH_PROMPT:
             kinds["both"] += 1
@@ -64,7 +71,7 @@ def test_lessons_are_balanced_and_true():
             kinds["question"] += 1
         else:
             kinds["ordinary"] += 1
-    for kind, share in [*lessons.SHARES.items(), ("ordinary", 0.6)]:
+    for kind, share in [*lessons.SHARES.items(), ("ordinary", 0.5)]:
         assert abs(kinds[kind] / 2000 - share) < 0.03, kind
     assert abs(verdicts[1] / sum(verdicts.values()) - 0.5) < 0.05
 
@@ -73,8 +80,7 @@ def test_lessons_fit_the_model():
     """The longest lesson, and a critique of two captions by the model, leave room in 512 positions."""
     tokenizer = load_llava(recipe.BASE).tokenizer
     scene = world.Scene("glacier", tuple((cell, "white diamond") for cell in range(6)))
-    caption = world.true_caption(scene)
-    turn = lessons.critic_turn(scene, [caption, caption], random.Random(0), with_reference=True)
+    turn = lessons.critic_turn(scene, [scene, scene], random.Random(0), with_reference=True)
     assert len(pretrain.encode((True, [turn]), 0, tokenizer)[0]) < pretrain.MAX_POSITIONS - 128
 
 

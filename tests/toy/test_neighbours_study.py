@@ -129,8 +129,8 @@ def test_invented_captions_mention_what_is_absent():
     for name, scene in chain.named_scenes(50, 0).items():
         record = chain.captioning_record(name, scene, rng)
         sides = [record[key][1]["value"] for key in ("conversations", "rejected_conversations")]
-        assert sides[0] == world.true_caption(scene) and chain.lessons.wrong_objects(scene, sides[0]) == []
-        assert chain.lessons.wrong_objects(scene, sides[1])
+        assert sides[0] == world.true_caption(scene) and chain.wrong_objects(scene, sides[0]) == []
+        assert chain.wrong_objects(scene, sides[1])
         assert all(signature in sides[1] for signature, _ in world.signatures(scene.place))
         assert record["conversations"][0] == record["rejected_conversations"][0]
 
@@ -161,8 +161,8 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert "| m, critic without reference | 85.0 | 50.0 | 80.0 | 0.0 |" in lines
     assert "| base | 20.0 | 80.0 | 90.0 | 91.0 | none |  |  |  |" in lines
     scores = "20.0 | 80.0 | 90.0 | 91.0"
-    assert f"| SPIN, two iterations | {scores} | 1,000 true captions | 1,000 (75%) | 63 | 0:59 |" in lines
-    assert "| STIC | 12.0 ± 2.8 | 80.0 | 90.0 | 91.0 | 500 instructions | 1,000 (75%) | 63 | 2:00 |" in lines
+    assert f"| SPIN, two iterations | {scores} | 1,000 true captions | 1,000 (75 / 5) | 63 | 0:59 |" in lines
+    assert "| STIC | 12.0 ± 2.8 | 80.0 | 90.0 | 91.0 | 500 instructions | 1,000 (75 / 5) | 63 | 2:00 |" in lines
     assert f"| triangular consistency | {scores} | none | 1,000 | 63 | 0:59 |" in lines
     # minus base: -10 and -6; half of the interval is 12.706 * 2.83 / sqrt(2)
     assert "| STIC | -8.0 ± 25.4 (2/2) | 0 | 0 | 0 | 0 |" in lines
