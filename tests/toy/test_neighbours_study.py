@@ -13,14 +13,14 @@ from stic_min.toy import neighbours_chain as chain
 from stic_min.toy import neighbours_study as study
 from stic_min.toy import recipe, world
 
-PICTURES = 24
+PICTURES = 18
 SCORES = {"accuracy": 90.0, "verdict_1": 50.0, "agree": 80.0, "no_verdict": 0.0}
 DEV = {"critic": SCORES, "critic without reference": SCORES | {"accuracy": 85.0}}
 NAME = "llava-toy-lessons"
 
 
 def short_study(out):
-    study.run([recipe.BASE], out, range(3, 4), PICTURES, "dev", 6, 1, lesson_steps=7)
+    study.run([recipe.BASE], out, range(3, 4), PICTURES, "dev", 4, 2, lesson_steps=7)
     return json.loads((out / "neighbours.json").read_text())
 
 
@@ -32,7 +32,7 @@ def studied(tmp_path_factory):
     copy = study.taught(out, recipe.BASE)
     shutil.copytree(recipe.BASE, copy)
     (copy / "pretrain.json").write_text(json.dumps({"dev": DEV}))
-    chain.files.write_benchmark(out / "dev", "dev", 6)
+    chain.files.write_benchmark(out / "dev", "dev", 4)
     form = lambda text: (f"What color is the {text.split()[-1]}?", "red")
     with mock.patch.object(sima_critic, "parse_verdict", lambda text: (1, "")), \
          mock.patch.object(triangular, "parse_form", form), \
@@ -62,7 +62,7 @@ def test_every_method_is_measured(studied):
 
 
 def test_every_method_has_the_same_pictures_and_steps(studied):
-    """24 pictures are one or two steps of 16, the latter if in two epochs or halves; STIC's stage 2 adds one."""
+    """18 pictures are one or two steps of 16, the latter if in two epochs or halves; STIC's stage 2 adds one."""
     result, _, folder = studied
     variants = result["models"][NAME]
     pictures = {f"unlabeled3_{i:05}.png" for i in range(PICTURES)}
@@ -119,8 +119,8 @@ def test_the_study_resumes(studied):
     for file in folder.glob("results/*povid*"):
         file.unlink()
     assert short_study(out) == result
-    with pytest.raises(InputError, match="created with images 24, but this run has 25; choose another --out"):
-        study.run([recipe.BASE], out, range(3, 4), 25, "dev", 6, 1, lesson_steps=7)
+    with pytest.raises(InputError, match="created with images 18, but this run has 25; choose another --out"):
+        study.run([recipe.BASE], out, range(3, 4), 25, "dev", 4, 2, lesson_steps=7)
 
 
 def test_invented_captions_mention_what_is_absent():
