@@ -79,11 +79,11 @@ def question_turn(scene, rng, task):
     return Triplet("", "", question, answer).turn(task)
 
 
-def record(scene, rng, progress=1.0, trust=0.0):
+def record(scene, rng, progress=1.0):
     """One random record of the lessons, in the form of world.record."""
     [kind] = rng.choices([*SHARES, "ordinary"], [*SHARES.values(), 1 - sum(SHARES.values())])
     if kind == "ordinary":
-        return world.record(scene, rng, trust=trust)
+        return world.record(scene, rng)
     if kind in ("question", "both"):
         return True, [question_turn(scene, rng, kind)]
     return True, [critic_turn(scene, two_descriptions(scene, rng), rng, kind == "critic")]

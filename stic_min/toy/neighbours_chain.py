@@ -143,7 +143,7 @@ class Methods:
         instructions = self.folder / "captions.json"
         self.generate("sima", "answers", answers, instructions=instructions, temperature=1.0, top_p=1.0)
         prompt = self.folder / f"{name}-prompt.txt"
-        critic = {"label_free": is_free, "both_orders": True, "prompt": prompt}  # only the first order counts
+        critic = {"label_free": is_free, "prompt": prompt}
         self.generate("sima", "critique", critiques, answers=self.folder / answers, **critic)
         self.call("sima", "pairs", pairs, {"--critiques": self.folder / critiques})
         self.train("sima", "train", ("--pairs", pairs), name, epochs=self.epochs(pairs))
