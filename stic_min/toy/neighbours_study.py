@@ -13,8 +13,8 @@ from stic_min.runtime.files import read_json, write_text
 from stic_min.toy import files, lessons, pretrain, recipe, study, tables
 from stic_min.toy import neighbours_chain as chain
 
-# Time on one core as a multiple of `study.probe`'s: lessons (7 minutes), and, as an estimate, the average step
-# with 1,000 pictures and 500 test pictures.
+# Time on one core as a multiple of `study.probe`'s: lessons (7 minutes), and, as an estimate, the average
+# step with 1,000 pictures and 500 test pictures.
 LESSONS, STEP = 1050, 25
 COLUMNS = ("chair_i", "f1", "direct", "dar")
 
