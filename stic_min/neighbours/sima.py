@@ -19,10 +19,11 @@ survive the swap.
 
 Also ours: the critic's prompt and the rule for verdicts (sima_critic.py). Identical answers are not judged;
 the authors' code (si0wang/SIMA) makes pairs of them. A critique has at most 512 tokens instead of 4,096, to
-fit LLaVA-1.5. Sampling is from all tokens; transformers' default adds --top-k 50 to theirs. In training, the
-batch size is 4, since their number of GPUs is not known; LoRA has no dropout (--lora-dropout 0.05); the
-projector is trained, which their code freezes (--projector-lr 0); and the rejected text is scored, not the
-model's own top tokens (--rejected-score argmax).
+fit LLaVA-1.5; critique --prompt takes a shorter prompt, for a model with a shorter context. Sampling is from
+all tokens; transformers' default adds --top-k 50 to theirs. In training, the batch size is 4, since their
+number of GPUs is not known; LoRA has no dropout (--lora-dropout 0.05); the projector is trained, which their
+code freezes (--projector-lr 0); and the rejected text is scored, not the model's own top tokens
+(--rejected-score argmax).
 """
 
 import sys
@@ -36,7 +37,14 @@ from stic_min.formats.records import image_name, unique_key
 from stic_min.generate import Job, Query, Response, Sampling, open_model
 from stic_min.images import open_image
 from stic_min.neighbours import common
-from stic_min.neighbours.sima_critic import ORDERS, critic_prompt, decide, preferences, report_lines
+from stic_min.neighbours.sima_critic import (
+    ORDERS,
+    critic_prompt,
+    decide,
+    preferences,
+    read_template,
+    report_lines,
+)
 from stic_min.runtime import consistency, console, flags, process
 from stic_min.runtime.files import brief, read_records, sha256, text_field
 from stic_min.runtime.ranks import start_ranks
@@ -146,12 +154,13 @@ def read_step(path, fields: list[str], step: str) -> tuple[dict[str, dict], dict
     return records, settings
 
 
-def critic_job(record, image, label_free, both_orders, seed):
+def critic_job(record, image, label_free, both_orders, seed, template=None):
     """One query per order; they share the image's prefill."""
     reference = None if label_free else record["ground_truth"]
     queries = []
     for order in ORDERS if both_orders else ORDERS[:1]:
-        prompt = critic_prompt(record["question"], reference, [record[name] for name in order])
+        responses = [record[name] for name in order]
+        prompt = critic_prompt(record["question"], reference, responses, template)
         queries.append(Query(prompt, [image], row_seed(seed, record["id"], "critique", order[0])))
     return Job(record["id"], queries, record)
 
@@ -170,9 +179,12 @@ def run_critique(args):
     if not args.label_free:
         has_reference = lambda key: text_field(answers[key], "ground_truth", f"{args.answers}, {brief(key)}")
         problems.collect(has_reference, answers)
+    template = args.prompt and read_template(args.prompt, args.label_free)
     llava = open_model(args, ranks)
     critic = common.settings_of(args, llava) | {"top_k": args.top_k}
     critic |= {"label_free": args.label_free, "both_orders": args.both_orders}
+    if template:
+        critic["prompt"] = sha256(args.prompt)[:12]
     if ranks.first and settings.get("fingerprint") != critic["fingerprint"]:
         console.warn(f"the critic is not the model that generated {args.answers}, as it is in SIMA")
     settings = settings | {f"critic_{name}": value for name, value in critic.items()}
@@ -184,7 +196,7 @@ def run_critique(args):
     def prepare(group):
         record = answers[group[0]]
         image = open_image(image_path(args.images, record["image"]))
-        job = critic_job(record, image, args.label_free, args.both_orders, args.seed)
+        job = critic_job(record, image, args.label_free, args.both_orders, args.seed, template)
         excess = max(dar.tokens_over_limit(llava, query.prompt, [image], sampling) for query in job.queries)
         if excess > 0:
             too_long.append(record)
@@ -271,6 +283,10 @@ def parse_args():
                           help="judge against the image alone, without the reference answer")  # fmt: skip
     critique.add_argument("--both-orders", action="store_true",
                           help="judge a second time, with the answers swapped, and report the position bias")
+    critique.add_argument("--prompt", metavar="FILE",
+                          help="file with another prompt for the critic; {question}, {reference} (not with "
+                               "--label-free), {response_1} and {response_2} in it are filled in, and the "
+                               "model must answer it with [[1]] or [[2]]")  # fmt: skip
     flags.add_model_flags(critique)
     flags.add_check_flag(critique)
     flags.add_sampling_flags(critique, temperature=0.0, max_new_tokens=512)

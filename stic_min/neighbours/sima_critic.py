@@ -8,6 +8,8 @@ length still fit into LLaVA-1.5's 2,048.
 import re
 from collections import Counter
 
+from stic_min import InputError
+from stic_min.runtime.files import read_text
 from stic_min.text import without_marks
 
 # Responses 1 and 2. The authors have the first order only: the sampled answer is always response 1.
@@ -59,17 +61,39 @@ DEMONSTRATIONS = (
 )
 
 
+def one_line(text: str) -> str:
+    """Without line breaks, and without <image>, which would stand for a second image."""
+    return " ".join(without_marks(text).split())
+
+
 def case(question: str, reference: str | None, responses: list[str]) -> str:
     """What is judged, one line per field: a line break within a field would look like the next one."""
     fields = {"Question": question, "Reference answer": reference}
     fields |= {f"Response {number}": response for number, response in enumerate(responses, 1)}
-    one_line = lambda text: " ".join(without_marks(text).split())  # <image> would stand for a second image
     return "\n".join(f"{name}: {one_line(text)}" for name, text in fields.items() if text is not None)
 
 
-def critic_prompt(question: str, reference: str | None, responses: list[str]) -> str:
+def read_template(path, label_free: bool) -> str:
+    """A prompt of the user's own, with the fields {question}, {reference}, {response_1} and {response_2}."""
+    template = without_marks(read_text(path))
+    for field in ("response_1", "response_2", *(() if label_free else ("reference",))):
+        if f"{{{field}}}" not in template:
+            raise InputError(f"{path}: no {{{field}}} in the prompt")
+    if label_free and "{reference}" in template:
+        raise InputError(f"{path}: {{reference}} in the prompt; --label-free has no reference answer")
+    return template
+
+
+def critic_prompt(
+    question: str, reference: str | None, responses: list[str], template: str | None = None
+) -> str:
     """The user text, without <image>. Without a reference answer, it is label-free: the image is the standard
-    (ours)."""
+    (ours). template: another prompt, from `read_template`."""
+    if template is not None:
+        fields = {"question": question, "reference": reference}
+        fields |= {f"response_{number}": response for number, response in enumerate(responses, 1)}
+        pattern = r"\{(question|reference|response_1|response_2)\}"
+        return re.sub(pattern, lambda match: one_line(fields[match[1]]), template)
     label_free = reference is None
     standard = "the image" if label_free else "the reference answer"
     and_reference = "" if label_free else ", and a reference answer that is correct"

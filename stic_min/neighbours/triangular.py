@@ -77,7 +77,10 @@ class Triplet:
 
 def parse_form(text: str) -> tuple[str, str] | None:
     """(question, answer) of a response in FORM; None if it is malformed. Both may have several lines, but no
-    other line may start like one of FORM's."""
+    other line may start like one of FORM's. All on one line is accepted, too: some models leave out the line
+    break, and some tokenizers have none."""
+    if "\n" not in text:
+        text = text.replace(" Answer: ", "\nAnswer: ")
     before, *parts = re.split(r"^(Question|Answer): ", text, flags=re.MULTILINE)
     if before or parts[::2] != ["Question", "Answer"]:
         return None

@@ -14,10 +14,14 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def picture_names(split, count):
+    return [f"{split}_{i:05}.png" for i in range(count)]
+
+
 def write_pictures(folder, split, scenes):
     """One PNG per scene in `folder`; returns their names. Rewrites existing files: one may be truncated."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{split}_{i:05}.png" for i in range(len(scenes))]
+    names = picture_names(split, len(scenes))
     for name, scene in zip(names, scenes):
         world.paint(scene, name).save(folder / name)
     return names

@@ -10,6 +10,7 @@ Writes an ordinary LLaVA checkpoint in bf16, and pretrain.json: seed, command, t
 """
 
 import argparse
+import functools
 import io
 import random
 import time
@@ -128,6 +129,12 @@ def train_vision(tower, pixels, scenes, epochs=8, batch=128, lr=2e-3):
     return sum(losses).item()
 
 
+@torch.no_grad()
+def vision_features(llava, pixels):
+    """(N, 9, Cv): the ViT's features of each picture."""
+    return torch.cat([llava.vision_tower(part) for part in pixels.split(500)])
+
+
 # ---------------------------------------------------------------- 3. projector and decoder
 
 
@@ -160,8 +167,11 @@ def encode(record, scene, tokenizer, template=TEMPLATE):
     return ids, scored, scene if has_picture else None
 
 
-def batches(scenes, tokenizer, steps, size, rng, trust):
-    """`steps` batches of records of similar length: (ids (B, L), scored (B, L), the pictures' scenes)."""
+def batches(scenes, tokenizer, steps, size, rng, make_record):
+    """`steps` batches of records of similar length: (ids (B, L), scored (B, L), the pictures' scenes).
+
+    make_record(scene, rng, progress) returns a random record; progress: from 0 to 1, through training.
+    """
     pool = []
     for step in range(steps):
         if not pool:
@@ -169,7 +179,7 @@ def batches(scenes, tokenizer, steps, size, rng, trust):
             for _ in range(min(50, steps - step) * size):
                 i = rng.randrange(len(scenes))
                 template = OTHER_TEMPLATE if rng.random() < OTHER_SHARE else TEMPLATE
-                record = world.record(scenes[i], rng, step / steps, trust)
+                record = make_record(scenes[i], rng, step / steps)
                 records.append(encode(record, i, tokenizer, template))
             records.sort(key=lambda record: len(record[0]))
             pool = [records[i : i + size] for i in range(0, len(records), size)]
@@ -181,7 +191,7 @@ def batches(scenes, tokenizer, steps, size, rng, trust):
         yield pad(ids, 0), pad(scored, False), [scene for scene in pictured if scene is not None]
 
 
-def train_decoder(llava, features, scenes, steps, rng, trust, size=32, lr=2e-3):
+def train_decoder(llava, features, scenes, steps, rng, make_record, size=32, lr=2e-3):
     """Trains projector and decoder. features (N, 9, Cv): the ViT's, per scene; returns the last loss.
 
     The decoder's matrices are trained by Muon, which learns to see with every seed; AdamW needed more steps,
@@ -195,7 +205,8 @@ def train_decoder(llava, features, scenes, steps, rng, trust, size=32, lr=2e-3):
         torch.optim.AdamW(others, lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     progress = console.Progress("decoder, steps", steps)
-    for step, (ids, scored, pictured) in enumerate(batches(scenes, llava.tokenizer, steps, size, rng, trust)):
+    data = batches(scenes, llava.tokenizer, steps, size, rng, make_record)
+    for step, (ids, scored, pictured) in enumerate(data):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = lr * rate(step, steps)
             optimizer.zero_grad()
@@ -314,9 +325,9 @@ def pretrain(out, seed=0, trust=0.0, steps=STEPS, num_scenes=world.TRAINED_ON):
     scenes = world.scenes("train", num_scenes)
     pixels = normalized_pixels(scenes)
     vision_loss = train_vision(llava.vision_tower, pixels, scenes)
-    with torch.no_grad():
-        features = torch.cat([llava.vision_tower(part) for part in pixels.split(500)])  # (N, 9, Cv)
-    decoder_loss = train_decoder(llava, features, scenes, steps, random.Random(seed), trust)
+    features = vision_features(llava, pixels)
+    make_record = functools.partial(world.record, trust=trust)
+    decoder_loss = train_decoder(llava, features, scenes, steps, random.Random(seed), make_record)
     write_llava(llava, out)
     minutes = round((time.monotonic() - begin) / 60, 1)
     scores = dev_scores(load_llava(out))

@@ -1,5 +1,6 @@
 """The recipe on the toy world: the four scripts with flags that suit a model of 1.3M parameters."""
 
+import importlib
 import os
 import runpy
 import shlex
@@ -67,11 +68,10 @@ def spelled(flags):
     return {f"--{name.replace('_', '-')}": value for name, value in flags.items()}
 
 
-def script(name, *words):
-    """Prints a command and runs it: one of the scripts, in this process, through its own entry point.
+def run_command(shown, main, words):
+    """Prints a command and runs it in this process. main: what it does, as a function without arguments.
 
-    A dictionary among the words holds flags: None and False omit a flag, True gives it without a value. An
-    error ends the process, as it would on the command line.
+    A dictionary among the words holds flags: None and False omit a flag, True gives it without a value.
     """
     arguments = []
     for word in words:
@@ -79,13 +79,25 @@ def script(name, *words):
             if value is not None and value is not False:
                 arguments += [flag] if value is True else [flag, value]
     arguments = [short(a) if isinstance(a, Path) else str(a) for a in arguments]
-    print(f"\n$ python {short(ROOT / name)} {shlex.join(arguments)}", flush=True)
+    print(f"\n$ python {shown} {shlex.join(arguments)}", flush=True)
     saved_argv = sys.argv
-    sys.argv = [name, *arguments]
+    sys.argv = [shown.removeprefix("-m ").split("/")[-1], *arguments]
     try:
-        runpy.run_path(str(ROOT / name), run_name="__main__")
+        main()
     finally:
         sys.argv = saved_argv
+
+
+def script(name, *words):
+    """One of the scripts, through its own entry point. An error ends the process, as it would on the command
+    line."""
+    run_command(short(ROOT / name), lambda: runpy.run_path(str(ROOT / name), run_name="__main__"), words)
+
+
+def neighbor(method, *words):
+    """A step of one of the methods in stic_min/neighbours. Raises InputError for its errors."""
+    name = f"stic_min.neighbours.{method}"
+    run_command(f"-m {name}", lambda: importlib.import_module(name).main(), words)
 
 
 # ---------------------------------------------------------------- the steps; existing output is skipped

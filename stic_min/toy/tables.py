@@ -103,16 +103,16 @@ def main_table(variants):
     return markdown(["", *COLUMNS.values()], rows)
 
 
-def differences_table(variants, names, reference):
+def differences_table(variants, names, reference, labels=LABELS):
     """Each variant minus the reference, in percentage points."""
     cells = lambda name: [
         paired([a[key] - b[key] for a, b in zip(variants[name], variants[reference])]) for key in COMPARED
     ]
-    rows = [[LABELS[name], *cells(name)] for name in names if name in variants]
-    return markdown([f"minus {LABELS[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
+    rows = [[labels[name], *cells(name)] for name in names if name in variants]
+    return markdown([f"minus {labels[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
 
 
-def summary_table(models, names, reference):
+def summary_table(models, names, reference, labels=LABELS):
     """Each variant minus the reference over all base models that have it: the mean of their means, the lowest
     and the highest of these, and the pairs of base and seed with the sign of that mean."""
     rows = []
@@ -128,8 +128,8 @@ def summary_table(models, names, reference):
             agree = sum(d * center > 0 for d in every)
             cell = f"{center:+.1f} [{min(means):+.1f}, {max(means):+.1f}] ({agree}/{len(every)})"
             cells.append(cell if any(every) else "0")
-        rows.append([LABELS[name], *cells])
-    return markdown([f"minus {LABELS[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
+        rows.append([labels[name], *cells])
+    return markdown([f"minus {labels[reference]}", *(COLUMNS[key] for key in COMPARED)], rows)
 
 
 def claims_table(models):

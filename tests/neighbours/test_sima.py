@@ -31,8 +31,10 @@ from stic_min.neighbours.sima_critic import (
     parse_verdict,
     position_bias,
     preferences,
+    read_template,
     report_lines,
 )
+from stic_min.runtime.files import sha256
 from stic_min.runtime.work import row_seed
 from stic_min.text import TEMPLATES, Tokenizer, with_image
 
@@ -195,6 +197,25 @@ def test_the_prompt_leaves_room_in_llava_v15(shared):
     tokenizer = Tokenizer(shared / "oracle" / "tiny-llava-v1.5-vicuna" / "tokenizer.model")
     prompt = TEMPLATES["vicuna_v1"].prompt(critic_prompt("", "", ["", ""]))
     assert tokenizer.size == 32000 and len(tokenizer.encode_prompt(prompt)) < 2048 - 576 - 3 * 230 - 30
+
+
+def test_another_prompt_with_the_same_fields(tmp_path):
+    """Filled in once: a response that looks like a field stays as it is."""
+    path = tmp_path / "prompt.txt"
+    path.write_text("{question} {reference}\nA: {response_1}\nB: {response_2}\n{other} <image>[[1]] or [[2]]?\n")
+    template = read_template(path, label_free=False)
+    prompt = critic_prompt(QUESTION, REFERENCE, ["{response_2}", GREEDY], template)
+    assert prompt == "What floats on the sea? A boat with a white sail.\nA: {response_2}\nB: A whale.\n" \
+                     "{other} [[1]] or [[2]]?"  # fmt: skip
+    with pytest.raises(InputError, match="prompt.txt: {reference} in the prompt; --label-free has no"):
+        read_template(path, label_free=True)
+    path.write_text("{response_1} {response_2}")
+    assert critic_prompt("?", None, ["a", "b"], read_template(path, label_free=True)) == "a b"
+    with pytest.raises(InputError, match="prompt.txt: no {reference} in the prompt"):
+        read_template(path, label_free=False)
+    path.write_text("{response_1}")
+    with pytest.raises(InputError, match="no {response_2} in"):
+        read_template(path, label_free=True)
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -515,6 +536,22 @@ def test_only_a_label_free_critic_needs_no_reference(steps, tmp_path):
         call(*command)
     call(*command, "--label-free")
     assert lines(tmp_path / "critiques.jsonl")[0]["critic_label_free"] is True
+
+
+def test_another_prompt_is_asked_and_recorded(steps, tmp_path):
+    (tmp_path / "prompt.txt").write_text("{response_1} or {response_2}?")
+    command = [*steps.critique, tmp_path / "critiques.jsonl", "--label-free", "--prompt", tmp_path / "prompt.txt"]
+    call(*command)
+    r = lines(tmp_path / "critiques.jsonl")[0]
+    assert r["critic_prompt"] == sha256(tmp_path / "prompt.txt")[:12]
+    assert "critic_prompt" not in lines(steps.out / "critiques.jsonl")[0]
+    llava = load_llava(steps.tiny / "llava-v1.5-tiny")
+    image = open_image(steps.tiny / "images" / r["image"])
+    prompt = llava.chat_prompt(f"{r['sampled']} or {r['greedy']}?")
+    assert llava.generate([prompt], [[image]], max_new_tokens=8) == [r["critiques"][0]["text"]]
+    (tmp_path / "prompt.txt").write_text("{response_1} and {response_2}?")
+    with pytest.raises(InputError, match="critic_prompt"):
+        call(*command)
 
 
 def test_check_reads_everything_and_writes_nothing(steps, tmp_path):

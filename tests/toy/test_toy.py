@@ -404,7 +404,7 @@ def test_self_training_sees_no_label(demo):
     (("--images", 400), "created with images 300"),
     (("--model", "nowhere"), "no such"),
     (("--model", recipe.BASE, "--model", recipe.BASE), "several --model"),
-    (("--seeds", 2), "are only for the study"),
+    (("--seeds", 2), "are not for the demo"),
     (("--images", 40002), "at most 40000"),
 ])  # fmt: skip
 def test_demo_refuses(demo, capsys, flags, message):
