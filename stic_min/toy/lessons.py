@@ -20,7 +20,7 @@ import torch
 from stic_min import InputError
 from stic_min.loader import load_llava
 from stic_min.neighbours.sima_critic import critic_prompt, parse_verdict
-from stic_min.neighbours.triangular import BOTH_PROMPT, Triplet, parse_form
+from stic_min.neighbours.triplets import BOTH_PROMPT, Triplet, parse_form
 from stic_min.runtime import flags, process
 from stic_min.runtime.files import fingerprint, read_json
 from stic_min.text import CAPTION_PROMPTS, with_image

@@ -14,7 +14,15 @@ from stic_min.formats.records import image_records
 from stic_min.images import open_image
 from stic_min.loader import load_llava
 from stic_min.neighbours import triangular
-from stic_min.neighbours.triangular import Triplet, consistency_scores, instruction_record, parse_form, select
+from stic_min.neighbours.triplets import (
+    QUESTION_PROMPT,
+    TASKS,
+    Triplet,
+    consistency_scores,
+    instruction_record,
+    parse_form,
+    select,
+)
 
 METHOD = "stic_min.neighbours.triangular"
 MODEL = "llava-v1.5-tiny"
@@ -103,8 +111,8 @@ def test_tasks(tiny, tmp_path):
         assert record["image"] == turns[key].image
         assert (user.removeprefix("<image>\n"), answer) == turns[key].turn(record["task"])
     count = Counter(record["task"] for record in records)
-    assert set(count) == set(triangular.TASKS)
-    assert f"11 records in {out}: " + ", ".join(f"{count[t]} {t}" for t in triangular.TASKS) in printed
+    assert set(count) == set(TASKS)
+    assert f"11 records in {out}: " + ", ".join(f"{count[t]} {t}" for t in TASKS) in printed
     run_json = json.loads((tmp_path / "new" / "tasks.json.run.json").read_text())
     assert "tasks --instructions" in run_json["record"]["command"] and len(run_json["record"]["source"]) == 64
 
@@ -133,7 +141,7 @@ def test_log_probs_are_those_of_both_directions_per_token(runs, tmp_path):
     for question, answer in (("What is the car doing?", "Driving"), ("Day?", "It is day, the sky is blue.")):
         triplet = Triplet("x", name, question, answer)
         logps = triangular.mean_logps(llava, triangular.pack(llava, triplet, llava.tiles(image)))
-        ask = triangular.QUESTION_PROMPT.format(answer=answer)
+        ask = QUESTION_PROMPT.format(answer=answer)
         for logp, user, response in zip(logps, (question, ask), (answer, question)):
             tokens = llava.tokenizer.encode(response)  # and the end token
             expected = llava.response_logp(llava.chat_prompt(user), response, [image]) / (len(tokens) + 1)

@@ -10,7 +10,7 @@ import pytest
 
 from stic_min import InputError
 from stic_min.loader import load_llava
-from stic_min.neighbours import triangular
+from stic_min.neighbours import triplets
 from stic_min.neighbours.sima_critic import parse_verdict
 from stic_min.text import CAPTION_PROMPTS
 from stic_min.toy import lessons, pretrain, recipe, world
@@ -59,10 +59,10 @@ def test_lessons_are_balanced_and_true():
             verdict = parse_verdict(answer)[0]
             assert len(wrong[verdict - 1]) < len(wrong[2 - verdict])
             verdicts[verdict] += 1
-        elif user == triangular.BOTH_PROMPT:
+        elif user == triplets.BOTH_PROMPT:
             kinds["both"] += 1
-            assert triangular.parse_form(answer)
-        elif user.startswith(triangular.QUESTION_PROMPT.split("{")[0]):
+            assert triplets.parse_form(answer)
+        elif user.startswith(triplets.QUESTION_PROMPT.split("{")[0]):
             kinds["question"] += 1
         else:
             kinds["ordinary"] += 1
