@@ -1,4 +1,9 @@
-"""STIC, Self-Training on Image Comprehension (arXiv 2405.19716), for LLaVA models in plain PyTorch."""
+"""STIC, Self-Training on Image Comprehension (arXiv 2405.19716), for LLaVA models in plain PyTorch.
+
+Shapes in comments: B batch, T tokens, C width (Cv: CLIP's), H heads, K key-value heads, D head width, V
+vocabulary, P prompt and R response tokens, G scored groups, N tiles, S patches per tile. w (winner) is the
+chosen response, l (loser) the rejected one.
+"""
 
 try:
     import fcntl  # noqa: F401
