@@ -23,7 +23,7 @@ from stic_min.neighbours.sima_critic import critic_prompt, parse_verdict
 from stic_min.neighbours.triplets import BOTH_PROMPT, Triplet, parse_form
 from stic_min.runtime import flags, process
 from stic_min.runtime.files import fingerprint, read_json
-from stic_min.text import CAPTION_PROMPTS, with_image
+from stic_min.text import CAPTION_PROMPTS
 from stic_min.toy import pretrain, world
 from stic_min.toy.files import write_json
 
@@ -56,11 +56,7 @@ def two_descriptions(scene, rng):
 
 
 def judge(scene, pair):
-    """The critic's answer: the mistakes of each description, and the verdict for the one with fewer.
-
-    A critic that instead states what is in the cells where they differ does not learn the verdict in as many
-    steps.
-    """
+    """The critic's answer: the mistakes of each description, and the verdict for the one with fewer."""
     first, second = (mistakes(scene, described) for described in pair)
     reasons = f"1: {', '.join(first) or 'none'}. 2: {', '.join(second) or 'none'}."
     return f"{reasons} [[{1 if len(first) < len(second) else 2}]]"
@@ -91,14 +87,6 @@ def record(scene, rng, progress=1.0):
 
 
 # ---------------------------------------------------------------- scores on dev scenes
-
-
-def answers(llava, users, pictures, **sampling):
-    prompts = [pretrain.TEMPLATE.prompt(with_image(user)) for user in users]
-    texts = []
-    for i in range(0, len(prompts), 100):
-        texts += llava.generate(prompts[i : i + 100], pictures[i : i + 100], max_new_tokens=64, **sampling)
-    return texts
 
 
 def critic_scores(verdicts, right):
@@ -133,10 +121,10 @@ def dev_scores(llava, count=400):
                 user, answer = critic_turn(scene, order, rng, with_reference)
                 users.append(user)
                 right.append(parse_verdict(answer)[0])
-        texts = answers(llava, users, [picture for picture in pictures for _ in range(2)])
+        texts = pretrain.responses(llava, users, [picture for picture in pictures for _ in range(2)])
         verdicts = [parse_verdict(text)[0] for text in texts]
         scores[name] = {"n": count} | critic_scores(list(zip(verdicts[::2], verdicts[1::2])), right[::2])
-    texts = answers(llava, [BOTH_PROMPT] * count, pictures, temperature=0.7)
+    texts = pretrain.responses(llava, [BOTH_PROMPT] * count, pictures, temperature=0.7)
     well_formed = [parse_form(text) for text in texts]
     scores["triplets"] = {
         "n": count, "well_formed": round(100 * sum(map(bool, well_formed)) / count, 2),

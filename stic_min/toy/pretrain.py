@@ -280,6 +280,15 @@ def write_llava(llava, folder):
     write_tensors(weights, folder / "model.safetensors")
 
 
+def responses(llava, users, pictures, **sampling):
+    """The model's responses to user texts about one picture each."""
+    prompts = [TEMPLATE.prompt(with_image(user)) for user in users]
+    texts = []
+    for i in range(0, len(prompts), 100):
+        texts += llava.generate(prompts[i : i + 100], pictures[i : i + 100], max_new_tokens=64, **sampling)
+    return texts
+
+
 def dev_scores(llava, count=400):
     """The base model's scores: greedy captions by kind of prompt, and questions asked directly."""
     llava.eval()
@@ -288,12 +297,9 @@ def dev_scores(llava, count=400):
     pictures = [[world.paint(scene, f"dev {i}")] for i, scene in enumerate(scenes)]
     scores = {}
 
-    def answers(texts, pictures):
-        prompts = [TEMPLATE.prompt(with_image(text)) for text in texts]
-        responses = []
-        for i in range(0, len(prompts), 100):
-            responses += llava.generate(prompts[i : i + 100], pictures[i : i + 100], max_new_tokens=64)
-        return [{"question_id": str(i), "text": text} for i, text in enumerate(responses)]
+    def answers(users, pictures):
+        texts = responses(llava, users, pictures)
+        return [{"question_id": str(i), "text": text} for i, text in enumerate(texts)]
 
     vocabulary = world.all_objects()
     for kind in ("short", "good"):
