@@ -90,6 +90,10 @@ def run_pairs(args):
     settings["instructions"] = sha256(args.instructions)[:12]  # they are half of every pair
     settings["previous"] = args.previous and sha256(args.previous)[:12]
     previous = previous_pairs(args.previous, settings) if args.previous else []
+    for record in previous:
+        if record["id"] in records:
+            raise InputError(f"{args.instructions}: the id {brief(record['id'])} is taken: that pair of "
+                             f"{args.previous} gets it here")  # fmt: skip
     output = common.open_output(args, settings, ranks)
 
     def prepare(group):

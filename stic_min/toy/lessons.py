@@ -27,7 +27,7 @@ from stic_min.text import CAPTION_PROMPTS
 from stic_min.toy import pretrain, world
 from stic_min.toy.files import write_json
 
-STEPS, LR = 1000, 1e-3  # half of pretraining's learning rate
+STEPS, LR = 1500, 1e-3  # half of pretraining's learning rate
 # The kinds of lessons; the rest of the records are ordinary ones.
 SHARES = {"critic": 0.2, "critic without reference": 0.2, "question": 0.05, "both": 0.05}
 
@@ -35,7 +35,8 @@ SHARES = {"critic": 0.2, "critic without reference": 0.2, "question": 0.05, "bot
 # Nearly all of these words are in its vocabulary.
 CRITIC = "{question}\n1: {response_1}\n2: {response_2}\nWhat objects are absent?"
 CRITIC_WITH_REFERENCE = "Image description:\n{reference}\n\n" + CRITIC
-CANDIDATES = {"true": 1, "good": 1, "short": 2, "bad": 1}  # kinds of captions to judge, with their weights
+# Kinds of captions to judge, with their weights: mostly those that differ little, as a model's own answers do
+CANDIDATES = {"true": 1, "good": 1, "short": 4, "bad": 1}
 
 
 # ---------------------------------------------------------------- records

@@ -12,9 +12,9 @@ and triangular consistency loses malformed and repeated triplets; both train for
 
 import random
 
-from stic_min.runtime.files import read_json, read_records, write_text
+from stic_min.runtime.files import read_records, write_text
 from stic_min.text import CAPTION_PROMPTS, with_image
-from stic_min.toy import captions, chain, files, lessons, recipe, world
+from stic_min.toy import chain, files, lessons, recipe, world
 
 METHODS = {
     "base": "base",
@@ -23,6 +23,7 @@ METHODS = {
     "simafree": "SIMA, critic without reference",
     "povid": "POVID, both stages",
     "triangular": "triangular consistency",
+    "trirandom": "triangular consistency, random choice",
     "stage1": "STIC, stage 1",
     "stic": "STIC",
 }
@@ -34,6 +35,7 @@ OUTPUTS = {
     "simafree": ("answers.jsonl", "simafree-critiques.jsonl", "simafree-pairs.jsonl", "simafree"),
     "povid": ("povid1.jsonl", "povid1", "povid2.jsonl", "povid"),
     "triangular": ("triplets.jsonl", "triplet-scores.jsonl", "triangular.json", "triangular"),
+    "trirandom": ("triplets.jsonl", "triplet-scores.jsonl", "trirandom.json", "trirandom"),
     "stage1": ("pairs.jsonl", "stage1"),
     "stic": ("pairs.jsonl", "stage1", "stic-descriptions.jsonl", "stic"),
 }
@@ -43,6 +45,7 @@ DATA = {  # of these, the pairs or triplets that it trains on
     "simafree": ("simafree-pairs.jsonl",),
     "povid": ("povid1.jsonl", "povid2.jsonl"),
     "triangular": ("triangular.json",),
+    "trirandom": ("trirandom.json",),
     "stage1": ("pairs.jsonl",),
     "stic": ("pairs.jsonl",),
 }
@@ -158,15 +161,18 @@ class Methods:
         self.train("povid", "stage1", ("--pairs", "povid1.jsonl"), "povid1", epochs=1)
         self.train("povid", "stage2", ("--pairs", "povid2.jsonl"), "povid", start="povid1")
 
-    def triangular(self):
-        triplets, scores, update = OUTPUTS["triangular"][:3]
+    def triangular(self, name="triangular"):
+        triplets, scores, update = OUTPUTS[name][:3]
         self.generate("triangular", "triplets", triplets, per_image=TRIPLETS)
         inputs = self.inputs | {"--seed": None, "--device": "cpu", "--triplets": self.folder / triplets}
         self.call("triangular", "score", scores, inputs)
-        selection = {"--keep": 1 / TRIPLETS, "--seed": self.seed}
+        selection = recipe.spelled({"keep": 1 / TRIPLETS, "seed": self.seed, "random": name == "trirandom"})
         self.call("triangular", "select", update, {"--scores": self.folder / scores} | selection)
         data = "--instructions", update
-        self.train("triangular", "train", data, "triangular", TUNING, epochs=self.epochs(update))
+        self.train("triangular", "train", data, name, TUNING, epochs=self.epochs(update))
+
+    def trirandom(self):
+        self.triangular("trirandom")
 
     def stage1(self):
         pairs = self.folder / "pairs.jsonl"
@@ -198,39 +204,3 @@ def run(model, folder, data, seed, pictures):
 
 def run_base(model, folder, data):
     chain.measure(model, None, data, folder / "results")
-
-
-# ---------------------------------------------------------------- what a method cost, and what its pairs are
-
-
-def cost(folder, name):
-    """Training steps, and the seconds that its commands took; a resumed one counts all of its parts."""
-    steps, seconds = 0, 0.0
-    for output in OUTPUTS[name]:
-        is_adapter = output in ADAPTERS
-        stem = output.removesuffix(".jsonl")
-        file = folder / output / "run.json" if is_adapter else folder / f"{stem}.run.json"
-        record = read_json(file)["record"]
-        steps += record["steps"] if is_adapter else 0
-        seconds += record.get("wall_seconds", 0.0)  # not recorded by `triangular select`, which is instant
-    return {"steps": steps, "seconds": round(seconds, 1)}
-
-
-def wrong_objects(scene, caption):
-    """The objects that a caption mentions although they are absent, in order."""
-    return [name for name in captions.mentions(caption, world.all_objects()) if name not in scene.names]
-
-
-def pair_quality(folder, name, scenes):
-    """The number of a method's pairs (or selected triplets), and the shares, in percent, of pairs whose
-    chosen response mentions fewer wrong objects than the rejected one ("right"), and more ("wrong").
-
-    scenes: {name: Scene}
-    """
-    records = [record for file in DATA[name] for _, record in read_records(folder / file)]
-    if name == "triangular":
-        return {"pairs": len(records)}
-    wrong = lambda pair, side: wrong_objects(scenes[pair["image"]], pair[side][1]["content"])
-    differences = [len(wrong(pair, "rejected")) - len(wrong(pair, "chosen")) for pair in records]
-    share = lambda sign: round(100 * sum(sign * d > 0 for d in differences) / len(differences), 1)
-    return {"pairs": len(records), "right": share(1), "wrong": share(-1)}

@@ -12,6 +12,7 @@ from stic_min.runtime import console
 from stic_min.runtime.files import read_json, write_text
 from stic_min.toy import files, lessons, pretrain, recipe, study, tables
 from stic_min.toy import neighbours_chain as chain
+from stic_min.toy import neighbours_quality as quality
 
 # Time on one core as a multiple of `study.probe`'s: lessons (7 minutes), and, as an estimate, the average
 # step with 1,000 pictures and 500 test pictures.
@@ -112,8 +113,8 @@ def collect(folder, seeds, pictures):
             seed_folder = folder / f"seed{seed}"
             scenes = chain.named_scenes(pictures, seed)
             values[name].append(
-                study.numbers(seed_folder / "results", name) | chain.cost(seed_folder, name)
-                | chain.pair_quality(seed_folder, name, scenes)
+                study.numbers(seed_folder / "results", name) | quality.cost(seed_folder, name)
+                | quality.pair_quality(seed_folder, name, scenes)
             )  # fmt: skip
     return values
 
@@ -127,9 +128,7 @@ def main_table(variants, labels_used):
         cells = [tables.spread([value[key] for value in values]) for key in COLUMNS]
         cells.append(labels_used[name])
         if name != "base":
-            has_pairs = "right" in values[0]
-            shares = f" ({average('right'):.0f} / {average('wrong'):.0f})" if has_pairs else ""
-            cells.append(f"{average('pairs'):,.0f}{shares}")
+            cells.append(f"{average('pairs'):,.0f} ({average('right'):.0f} / {average('wrong'):.0f})")
             cells += [f"{average('steps'):.0f}", console.clock(average("seconds"))]
         rows.append([label, *cells])
     header = ["", *(tables.COLUMNS[key] for key in COLUMNS)]
@@ -154,11 +153,12 @@ def write(out, result):
     parts = [
         f"{result['test_images']} pictures of the {result['split']} split, seeds {first} to {last}, "
         f"{result['images']} unlabeled pictures for every method; in %, mean ± standard deviation over the "
-        "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on (triplets, "
-        "for triangular consistency); in brackets, % whose chosen response mentions fewer absent objects "
-        "than the rejected one, and % where it mentions more. Steps: of training. Time: of all its commands, "
-        "on one core. Differences: in percentage points, mean ± half of the 95% interval over the seeds, and "
-        "the seeds that agree; 0: equal for every seed.",
+        "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on; in "
+        "brackets, % whose chosen response mentions fewer absent objects than the rejected one, and % where "
+        "it mentions more (of triplets, for triangular consistency: % whose answer is the true one, and % "
+        "where it is not). Steps: of training. Time: of all its commands, on one core. Differences: in "
+        "percentage points, mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: "
+        "equal for every seed.",
         "**Lessons**, on dev scenes", lessons_table(result["lessons"]),
     ]  # fmt: skip
     models = result["models"]

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import json
 import sys
 import tempfile
 from pathlib import Path
@@ -39,12 +40,16 @@ def graphs(device, folder):
     for name in ("llava-v1.5-tiny", "llava-v1.6-tiny"):
         llava = load_llava(folder / name, device=device)
         for how in ({"temperature": 0.0}, {"temperature": 0.7, "top_k": 50, "top_p": 0.9}):
-            rows = prompts, [[image] for image in images], list(range(len(images)))
+            seeds = [None, *range(1, len(images))]  # the first one is greedy
+            rows = prompts, [[image] for image in images], seeds
             replayed = sampler.sample(llava, *rows, max_new_tokens=80, **how)
             with mock.patch.object(slots, "GRAPHED", set()):
                 eager = sampler.sample(llava, *rows, max_new_tokens=80, **how)
             assert [s.ids for s in replayed] == [s.ids for s in eager]
             assert sum(len(s.ids) for s in eager) > 100
+            if how["temperature"] == 0:
+                greedy = eager[0].ids
+            assert replayed[0].ids == greedy
 
 
 def small_updates(device, folder):
@@ -100,6 +105,12 @@ def sampled_logits(device, folder):
     assert error < (1e-5 if torch.device(device).type == "cuda" else 1e-2), error
 
 
+def run_main(script, *args):
+    command = mock.patch.object(sys, "argv", [script, *map(str, args)])
+    with command, contextlib.redirect_stdout(io.StringIO()):
+        importlib.import_module(script).main()
+
+
 def commands(device, folder):
     """The four commands, in the default dtype on a GPU."""
     at, images = ["--model", folder / "llava-v1.6-tiny", "--device", device], ["--images", folder / "images"]
@@ -117,14 +128,45 @@ def commands(device, folder):
         ["train_stage2", *train[:-2], *stage2, "--out", folder / "stage2"],
         ["evaluate", "scienceqa", *at, *few, *benchmark],
     ):
-        command = mock.patch.object(sys, "argv", [script, *map(str, args)])
-        with command, contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script).main()
+        run_main(script, *args)
     assert (folder / "results" / "scienceqa-stage2-dar.scores.json").is_file()
 
 
+def neighbours(device, folder):
+    """SPIN, SIMA, POVID and triangular consistency, in the default dtype on a GPU."""
+    at = ["--model", folder / "llava-v1.6-tiny", "--device", device, "--images", folder / "images"]
+    instructions, few = ["--instructions", folder / "instructions.json"], ["--max-new-tokens", 8]
+    train = [*at, "--lr", 1e-3, "--batch-size", 4, "--lora-r", 4, "--epochs", 1]
+    run = lambda method, *args: run_main(f"stic_min.neighbours.{method}", *args)
+    out = lambda name: ["--out", folder / name]
+
+    pairs = ["--pairs", folder / "spin.jsonl"]
+    run("spin", "pairs", *at, *few, *instructions, *out("spin.jsonl"))
+    run("spin", "train", *train, *pairs, *out("spin"))
+    run("sima", "train", *train, *pairs, "--rejected-score", "argmax", *out("sima"))
+    run("povid", "stage2", *train[:-2], *pairs, *out("povid"))
+    assert (folder / "povid" / "adapter_config.json").is_file()
+
+    run("sima", "answers", *at, *few, *instructions, *out("answers.jsonl"))
+    answers = ["--answers", folder / "answers.jsonl"]
+    run("sima", "critique", *at, *few, *answers, "--both-orders", *out("critiques.jsonl"))
+    records = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    greedy, sampled = ({record[kind] for record in records} for kind in ("greedy", "sampled"))
+    assert len(records) == 8 and all(greedy) and all(sampled)
+
+    triplets = [
+        {"id": str(i), "image": path.name, "question": "What is it?", "answer": "The sun."}
+        for i, path in enumerate(sorted((folder / "images").iterdir()))
+    ]  # fmt: skip
+    (folder / "triplets.jsonl").write_text("".join(json.dumps(t) + "\n" for t in triplets))
+    run("triangular", "score", *at, "--triplets", folder / "triplets.jsonl", *out("triplet-scores.jsonl"))
+    run("triangular", "select", "--scores", folder / "triplet-scores.jsonl", *out("update.json"))
+    run("triangular", "train", *train, "--instructions", folder / "update.json", *out("triangular"))
+    assert (folder / "triangular" / "adapter_config.json").is_file()
+
+
 CHECKS = {check.__name__: check
-          for check in (graphs, small_updates, theta_0, decode_attention, sampled_logits, commands)}
+          for check in (graphs, small_updates, theta_0, decode_attention, sampled_logits, commands, neighbours)}
 
 
 def main():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-CHECKS = "graphs", "small_updates", "theta_0", "decode_attention", "sampled_logits", "commands"
+CHECKS = "graphs", "small_updates", "theta_0", "decode_attention", "sampled_logits", "commands", "neighbours"
 
 
 def child(*args):

@@ -236,3 +236,9 @@ def test_bad_input(spin, tmp_path):
     record = {"id": "7", "image": "scene_01.jpg", "conversations": talk}
     (tmp_path / "bad.json").write_text(json.dumps([record]))
     assert "bad.json, record 0 (7): a gpt turn: no value" in refused("--instructions", tmp_path / "bad.json")
+    talk[1]["value"] = "A house."
+    taken = f"{pair['id']} (previous iteration)"
+    (tmp_path / "taken.json").write_text(json.dumps([record | {"id": taken}]))
+    adapter = ["--adapter", spin.out / "spin0"]
+    line = refused("--instructions", tmp_path / "taken.json", *previous, *adapter)
+    assert f"taken.json: the id {taken} is taken: that pair of " in line and line.endswith("pairs0.jsonl gets it here")

@@ -146,7 +146,7 @@ def train(run):
 
 def whole_recipe(run):
     if run.gpu:
-        args = SimpleNamespace(pictures=96, tokens=250, slots=64, micro_batch=4, repeat=5)
+        args = SimpleNamespace(pictures=128, tokens=250, slots=64, micro_batch=4, repeat=5)
     else:
         args = SimpleNamespace(pictures=2, tokens=16, slots=8, micro_batch=1, repeat=1)
     seconds = {}

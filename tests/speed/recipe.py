@@ -1,7 +1,7 @@
 """Projects how long the paper's whole recipe takes on this device: 6k pairs, stage 1, 5k descriptions,
 stage 2. Each step is measured on a few samples and scaled up, then extrapolated to more images and GPUs.
 
-  python tests/speed/recipe.py --size 7b --device cuda --dtype bfloat16 --slots 64 --pictures 96 \\
+  python tests/speed/recipe.py --size 7b --device cuda --dtype bfloat16 --slots 64 --pictures 128 \\
       --micro-batch 4
 
 Settings are the scripts' defaults for LLaVA-v1.6: images of 640x480, anyres for generation and pad mode for

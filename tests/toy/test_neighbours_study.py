@@ -10,6 +10,7 @@ from stic_min import InputError
 from stic_min.neighbours import sima_critic, triangular
 from stic_min.runtime.files import read_records
 from stic_min.toy import neighbours_chain as chain
+from stic_min.toy import neighbours_quality as quality
 from stic_min.toy import neighbours_study as study
 from stic_min.toy import recipe, world
 
@@ -53,7 +54,7 @@ def test_every_method_is_measured(studied):
     result, out, folder = studied
     variants = result["models"][NAME]
     assert list(variants) == list(chain.METHODS) and {len(values) for values in variants.values()} == {1}
-    assert len([*folder.glob("*/adapter_config.json")]) == len(chain.ADAPTERS) == 9
+    assert len([*folder.glob("*/adapter_config.json")]) == len(chain.ADAPTERS) == 10
     assert len([*folder.glob("results/*.scores.json")]) == 3 * len(chain.TRAINED)
     for name in chain.TRAINED:
         assert all(0 <= variants[name][0][key] <= 100 for key in study.COLUMNS)
@@ -81,6 +82,8 @@ def test_every_method_has_the_same_pictures_and_steps(studied):
         assert variants[name][0]["steps"] == epochs * -(-len(differing) // 16)
         assert f"--epochs {epochs}" in run_json(folder, name)["record"]["command"]
     assert {r["image"] for r in records(folder, "triplets.jsonl")} == pictures
+    best, sampled = (json.loads((folder / f"{name}.json").read_text()) for name in ("triangular", "trirandom"))
+    assert len(best) == len(sampled) and {r["id"] for r in best} != {r["id"] for r in sampled}
 
 
 def test_every_method_gets_its_labels_only(studied):
@@ -103,12 +106,13 @@ def test_every_method_gets_its_labels_only(studied):
 def test_training_differs_in_data_only(studied):
     """Learning rate, beta and batch size are the toy's; alpha is 0 except in STIC's own stage 1."""
     _, _, folder = studied
-    for name in chain.ADAPTERS - {"stage1", "stic", "triangular"}:
+    for name in chain.ADAPTERS - {"stage1", "stic", "triangular", "trirandom"}:
         settings = run_json(folder, name)
         assert (settings["lr"], settings["beta"], settings["batch_size"], settings["lora_r"]) == (3e-4, 0.2, 16, 32)
         assert settings.get("alpha", 0) == 0
     assert run_json(folder, "stage1")["alpha"] == 0.05
-    assert run_json(folder, "triangular")["batch_size"] == 16 and run_json(folder, "triangular")["plain"]
+    for name in ("triangular", "trirandom"):
+        assert run_json(folder, name)["batch_size"] == 16 and run_json(folder, name)["plain"]
     assert "--adapter" in run_json(folder, "spin")["record"]["command"]
     assert "reference" in run_json(folder, "spin") and "reference" in run_json(folder, "povid")
 
@@ -129,8 +133,8 @@ def test_invented_captions_mention_what_is_absent():
     for name, scene in chain.named_scenes(50, 0).items():
         record = chain.captioning_record(name, scene, rng)
         sides = [record[key][1]["value"] for key in ("conversations", "rejected_conversations")]
-        assert sides[0] == world.true_caption(scene) and chain.wrong_objects(scene, sides[0]) == []
-        assert chain.wrong_objects(scene, sides[1])
+        assert sides[0] == world.true_caption(scene) and quality.wrong_objects(scene, sides[0]) == []
+        assert quality.wrong_objects(scene, sides[1])
         assert all(signature in sides[1] for signature, _ in world.signatures(scene.place))
         assert record["conversations"][0] == record["rejected_conversations"][0]
 
@@ -142,8 +146,40 @@ def test_pair_quality_by_hand(tmp_path):
     pair = lambda w, l: {"image": "a.png", "chosen": [{}, {"content": w}], "rejected": [{}, {"content": l}]}
     pairs = pair(true, usual), pair(usual, true), pair(usual, usual), pair(true, usual)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    quality = chain.pair_quality(tmp_path, "stage1", {"a.png": scene})
-    assert quality == {"pairs": 4, "right": 50.0, "wrong": 25.0}
+    shares = quality.pair_quality(tmp_path, "stage1", {"a.png": scene})
+    assert shares == {"pairs": 4, "right": 50.0, "wrong": 25.0}
+
+
+def test_the_true_answer_of_every_question():
+    rng = chain.random.Random(0)
+    for scene in world.scenes("dev", 20):
+        for kind in 5 * list(world.QUESTIONS):
+            question, answer = world.ask(scene, kind, rng)
+            assert quality.true_answer(scene, question) == answer
+
+
+@pytest.mark.parametrize("question", [
+    "What color is the moon?", "Where is the moon?", "Is the moon above the star?", "Is the star above the moon?",
+    "What comes after the heart, row by row?", "What is at the lower right?\nA. red heart\nB. blue ring\nC. red moon",
+    "What is at the center?\nA. red heart\nB. red ring\nC. red moon", "How many moon objects are there?",
+    "Is there a red in the image?", "How many objects are in the left row?", "What color is the star", "Why?",
+])  # fmt: skip
+def test_questions_without_an_answer(question):
+    """About something absent, or in another form."""
+    scene = world.Scene("beach", ((2, "yellow star"), (4, "blue ring"), (6, "red heart")))
+    assert quality.true_answer(scene, question) is None
+
+
+def test_triplet_quality_by_hand(tmp_path):
+    """A true answer, a wrong one, and a question about an absent object."""
+    scene = world.Scene("beach", ((2, "yellow star"), (4, "blue ring")))
+    turns = [("What color is the star?", "yellow"), ("Is there a ring in the image?", "no"),
+             ("Where is the moon?", "center")]  # fmt: skip
+    values = [[{"value": f"<image>\n{question}"}, {"value": answer}] for question, answer in turns]
+    triplets = [{"image": "a.png", "conversations": pair} for pair in values]
+    (tmp_path / "trirandom.json").write_text(json.dumps(triplets))
+    shares = quality.pair_quality(tmp_path, "trirandom", {"a.png": scene})
+    assert shares == {"pairs": 3, "right": 33.3, "wrong": 66.7}
 
 
 def test_the_table_by_hand(tmp_path, capsys):
@@ -153,7 +189,6 @@ def test_the_table_by_hand(tmp_path, capsys):
     variants = {name: [method, method] for name in chain.TRAINED} | {"base": [score, score]}
     better = method | dict(chair_i=10.0)
     variants["stic"] = [better, better | dict(chair_i=14.0, seconds=181.0)]
-    variants["triangular"] = [{k: v for k, v in method.items() if k not in ("right", "wrong")}] * 2
     result = {"images": 1000, "test_images": 500, "split": "test", "seeds": [0, 1], "models": {"m": variants},
               "labels": chain.labels_used(1000), "lessons": {"m": DEV}}  # fmt: skip
     study.write(tmp_path, result)
@@ -163,7 +198,7 @@ def test_the_table_by_hand(tmp_path, capsys):
     scores = "20.0 | 80.0 | 90.0 | 91.0"
     assert f"| SPIN, two iterations | {scores} | 1,000 true captions | 1,000 (75 / 5) | 63 | 0:59 |" in lines
     assert "| STIC | 12.0 ± 2.8 | 80.0 | 90.0 | 91.0 | 500 instructions | 1,000 (75 / 5) | 63 | 2:00 |" in lines
-    assert f"| triangular consistency | {scores} | none | 1,000 | 63 | 0:59 |" in lines
+    assert f"| triangular consistency, random choice | {scores} | none | 1,000 (75 / 5) | 63 | 0:59 |" in lines
     # minus base: -10 and -6; half of the interval is 12.706 * 2.83 / sqrt(2)
     assert "| STIC | -8.0 ± 25.4 (2/2) | 0 | 0 | 0 | 0 |" in lines
     assert "| SIMA | +8.0 ± 25.4 (2/2) | 0 | 0 | 0 | 0 |" in lines  # minus STIC
