@@ -14,9 +14,9 @@ from stic_min.toy import files, lessons, pretrain, recipe, study, tables
 from stic_min.toy import neighbours_chain as chain
 from stic_min.toy import neighbours_quality as quality
 
-# Time on one core as a multiple of `study.probe`'s: lessons (7 minutes), and, as an estimate, the average
-# step with 1,000 pictures and 500 test pictures.
-LESSONS, STEP = 1050, 25
+# Time on one core as a multiple of `study.probe`'s: lessons (10 minutes), and the average step with 1,000
+# pictures and 500 test pictures (10 seconds).
+LESSONS, STEP = 1575, 25
 COLUMNS = ("chair_i", "f1", "direct", "dar")
 
 
@@ -106,12 +106,10 @@ def announce(pretraining, teaching, jobs, total, size, processes, out):
 def collect(folder, seeds, pictures):
     """{method: [values per seed]} for one base model; the base's own values are the same for every seed."""
     base = study.numbers(folder / "base/results", "base")
-    values = {"base": [base] * len(seeds)}
-    for name in chain.TRAINED:
-        values[name] = []
-        for seed in seeds:
-            seed_folder = folder / f"seed{seed}"
-            scenes = chain.named_scenes(pictures, seed)
+    values = {"base": [base] * len(seeds)} | {name: [] for name in chain.TRAINED}
+    for seed in seeds:
+        seed_folder, scenes = folder / f"seed{seed}", chain.named_scenes(pictures, seed)
+        for name in chain.TRAINED:
             values[name].append(
                 study.numbers(seed_folder / "results", name) | quality.cost(seed_folder, name)
                 | quality.pair_quality(seed_folder, name, scenes)
@@ -161,17 +159,17 @@ def write(out, result):
         "equal for every seed.",
         "**Lessons**, on dev scenes", lessons_table(result["lessons"]),
     ]  # fmt: skip
+    others = lambda reference: [method for method in chain.METHODS if method != reference]
+    compared = {"base": others("base"), "stic": others("stic"), "trirandom": ["triangular"]}
     models = result["models"]
     for name, variants in models.items():
         parts += [f"**{name}**", main_table(variants, result["labels"])]
-        for reference in ("base", "stic"):
-            others = [method for method in chain.METHODS if method != reference]
-            parts.append(tables.differences_table(variants, others, reference, chain.METHODS))
+        for reference, methods in compared.items():
+            parts.append(tables.differences_table(variants, methods, reference, chain.METHODS))
     if len(models) > 1:
         parts.append(f"**{', '.join(models)}**: mean of their means [lowest, highest] (seeds that agree)")
-        for reference in ("base", "stic"):
-            others = [method for method in chain.METHODS if method != reference]
-            parts.append(tables.summary_table(models, others, reference, chain.METHODS))
+        for reference, methods in compared.items():
+            parts.append(tables.summary_table(models, methods, reference, chain.METHODS))
     report = "\n\n".join(parts) + "\n"
     files.write_json(out / "neighbours.json", result)
     write_text(out / "neighbours.md", report)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -203,6 +204,17 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert "| STIC | -8.0 ± 25.4 (2/2) | 0 | 0 | 0 | 0 |" in lines
     assert "| SIMA | +8.0 ± 25.4 (2/2) | 0 | 0 | 0 | 0 |" in lines  # minus STIC
     assert json.loads((tmp_path / "neighbours.json").read_text()) == result
+
+
+def test_committed_results_follow_from_the_committed_numbers(tmp_path, capsys):
+    """So do the tables of the neighbours' README."""
+    results = Path(study.__file__).parent / "results"
+    study.write(tmp_path, json.loads((results / "neighbours.json").read_text()))
+    for name in ("neighbours.json", "neighbours.md"):
+        assert (tmp_path / name).read_bytes() == (results / name).read_bytes()
+    section = (Path(triangular.__file__).parent / "README.md").read_text().split("## On the toy world")[1]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) > 20 and set(rows) <= set((results / "neighbours.md").read_text().splitlines())
 
 
 def test_the_study_estimates_what_is_left(tmp_path, monkeypatch, capsys):
