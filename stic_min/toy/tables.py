@@ -257,7 +257,8 @@ def write(out, result):
         "mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: equal for every seed."
     ]
     for name, variants in result["models"].items():
-        parts += [f"**{name}**", main_table(variants), types_table(variants), template_table(variants)]
+        parts += [f"**{name}**", main_table(variants), differences_table(variants, MAIN[1:], "base")]
+        parts += [types_table(variants), template_table(variants)]
         if "A" in variants:
             parts += [differences_table(variants, OF_RELEASE, "stic")]
             parts += [differences_table(variants, OF_STAGE1, "stage1")]
