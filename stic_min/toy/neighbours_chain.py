@@ -5,9 +5,10 @@ steps: one epoch over as many samples as there are pictures, with the batch size
 of recipe.py. All else follows the defaults of stic_min/neighbours, except that SIMA samples at temperature 1:
 its usual settings seldom give a toy model a second answer.
 
-Exceptions: STIC's stage 2 comes on top of stage 1's steps. SPIN's two iterations and POVID's two stages get
-half of the pictures each. SIMA has no pair where its two answers are equal or its critic gives no verdict,
-and triangular consistency loses malformed and repeated triplets; both train for more epochs instead.
+Exceptions: STIC's stage 2 comes on top of stage 1's steps; SPIN is also followed by it, and SIMA also trained
+with STIC's NLL term, to see what these contribute. SPIN's two iterations and POVID's two stages get half of
+the pictures each. SIMA has no pair where its two answers are equal or its critic gives no verdict, and
+triangular consistency loses malformed and repeated triplets; both train for more epochs instead.
 """
 
 import random
@@ -19,8 +20,10 @@ from stic_min.toy import chain, files, lessons, recipe, world
 METHODS = {
     "base": "base",
     "spin": "SPIN, two iterations",
+    "spinstage2": "SPIN, then STIC's stage 2",
     "sima": "SIMA",
     "simafree": "SIMA, critic without reference",
+    "simanll": "SIMA with STIC's NLL term",
     "povid": "POVID, both stages",
     "triangular": "triangular consistency",
     "trirandom": "triangular consistency, random choice",
@@ -29,20 +32,25 @@ METHODS = {
 }
 TRAINED = [name for name in METHODS if name != "base"]
 # What each method's time and steps are added up from: files and adapters
+SPIN = "spin1.jsonl", "spin1", "spin2.jsonl", "spin"
 OUTPUTS = {
-    "spin": ("spin1.jsonl", "spin1", "spin2.jsonl", "spin"),
+    "spin": SPIN,
+    "spinstage2": (*SPIN, "spinstage2-descriptions.jsonl", "spinstage2"),
     "sima": ("answers.jsonl", "sima-critiques.jsonl", "sima-pairs.jsonl", "sima"),
     "simafree": ("answers.jsonl", "simafree-critiques.jsonl", "simafree-pairs.jsonl", "simafree"),
+    "simanll": ("answers.jsonl", "sima-critiques.jsonl", "sima-pairs.jsonl", "simanll"),
     "povid": ("povid1.jsonl", "povid1", "povid2.jsonl", "povid"),
     "triangular": ("triplets.jsonl", "triplet-scores.jsonl", "triangular.json", "triangular"),
-    "trirandom": ("triplets.jsonl", "triplet-scores.jsonl", "trirandom.json", "trirandom"),
+    "trirandom": ("triplets.jsonl", "trirandom.json", "trirandom"),  # it does not use the scores
     "stage1": ("pairs.jsonl", "stage1"),
     "stic": ("pairs.jsonl", "stage1", "stic-descriptions.jsonl", "stic"),
 }
 DATA = {  # of these, the pairs or triplets that it trains on
     "spin": ("spin1.jsonl", "spin2.jsonl"),
+    "spinstage2": ("spin1.jsonl", "spin2.jsonl"),
     "sima": ("sima-pairs.jsonl",),
     "simafree": ("simafree-pairs.jsonl",),
+    "simanll": ("sima-pairs.jsonl",),
     "povid": ("povid1.jsonl", "povid2.jsonl"),
     "triangular": ("triangular.json",),
     "trirandom": ("trirandom.json",),
@@ -61,11 +69,14 @@ TRIPLETS = 2  # per picture; the better half is kept
 def labels_used(pictures):
     """What each method is told about its pictures, for the table."""
     true_captions = f"{pictures:,} true captions"
+    instructions = f"{recipe.num_instructions(pictures):,} instructions"
     return dict.fromkeys(METHODS, "none") | {
         "spin": true_captions,
+        "spinstage2": f"{true_captions}, {instructions}",
         "sima": f"{true_captions}, read by the critic",
+        "simanll": f"{true_captions}, read by the critic",
         "povid": f"{true_captions}, and as many with invented objects",
-        "stic": f"{recipe.num_instructions(pictures):,} instructions",
+        "stic": instructions,
     }
 
 
@@ -154,6 +165,10 @@ class Methods:
     def simafree(self):
         self.sima("simafree")
 
+    def simanll(self):
+        pairs, alpha = "sima-pairs.jsonl", recipe.STAGE1["--alpha"]
+        self.train("sima", "train", ("--pairs", pairs), "simanll", epochs=self.epochs(pairs), alpha=alpha)
+
     def povid(self):
         for number in (1, 2):
             data = {"--data": self.folder / f"invented{number}.json"}
@@ -162,7 +177,7 @@ class Methods:
         self.train("povid", "stage2", ("--pairs", "povid2.jsonl"), "povid", start="povid1")
 
     def triangular(self, name="triangular"):
-        triplets, scores, update = OUTPUTS[name][:3]
+        triplets, scores, update = "triplets.jsonl", "triplet-scores.jsonl", f"{name}.json"
         self.generate("triangular", "triplets", triplets, per_image=TRIPLETS)
         inputs = self.inputs | {"--seed": None, "--device": "cpu", "--triplets": self.folder / triplets}
         self.call("triangular", "score", scores, inputs)
@@ -179,9 +194,12 @@ class Methods:
         recipe.make_pairs(self.model, self.images, pairs, self.seed)
         recipe.stage1(self.model, pairs, self.images, self.folder / "stage1", self.seed)
 
-    def stic(self):
-        start, instruct = self.folder / "stage1", self.folder / "instruct"
-        recipe.stage2(self.model, start, instruct, self.folder / "stic", self.seed, {})
+    def stic(self, name="stic", start="stage1"):
+        instruct = self.folder / "instruct"
+        recipe.stage2(self.model, self.folder / start, instruct, self.folder / name, self.seed, {})
+
+    def spinstage2(self):
+        self.stic("spinstage2", "spin")
 
 
 def named_scenes(pictures, seed):

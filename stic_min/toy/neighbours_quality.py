@@ -11,7 +11,7 @@ from stic_min.toy.world import shape_of
 
 
 def cost(folder, name):
-    """Training steps, and the seconds that its commands took; a resumed one counts all of its parts."""
+    """Training steps, and the seconds that its commands took, if none was interrupted."""
     steps, seconds = 0, 0.0
     for output in OUTPUTS[name]:
         is_adapter = output in ADAPTERS
@@ -30,7 +30,7 @@ def wrong_objects(scene, caption):
 
 def true_answer(scene, question):
     """The answer to a question in one of world.ask's forms; None if its form is another, or if it is about
-    an absent object."""
+    an absent object. The toy tokenizer writes line breaks as spaces."""
     find = lambda pattern: re.fullmatch(pattern, question)
     names = {shape_of(name): name for _, name in scene.objects}
     places = {shape_of(name): divmod(cell, 3) for cell, name in scene.objects}  # (row, column)
@@ -46,7 +46,7 @@ def true_answer(scene, question):
         return world.NUMBERS[sum(world.ROWS[row] == match[1] for row, _ in places.values())]
     if match := find(r"What comes after the (\w+), row by row\?"):
         return dict(zip(names, [*names.values()][1:])).get(match[1])
-    if match := find(r"What is at the ([\w ]+)\?\nA. (.+)\nB. (.+)\nC. (.+)"):
+    if match := find(r"What is at the ([\w ]+)\?\sA\. (.+)\sB\. (.+)\sC\. (.+)"):
         name = {world.CELLS[cell]: name for cell, name in scene.objects}.get(match[1])
         return dict(zip(match.groups()[1:], "ABC")).get(name)
     match = find(r"Is the (\w+) (above|below|left of|right of) the (\w+)\?")
@@ -59,8 +59,8 @@ def true_answer(scene, question):
 
 def pair_quality(folder, name, scenes):
     """The number of a method's pairs, and the shares, in percent, of pairs whose chosen response mentions
-    fewer wrong objects than the rejected one ("right"), and more ("wrong"). The same of selected triplets:
-    whether their answer is the true one.
+    fewer wrong objects than the rejected one ("right"), and more ("wrong"). Of selected triplets, the shares
+    whose answer is the true one, and another; the rest asks what has no answer.
 
     scenes: {name: Scene}
     """
@@ -69,7 +69,8 @@ def pair_quality(folder, name, scenes):
         signs = []
         for record in records:
             question, answer = (without_marks(turn["value"]) for turn in record["conversations"])
-            signs.append(1 if true_answer(scenes[record["image"]], question) == answer else -1)
+            truth = true_answer(scenes[record["image"]], question)
+            signs.append(0 if truth is None else 1 if truth == answer else -1)
     else:
         wrong = lambda pair, side: len(wrong_objects(scenes[pair["image"]], pair[side][1]["content"]))
         signs = [wrong(pair, "rejected") - wrong(pair, "chosen") for pair in records]

@@ -56,8 +56,10 @@ def run(models, out, seeds, pictures, split, test_images, processes, lesson_step
     if len(set(copies.values())) < len(bases):
         raise InputError("two --model folders have the same name")
     settings = {"images": pictures, "split": split, "test_images": test_images, "lesson_steps": lesson_steps}
-    for model, seed in bases.items():  # a model that is pretrained here follows from the code
+    for model, seed in bases.items():
         recipe.claim(copies[model].parent, settings, model if seed is None else None)
+        if seed is not None:  # it is pretrained here, and follows from the code
+            recipe.claim(model.parent, {}, None)
     print(f"drawing {test_images} pictures of the {split} split")
     data = out / split
     files.write_benchmark(data, split, test_images)
@@ -154,13 +156,14 @@ def write(out, result):
         "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on; in "
         "brackets, % whose chosen response mentions fewer absent objects than the rejected one, and % where "
         "it mentions more (of triplets, for triangular consistency: % whose answer is the true one, and % "
-        "where it is not). Steps: of training. Time: of all its commands, on one core. Differences: in "
-        "percentage points, mean ± half of the 95% interval over the seeds, and the seeds that agree; 0: "
-        "equal for every seed.",
+        "with another; the others ask what has no answer). Steps: of training. Time: of all its commands, on "
+        "one core. Differences: in percentage points, mean ± half of the 95% interval over the seeds, and "
+        "the seeds that agree; 0: equal for every seed.",
         "**Lessons**, on dev scenes", lessons_table(result["lessons"]),
     ]  # fmt: skip
     others = lambda reference: [method for method in chain.METHODS if method != reference]
-    compared = {"base": others("base"), "stic": others("stic"), "trirandom": ["triangular"]}
+    compared = {"base": others("base"), "stic": others("stic"), "stage1": ["spin", "povid"],
+                "sima": ["simanll"], "trirandom": ["triangular"]}  # fmt: skip
     models = result["models"]
     for name, variants in models.items():
         parts += [f"**{name}**", main_table(variants, result["labels"])]

@@ -55,12 +55,12 @@ def test_every_method_is_measured(studied):
     result, out, folder = studied
     variants = result["models"][NAME]
     assert list(variants) == list(chain.METHODS) and {len(values) for values in variants.values()} == {1}
-    assert len([*folder.glob("*/adapter_config.json")]) == len(chain.ADAPTERS) == 10
+    assert len([*folder.glob("*/adapter_config.json")]) == len(chain.ADAPTERS) == 12
     assert len([*folder.glob("results/*.scores.json")]) == 3 * len(chain.TRAINED)
     for name in chain.TRAINED:
         assert all(0 <= variants[name][0][key] <= 100 for key in study.COLUMNS)
         assert variants[name][0]["seconds"] > 0
-    assert (out / "neighbours.md").read_text().count("| SPIN, two iterations |") == 3  # the table, two differences
+    assert (out / "neighbours.md").read_text().count("| SPIN, two iterations |") == 4  # the table, three differences
 
 
 def test_every_method_has_the_same_pictures_and_steps(studied):
@@ -73,7 +73,7 @@ def test_every_method_has_the_same_pictures_and_steps(studied):
         used = [r["image"] for file in chain.DATA[name] for r in records(folder, file)]
         assert sorted(used) == sorted(pictures) and variants[name][0]["pairs"] == PICTURES
         assert variants[name][0]["steps"] == 2
-    assert variants["stic"][0]["steps"] == 3
+    assert variants["stic"][0]["steps"] == variants["spinstage2"][0]["steps"] == 3
     answers = records(folder, "answers.jsonl")
     assert {r["image"] for r in answers} == pictures
     differing = {r["image"] for r in answers if r["sampled"] != r["greedy"]}
@@ -107,11 +107,11 @@ def test_every_method_gets_its_labels_only(studied):
 def test_training_differs_in_data_only(studied):
     """Learning rate, beta and batch size are the toy's; alpha is 0 except in STIC's own stage 1."""
     _, _, folder = studied
-    for name in chain.ADAPTERS - {"stage1", "stic", "triangular", "trirandom"}:
+    for name in chain.ADAPTERS - {"stage1", "stic", "simanll", "spinstage2", "triangular", "trirandom"}:
         settings = run_json(folder, name)
         assert (settings["lr"], settings["beta"], settings["batch_size"], settings["lora_r"]) == (3e-4, 0.2, 16, 32)
         assert settings.get("alpha", 0) == 0
-    assert run_json(folder, "stage1")["alpha"] == 0.05
+    assert run_json(folder, "stage1")["alpha"] == run_json(folder, "simanll")["alpha"] == 0.05
     for name in ("triangular", "trirandom"):
         assert run_json(folder, name)["batch_size"] == 16 and run_json(folder, name)["plain"]
     assert "--adapter" in run_json(folder, "spin")["record"]["command"]
@@ -157,6 +157,7 @@ def test_the_true_answer_of_every_question():
         for kind in 5 * list(world.QUESTIONS):
             question, answer = world.ask(scene, kind, rng)
             assert quality.true_answer(scene, question) == answer
+            assert quality.true_answer(scene, question.replace("\n", " ")) == answer
 
 
 @pytest.mark.parametrize("question", [
@@ -180,7 +181,7 @@ def test_triplet_quality_by_hand(tmp_path):
     triplets = [{"image": "a.png", "conversations": pair} for pair in values]
     (tmp_path / "trirandom.json").write_text(json.dumps(triplets))
     shares = quality.pair_quality(tmp_path, "trirandom", {"a.png": scene})
-    assert shares == {"pairs": 3, "right": 33.3, "wrong": 66.7}
+    assert shares == {"pairs": 3, "right": 33.3, "wrong": 33.3}
 
 
 def test_the_table_by_hand(tmp_path, capsys):
