@@ -92,8 +92,8 @@ def run_pairs(args):
     previous = previous_pairs(args.previous, settings) if args.previous else []
     for record in previous:
         if record["id"] in records:
-            raise InputError(f"{args.instructions}: the id {brief(record['id'])} is taken: that pair of "
-                             f"{args.previous} gets it here")  # fmt: skip
+            raise InputError(f"{args.instructions}: the id {brief(record['id'])} is the one that a pair of "
+                             f"{args.previous} gets; change it")  # fmt: skip
     output = common.open_output(args, settings, ranks)
 
     def prepare(group):

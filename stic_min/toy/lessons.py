@@ -4,7 +4,7 @@
 
 SIMA's critic and triangular consistency need a base model that follows their prompts, as an
 instruction-tuned model does. The toy base model does not. This continues its pretraining on three kinds of
-records: ordinary ones, so that it forgets nothing; two captions, with their mistakes and a verdict; and
+records: ordinary ones, so that it forgets little; two captions, with their mistakes and a verdict; and
 questions to write about a picture. All methods are then compared on the resulting model.
 
 Writes an ordinary checkpoint, and pretrain.json: how it was made, and its scores on dev scenes.

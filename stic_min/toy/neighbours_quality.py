@@ -60,7 +60,7 @@ def true_answer(scene, question):
 def pair_quality(folder, name, scenes):
     """The number of a method's pairs, and the shares, in percent, of pairs whose chosen response mentions
     fewer wrong objects than the rejected one ("right"), and more ("wrong"). Of selected triplets, the shares
-    whose answer is the true one, and another; the rest asks what has no answer.
+    whose answer is the true one, and another; the other questions have no answer.
 
     scenes: {name: Scene}
     """

@@ -1,4 +1,4 @@
-"""STIC and its neighbours on the toy world, over several base models and seeds: one table.
+"""STIC and its neighbours on the toy world, over several base models and seeds.
 
 The base models are first taught to judge captions and to write questions (lessons.py); the methods are those
 of neighbours_chain.py. Processes, resuming and tables are those of the study.
@@ -120,7 +120,7 @@ def collect(folder, seeds, pictures):
 
 
 def main_table(variants, labels_used):
-    """One base model: scores, labels, steps and time of every method, as means over the seeds."""
+    """One base model: scores, labels, pairs, steps and time of every method, as means over the seeds."""
     rows = []
     for name, label in chain.METHODS.items():
         values = variants[name]
@@ -137,7 +137,7 @@ def main_table(variants, labels_used):
 
 
 def lessons_table(scores):
-    """The critic and the triplets on dev scenes, for each base model after its lessons."""
+    """The critic on dev scenes, for each base model after its lessons."""
     rows = []
     for name, dev in scores.items():
         for critic in ("critic", "critic without reference"):
@@ -156,14 +156,14 @@ def write(out, result):
         "seeds. Labels: what a method is told about its pictures. Pairs: those that it trains on; in "
         "brackets, % whose chosen response mentions fewer absent objects than the rejected one, and % where "
         "it mentions more (of triplets, for triangular consistency: % whose answer is the true one, and % "
-        "with another; the others ask what has no answer). Steps: of training. Time: of all its commands, on "
+        "with another; the others have none). Steps: of training. Time: of all its commands, on "
         "one core. Differences: in percentage points, mean ± half of the 95% interval over the seeds, and "
         "the seeds that agree; 0: equal for every seed.",
         "**Lessons**, on dev scenes", lessons_table(result["lessons"]),
     ]  # fmt: skip
     others = lambda reference: [method for method in chain.METHODS if method != reference]
     compared = {"base": others("base"), "stic": others("stic"), "stage1": ["spin", "povid"],
-                "sima": ["simanll"], "trirandom": ["triangular"]}  # fmt: skip
+                "spin": ["spinstage2"], "sima": ["simanll"], "trirandom": ["triangular"]}  # fmt: skip
     models = result["models"]
     for name, variants in models.items():
         parts += [f"**{name}**", main_table(variants, result["labels"])]

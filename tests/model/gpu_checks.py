@@ -34,7 +34,8 @@ SHAPES = (4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096), (4096, 11008)
 
 
 def graphs(device, folder):
-    """Decoding steps replayed as CUDA graphs sample the same tokens as eager ones."""
+    """Decoding steps replayed as CUDA graphs sample the same tokens as eager ones; rows without a seed are
+    greedy at any temperature."""
     images = [open_image(path) for path in sorted((folder / "images").iterdir())]
     prompts = [f"[INST] <image>\nWhat is this, number {i}? [/INST]" for i in range(len(images))]
     for name in ("llava-v1.5-tiny", "llava-v1.6-tiny"):
@@ -153,6 +154,8 @@ def neighbours(device, folder):
     records = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     greedy, sampled = ({record[kind] for record in records} for kind in ("greedy", "sampled"))
     assert len(records) == 8 and all(greedy) and all(sampled)
+    critiques = (folder / "critiques.jsonl").read_text().splitlines()
+    assert len(critiques) == 8 and (folder / "sima" / "adapter_config.json").is_file()
 
     triplets = [
         {"id": str(i), "image": path.name, "question": "What is it?", "answer": "The sun."}

@@ -241,4 +241,4 @@ def test_bad_input(spin, tmp_path):
     (tmp_path / "taken.json").write_text(json.dumps([record | {"id": taken}]))
     adapter = ["--adapter", spin.out / "spin0"]
     line = refused("--instructions", tmp_path / "taken.json", *previous, *adapter)
-    assert f"taken.json: the id {taken} is taken: that pair of " in line and line.endswith("pairs0.jsonl gets it here")
+    assert f"taken.json: the id {taken} is the one that a pair of " in line and line.endswith("gets; change it")

@@ -14,7 +14,7 @@ from stic_min.neighbours import triplets
 from stic_min.neighbours.sima_critic import parse_verdict
 from stic_min.text import CAPTION_PROMPTS
 from stic_min.toy import lessons, pretrain, recipe, world
-from stic_min.toy.neighbours_chain import wrong_objects
+from stic_min.toy.neighbours_quality import wrong_objects
 
 # A beach whose yellow star (upper right) is present and whose red triangle (lower left) is not.
 TRUE = world.Scene("beach", ((2, "yellow star"), (4, "blue ring"), (6, "red heart")))
