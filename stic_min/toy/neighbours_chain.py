@@ -7,8 +7,9 @@ its usual settings seldom give a toy model a second answer.
 
 Exceptions: STIC's stage 2 comes on top of stage 1's steps; SPIN is also followed by it, and SIMA also trained
 with STIC's NLL term, to see what these contribute. SPIN's two iterations and POVID's two stages get half of
-the pictures each. SIMA has no pair where its two answers are equal or its critic gives no verdict, and
-triangular consistency loses malformed and repeated triplets; both train for more epochs instead.
+the pictures each; SPIN's second iteration has only its own pairs (no --previous), since the first one's would
+add steps. SIMA has no pair where its two answers are equal or its critic gives no verdict, and triangular
+consistency loses malformed and repeated triplets; both train for more epochs instead.
 """
 
 import random

@@ -128,6 +128,15 @@ def test_the_study_resumes(studied):
         study.run([recipe.BASE], out, range(3, 4), 25, "dev", 4, 2, lesson_steps=7)
 
 
+def test_a_base_model_that_other_code_pretrained_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(study.study, "run_jobs", None)  # nothing must be computed
+    folder = tmp_path / "llava-toy-seed1"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps({"code": "old"}))
+    with pytest.raises(InputError, match="llava-toy-seed1 was created with code old, but this run has"):
+        study.run(2, tmp_path, range(1), PICTURES, "dev", 4, 1)
+
+
 def test_invented_captions_mention_what_is_absent():
     """The usual objects of the place are always mentioned."""
     rng = chain.random.Random(0)
